@@ -1,0 +1,67 @@
+"""The command line: each command parses, calls one function of the layers below, and prints. No torch at module level."""
+
+import io
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from dl7cli import __version__
+from dl7cli.cli import classify, console, data, doctor, evaluate, models, recipes, runs, train, translate
+from dl7cli.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: dl7 train resnet",
+)
+app.command("train", epilog="Example: dl7 train resnet --set training.epochs=30 --seed 2")(train.train)
+app.command("eval", epilog="Example: dl7 eval runs/resnet-1 --split test")(evaluate.evaluate)
+app.command("translate", epilog='Example: dl7 translate --beam 5 "A dog runs."')(translate.translate)
+app.command("classify", epilog="Example: dl7 classify --run runs/resnet-1 cat.png")(classify.classify)
+app.add_typer(recipes.app, name="recipes", epilog="Example: dl7 recipes list")
+app.add_typer(runs.app, name="runs", epilog="Example: dl7 runs show")
+app.add_typer(data.app, name="data", epilog="Example: dl7 data list")
+app.command("models", epilog="Example: dl7 models")(models.models)
+app.command("doctor", epilog="Example: dl7 doctor")(doctor.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.write(f"dl7 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Train and evaluate residual networks and recurrent translation models.
+
+    A flag says where and how to run; what is trained stands in a recipe.
+    """
+
+
+def main() -> None:
+    """Run the program; a `UserError` ends it with its text and exit code 1, any other exception is a bug and shows."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Text is UTF-8 whatever the locale; bytes of a file name that are not come out as they came in.
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    try:
+        try:
+            app(prog_name="dl7")
+        finally:
+            sys.stdout.flush()
+    except UserError as error:
+        console.error(error)
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough. What is still in the buffer must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

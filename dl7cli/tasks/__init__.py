@@ -1,0 +1,63 @@
+"""Tasks: a recipe with its data, model, loss and metric."""
+
+from pathlib import Path
+from typing import Any
+
+from dl7cli import checkpoint
+from dl7cli.checkpoint import Checkpoint
+from dl7cli.data.sources import Progress, silent
+from dl7cli.device import Runtime
+from dl7cli.errors import UserError
+from dl7cli.recipe import ClassificationRecipe, Recipe, TranslationRecipe
+from dl7cli.tasks.classification import Classification
+from dl7cli.tasks.translation import Translation
+
+Task = Classification | Translation
+
+
+def build(
+    recipe: Recipe,
+    assets: dict[str, Any] | None = None,
+    *,
+    runtime: Runtime,
+    offline: bool = False,
+    progress: Progress = silent,
+) -> Task:
+    """The task of a recipe, with a model fresh from the recipe's seed.
+
+    With `assets` (from a checkpoint) no data is read until it is asked for; without, they are derived from the data.
+    """
+    match recipe:
+        case ClassificationRecipe():
+            return Classification(recipe, assets, runtime=runtime, offline=offline, progress=progress)
+        case TranslationRecipe():
+            return Translation(recipe, assets, runtime=runtime, offline=offline, progress=progress)
+
+
+def load(
+    folder: Path,
+    *,
+    runtime: Runtime,
+    offline: bool = False,
+    progress: Progress = silent,
+    data: str | None = None,
+) -> Task:
+    """The task of a checkpoint with its trained weights; `data` names another source to evaluate it on.
+
+    Raises UserError for a damaged checkpoint.
+    """
+    saved = checkpoint.load(folder)
+    recipe = saved.recipe
+    if data is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": data})})
+    task = build(recipe, saved.assets, runtime=runtime, offline=offline, progress=progress)
+    restore(task, saved)
+    return task
+
+
+def restore(task: Task, saved: Checkpoint) -> None:
+    """Give the task's model the weights of a checkpoint. Raises UserError where they are those of another model."""
+    try:
+        task.model.load_state_dict(saved.weights)
+    except RuntimeError as error:
+        raise UserError(f"the weights of the checkpoint do not fit its recipe: {error}") from None

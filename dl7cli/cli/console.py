@@ -1,0 +1,118 @@
+"""What the commands print: data on standard output, everything meant for eyes on standard error.
+
+Names and texts come from files and folders that others made, so nothing is read as markup, and control characters are
+shown and not sent.
+"""
+
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from dl7cli.errors import UserError
+
+if TYPE_CHECKING:
+    from dl7cli.cli.progress import Plain, Terminal
+
+_BREAKING = ("Cc", "Zl", "Zp")  # control characters, line and paragraph separators
+
+
+def printable(text: str, keep: str = "\t") -> str:
+    r"""Return the text with control characters but those in `keep` written as `\x1b`."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(character) in _BREAKING and character not in keep
+        else character
+        for character in text
+    )
+
+
+def write(text: str) -> None:
+    """Print one line of data on standard output."""
+    sys.stdout.write(printable(text) + "\n")
+
+
+def row(*cells: object) -> None:
+    """Print one line of cells with tabs between them on standard output."""
+    sys.stdout.write("\t".join(printable(str(cell), keep="") for cell in cells) + "\n")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows in aligned columns on standard output; numbers to the right."""
+    cells = [[printable(str(cell), keep="") for cell in line] for line in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    numeric = [
+        bool(cells) and all(line[column][:1].isdigit() or line[column] in ("", "-") for line in cells)
+        for column in range(len(header))
+    ]
+    for line in [list(header), *cells]:
+        aligned = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        )
+        write("  ".join(aligned).rstrip())
+
+
+def document(value: Mapping[str, Any]) -> None:
+    """Print one JSON object on standard output."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2)
+    # A file name that is not UTF-8 holds lone surrogates; as \udcXX they are JSON, as bytes they are not.
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+
+
+def note(text: str) -> None:
+    """Print lines for the user's eyes on standard error."""
+    sys.stderr.write(printable(text, keep="\t\n") + "\n")
+    sys.stderr.flush()
+
+
+def error(problem: UserError) -> None:
+    """Print `error: …` and, where there is one, `hint: …` on standard error."""
+    _labelled("error:", typer.colors.RED, problem.message)
+    if problem.hint is not None:
+        _labelled("hint:", typer.colors.CYAN, problem.hint)
+
+
+def _labelled(label: str, colour: str, text: str) -> None:
+    coloured = is_terminal() and not os.environ.get("NO_COLOR")
+    sys.stderr.write(typer.style(label, fg=colour, bold=True) if coloured else label)
+    note(f" {text}")
+
+
+def is_terminal() -> bool:
+    """Tell whether standard error is a terminal that can move its cursor."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def display(reason: str = "") -> "Plain | Terminal":
+    """Return what shows progress on standard error; used as a context, so that it leaves the terminal tidy.
+
+    `reason` says in the plan of a training why its device was chosen.
+    """
+    from dl7cli.cli.progress import Plain, Terminal
+
+    return Terminal(reason) if is_terminal() else Plain(reason)
+
+
+def count(number: int, noun: str) -> str:
+    """Return `1 image`, `2,000 images`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """Return a time to about two digits: `45s`, `18m`, `2h 05m`."""
+    if seconds < 90:
+        return f"{seconds:.0f}s"
+    minutes = round(seconds / 60)
+    return f"{minutes}m" if minutes < 90 else f"{minutes // 60}h {minutes % 60:02d}m"
+
+
+def score(primary: str, value: float) -> str:
+    """Return a score with its name: `accuracy 0.9151`, `BLEU 38.31`."""
+    return f"BLEU {value:.2f}" if primary == "bleu" else f"{primary} {value:.4f}"

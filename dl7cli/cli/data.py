@@ -1,0 +1,190 @@
+"""`dl7 data`: which data there are, and what is in them."""
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dl7cli.cli import console, options
+
+if TYPE_CHECKING:
+    from dl7cli.data.images import Images
+    from dl7cli.data.pairs import Pairs
+    from dl7cli.data.sources import Progress
+
+app = typer.Typer(no_args_is_help=True, help="List, get and look into data sets.")
+
+Task = Annotated[
+    Literal["classification", "translation"] | None,
+    typer.Option("--task", help="What the data are for; found out from the data if not given."),
+]
+Source = Annotated[
+    str,
+    typer.Argument(metavar="SOURCE", help="A folder, a file, a hub id, builtin:shapes or builtin:phrases."),
+]
+
+_RECIPE = {"classification": "resnet", "translation": "seq2seq"}
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+_TABLE_SUFFIXES = (".parquet", ".arrow")
+_EXAMPLES = 3
+
+
+@app.command("list", epilog="Example: dl7 data list")
+def list_data(as_json: options.Json = False) -> None:
+    """List the built-in data sets and those that the shipped recipes use, and whether they are on disk."""
+    from dl7cli.data import sources
+
+    listed = [
+        {
+            "source": source,
+            "task": task,
+            "state": "built in"
+            if sources.is_builtin(source)
+            else ("on disk" if sources.available(source, offline=True) else "not on disk"),
+        }
+        for source, task in sorted(known().items())
+    ]
+    if as_json:
+        console.document({"cache": str(sources.cache_folder()), "sources": listed})
+    else:
+        console.table(("SOURCE", "TASK", "STATE"), [tuple(entry.values()) for entry in listed])
+
+
+@app.command(epilog="Example: dl7 data get bentrevett/multi30k")
+def get(
+    source: Source,
+    task: Task = None,
+    overrides: options.Set = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+) -> None:
+    """Read a data set and keep it on disk, so that training can start at once and offline."""
+    from dl7cli.data import sources
+
+    contents = _read(source, task, overrides or [], offline)
+    splits = _sizes(contents)
+    if as_json:
+        console.document({"source": source, "splits": splits, "cache": str(sources.cache_folder())})
+    else:
+        console.write(f"{source}: {', '.join(f'{size:,} {split}' for split, size in splits.items())}")
+
+
+@app.command(epilog="Example: dl7 data info builtin:shapes")
+def info(
+    source: Source,
+    task: Task = None,
+    overrides: options.Set = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+) -> None:
+    """Show what is in a data set: its splits, and its classes or languages with examples.
+
+    --set data.source_language=fr and the like say how to read it, as for dl7 train.
+    """
+    contents = _read(source, task, overrides or [], offline)
+    from dl7cli.data.images import Images
+
+    about = _about_images(contents) if isinstance(contents, Images) else _about_pairs(contents)
+    shown = {"source": source, **about, "splits": _sizes(contents), "notes": list(contents.notes)}
+    if as_json:
+        console.document(shown)
+        return
+    for name, value in shown.items():
+        for number, line in enumerate(_lines(value)):
+            console.write(f"{'' if number else name:<14}{line}")
+
+
+def known() -> dict[str, str]:
+    """The sources that shipped recipes name, with the task they are for."""
+    from dl7cli import recipe as recipes
+
+    resolved = [
+        recipe for name in recipes.shipped() for recipe in recipes.resolve(name) if recipe is not None
+    ]
+    return {recipe.data.source: recipe.task for recipe in resolved}
+
+
+def _read(source: str, task: str | None, overrides: list[str], offline: bool) -> "Images | Pairs":
+    """Read a source as a training would, with the keys of the `data` section that `overrides` change."""
+    from dl7cli import recipe as recipes
+
+    with console.display() as display:
+        task = task or known().get(source) or _guess(source, offline, display.progress)
+        data = recipes.resolve(_RECIPE[task], overrides, data=source).recipe.data
+        if isinstance(data, recipes.ImageData):
+            from dl7cli.data.images import read_images
+
+            return read_images(
+                source,
+                image=data.image,
+                label=data.label,
+                image_size=data.image_size,
+                offline=offline,
+                progress=display.progress,
+            )
+        from dl7cli.data.pairs import read_pairs
+
+        return read_pairs(
+            source,
+            source_language=data.source_language,
+            target_language=data.target_language,
+            offline=offline,
+            progress=display.progress,
+        )
+
+
+def _guess(source: str, offline: bool, progress: "Progress") -> str:
+    """Tell from the names of its files, or else from the types of its columns, what a data set is for."""
+    from dl7cli.data import sources
+
+    if sources.is_local(source):
+        path = sources.existing_path(source)
+        files = [path] if path.is_file() else sources.files_below(path)
+        suffixes = {file.suffix.lower() for file in files}
+        if suffixes.intersection(_IMAGE_SUFFIXES):
+            return "classification"
+        if not suffixes.intersection(_TABLE_SUFFIXES):
+            return "translation"
+    splits = sources.load_splits(source, offline=offline, progress=progress)
+    import datasets
+
+    images = [column for column in splits["train"].features.values() if isinstance(column, datasets.Image)]
+    return "classification" if images else "translation"
+
+
+def _sizes(contents: "Images | Pairs") -> dict[str, int]:
+    from dl7cli.data.images import Images
+
+    if isinstance(contents, Images):
+        return {split: len(part.labels) for split, part in contents.splits.items()}
+    return {split: len(pairs) for split, pairs in contents.splits.items()}
+
+
+def _about_images(contents: "Images") -> dict[str, Any]:
+    import numpy as np
+
+    train = contents.splits["train"]
+    counts = np.bincount(train.labels, minlength=len(contents.classes))
+    return {
+        "task": "classification",
+        "image": "x".join(map(str, train.images.shape[1:])),
+        "classes": dict(zip(contents.classes, counts.tolist(), strict=True)),
+    }
+
+
+def _about_pairs(contents: "Pairs") -> dict[str, Any]:
+    return {
+        "task": "translation",
+        "languages": [contents.source_language, contents.target_language],
+        "examples": [list(pair) for pair in contents.splits["train"][:_EXAMPLES]],
+    }
+
+
+def _lines(value: Any) -> list[str]:
+    """Return what `info` prints beside a name, in lines."""
+    match value:
+        case dict():
+            return [f"{key}  {number:,}" for key, number in value.items()]
+        case list():
+            return [" → ".join(entry) if isinstance(entry, list) else str(entry) for entry in value]
+        case _:
+            return [str(value)]

@@ -1,0 +1,70 @@
+"""The flags that mean the same on every command. A flag says where and how to run, never what is trained."""
+
+from typing import Annotated, Literal
+
+import typer
+
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+
+Device = Annotated[
+    str,
+    typer.Option("--device", metavar="DEVICE", help="Where to run: auto, cpu, cuda, cuda:N or mps."),
+]
+Gpus = Annotated[
+    str | None,
+    typer.Option("--gpus", metavar="LIST", help="Several GPUs: their numbers (0,1) or all."),
+]
+Precision = Annotated[
+    PrecisionName,
+    typer.Option("--precision", help="Arithmetic; auto is bf16 where the hardware has it, else fp32."),
+]
+Offline = Annotated[
+    bool,
+    typer.Option("--offline", help="Open no connection: use what is on disk."),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print exactly one JSON object on standard output."),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="SOURCE",
+        help="Data to use instead: a folder, a file, a hub id, builtin:shapes or builtin:phrases.",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one key of the recipe; may be given several times."
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", help="Seed of everything random."),
+]
+RunOption = Annotated[
+    str | None,
+    typer.Option(
+        "--run", metavar="RUN", help="A run folder or a checkpoint in it; the newest that fits if not given."
+    ),
+]
+RunArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="RUN", help="A run folder or a checkpoint in it; the newest if not given."),
+]
+Beam = Annotated[
+    int | None,
+    typer.Option("--beam", metavar="N", min=1, max=100, help="Beam width; the recipe's if not given."),
+]
+LengthPenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--length-penalty",
+        metavar="X",
+        min=0,
+        max=5,
+        help="Exponent of the length penalty: 0 is none, more favours longer output; the recipe's if not given.",
+    ),
+]

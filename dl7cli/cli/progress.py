@@ -1,0 +1,159 @@
+"""Progress of reading data and of training on standard error: live on a terminal, else a plain line every few seconds."""
+
+import math
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from dl7cli.cli import console
+
+if TYPE_CHECKING:
+    import rich.progress
+
+    from dl7cli.training import Epoch, Plan, Step
+
+FIRST_SECONDS = 2.0
+EVERY_SECONDS = 5.0
+
+
+class Plain:
+    """Lines for a log file: the first after two seconds, then one every five, and one for every epoch."""
+
+    def __init__(self, reason: str = "", clock: Callable[[], float] = time.monotonic) -> None:
+        self._reason = reason
+        self._clock = clock
+        self._activity = ""
+        self._due = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def plan(self, plan: "Plan") -> None:
+        console.note(describe(plan, self._reason))
+
+    def step(self, step: "Step") -> None:
+        if self._is_due("training"):
+            console.note(
+                f"epoch {step.epoch}/{step.epochs}  step {step.step}/{step.steps}  {'  '.join(details(step))}"
+            )
+
+    def epoch(self, epoch: "Epoch") -> None:
+        console.note(summary(epoch))
+
+    def note(self, text: str) -> None:
+        console.note(text)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        if self._is_due(what):
+            console.note(f"{what}  {done:,}/{total:,}" if total else f"{what}  {done:,}")
+
+    def _is_due(self, activity: str) -> bool:
+        now = self._clock()
+        if activity != self._activity:
+            self._activity = activity
+            self._due = now + FIRST_SECONDS
+        if now < self._due:
+            return False
+        self._due = now + EVERY_SECONDS
+        return True
+
+
+class Terminal:
+    """A bar for what is going on below the lines that stay: plan, epochs and notes."""
+
+    def __init__(self, reason: str = "") -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        self._reason = reason
+        # Standard output is for data and stays where it is pointed to.
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            console=Console(stderr=True),
+            transient=True,
+            redirect_stdout=False,
+        )
+        self._tasks: dict[str, rich.progress.TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def plan(self, plan: "Plan") -> None:
+        self.note(describe(plan, self._reason))
+
+    def step(self, step: "Step") -> None:
+        self._show(
+            "training", f"epoch {step.epoch}/{step.epochs}", step.step, step.steps, "  ".join(details(step))
+        )
+
+    def epoch(self, epoch: "Epoch") -> None:
+        self.note(summary(epoch))
+
+    def note(self, text: str) -> None:
+        from rich.text import Text
+
+        self._bars.console.print(Text(console.printable(text, keep="\n")), soft_wrap=True)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        if total and done >= total:
+            if what in self._tasks:
+                self._bars.remove_task(self._tasks.pop(what))
+        else:
+            self._show(what, what, done, total, f"{done:,}/{total:,}" if total else f"{done:,}")
+
+    def _show(self, key: str, description: str, done: int, total: int, detail: str) -> None:
+        description = console.printable(description)
+        if key not in self._tasks:
+            self._tasks[key] = self._bars.add_task(description, total=total or None, detail=detail)
+        self._bars.update(self._tasks[key], description=description, completed=done, detail=detail)
+
+
+def describe(plan: "Plan", reason: str) -> str:
+    """Say what a training will do, in lines."""
+    recipe = plan.recipe
+    model = recipe.model.model_dump()
+    kind = model.pop("kind")
+    details = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in model.items())
+    splits = ", ".join(f"{size:,} {split}" for split, size in plan.splits.items())
+    lines = [
+        f"training recipe {recipe.name}",
+        f"  data       {plan.data}: {splits}",
+        f"  model      {kind} with {plan.parameters:,} parameters ({details})",
+        f"  device     {plan.device}, {plan.precision}" + (f" ({reason})" if reason else ""),
+        f"  steps      {plan.steps:,} in {console.count(plan.epochs, 'epoch')}, seed {recipe.training.seed}",
+        f"  run        {plan.run}",
+    ]
+    if plan.resumed_step:
+        lines.append(f"  resumed    after step {plan.resumed_step:,}")
+    return "\n".join([*lines, *(f"  note       {note}" for note in plan.notes)])
+
+
+def details(step: "Step") -> list[str]:
+    """Say how a training is getting on: loss, rate and, once steps have been timed, the time left."""
+    parts = [f"loss {step.loss:.4f}"]
+    if step.rate > 0:
+        parts.append(f"{step.rate:,.0f} {step.unit}/s")
+    if math.isfinite(step.remaining_seconds):
+        parts.append(f"{console.duration(step.remaining_seconds)} left")
+    return parts
+
+
+def summary(epoch: "Epoch") -> str:
+    """Say how an epoch ended."""
+    score = console.score(epoch.scores.primary, epoch.scores.values[epoch.scores.primary])
+    return f"epoch {epoch.epoch}  {epoch.split} {score}{'  (best)' if epoch.best else ''}"

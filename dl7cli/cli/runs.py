@@ -1,0 +1,93 @@
+"""`dl7 runs`: what has been trained."""
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import typer
+
+from dl7cli.cli import console, options
+
+app = typer.Typer(
+    no_args_is_help=True, help="List and show runs: what has been trained, and how well it went."
+)
+
+
+@app.command("list", epilog="Example: dl7 runs list")
+def list_runs(as_json: options.Json = False) -> None:
+    """List the runs under runs/, the oldest first."""
+    from dl7cli import runs
+
+    summaries = runs.listing()
+    if as_json:
+        console.document({"runs": [asdict(summary) for summary in summaries]})
+        return
+    if not summaries:
+        console.note(f"there are no runs under {runs.RUNS}; dl7 train resnet makes one")
+        return
+    console.table(
+        ("RUN", "RECIPE", "DATA", "STATE", "EPOCHS", "VALIDATION", "TEST"),
+        [
+            (
+                runs.RUNS / summary.name,
+                summary.recipe or "-",
+                summary.data or "-",
+                summary.state,
+                summary.epochs,
+                _score(summary.primary, summary.best),
+                _score(summary.primary, summary.test),
+            )
+            for summary in summaries
+        ],
+    )
+
+
+@app.command(epilog="Example: dl7 runs show runs/resnet-1")
+def show(run: options.RunArgument = None, as_json: options.Json = False) -> None:
+    """Show one run: its recipe and data, how far it is, its scores, and how often each split was read."""
+    from dl7cli import runs
+
+    found, checkpoint = runs.find(run)
+    recipe = runs.read_recipe(found)
+    closed = [record for record in runs.metrics(found) if "scores" in record]
+    evaluations = runs.evaluations(found)
+    best = max(closed, key=lambda record: float(record["scores"][record["primary"]]), default=None)
+    shown: dict[str, Any] = {
+        "run": str(found.folder),
+        "recipe": recipe.name,
+        "task": recipe.task,
+        "data": recipe.data.source,
+        "epochs": closed[-1]["epoch"] if closed else 0,
+        "epochs_planned": recipe.training.epochs,
+        "best": {"epoch": best["epoch"], "scores": best["scores"]} if best else None,
+        "checkpoint": str(checkpoint),
+        "readings": dict(Counter(str(record.get("split")) for record in evaluations)),
+        "evaluations": evaluations,
+    }
+    if as_json:
+        console.document(shown)
+        return
+    lines = {
+        "run": shown["run"],
+        "recipe": f"{recipe.name} ({recipe.task})",
+        "data": recipe.data.source,
+        "epochs": f"{shown['epochs']} of {recipe.training.epochs}",
+        "best": f"{_record_score(best)} on validation, epoch {best['epoch']}" if best else "-",
+        "checkpoint": shown["checkpoint"],
+    }
+    for name, value in lines.items():
+        console.write(f"{name:<12}{value}")
+    for split, times in shown["readings"].items():
+        newest = next(record for record in reversed(evaluations) if str(record.get("split")) == split)
+        where = f" of {newest['data']}" if "data" in newest else ""
+        console.write(
+            f"{split:<12}read {console.count(times, 'time')}; newest: {_record_score(newest)}{where}"
+        )
+
+
+def _record_score(record: dict[str, Any]) -> str:
+    return _score(record.get("primary"), record.get("scores", {}).get(record.get("primary")))
+
+
+def _score(primary: str | None, value: float | None) -> str:
+    return "-" if primary is None or value is None else console.score(primary, value)

@@ -1,0 +1,99 @@
+"""`dl7 train`: train a recipe, or go on with a run."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dl7cli.cli import console, options
+from dl7cli.cli.evaluate import print_result
+
+if TYPE_CHECKING:
+    from dl7cli.recipe import Recipe
+
+
+def train(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A shipped recipe's name (dl7 recipes list) or a TOML file."),
+    ] = None,
+    data: options.Data = None,
+    overrides: options.Set = None,
+    seed: options.Seed = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Folder of the run; runs/RECIPE-NUMBER if not given."),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Go on with this run, as if it had never stopped."),
+    ] = None,
+    device: options.Device = "auto",
+    gpus: options.Gpus = None,
+    precision: options.Precision = "auto",
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+) -> None:
+    """Train a recipe, keep the last and the best model, and evaluate the best.
+
+    What is trained stands in the recipe; --set changes one key of it. Ctrl-C finishes the step, saves and stops.
+    """
+    given = {"RECIPE": name, "--data": data, "--set": overrides, "--seed": seed, "--out": out}
+    if resume is None and name is None:
+        raise typer.BadParameter("give a RECIPE to train, or --resume RUN to go on with a run")
+    if resume is not None and (refused := [flag for flag, value in given.items() if value not in (None, [])]):
+        raise typer.BadParameter(
+            f"--resume goes on with what the run was started with, so {', '.join(refused)} cannot be given with it"
+        )
+    recipe = None
+    if name is not None:
+        recipe = choose(name, overrides or [], data=data, seed=seed, offline=offline)
+    from dl7cli import device as devices
+    from dl7cli import training
+
+    runtime = devices.choose(device, precision, gpus)
+    try:
+        with console.display(runtime.reason) as display:
+            if recipe is not None:
+                result = training.train(recipe, out=out, runtime=runtime, offline=offline, listener=display)
+            else:
+                assert resume is not None
+                result = training.resume(resume, runtime=runtime, offline=offline, listener=display)
+    except training.Interrupted as stop:
+        console.note(
+            f"stopped; saved in {stop.run}\ngo on with: dl7 train --resume {shlex.quote(str(stop.run))}"
+        )
+        raise typer.Exit(128 + stop.signal) from None
+    print_result(result, as_json)
+    console.note(_next_commands(result))
+
+
+def choose(name: str, overrides: list[str], *, data: str | None, seed: int | None, offline: bool) -> "Recipe":
+    """Resolve a recipe; where its data cannot be had and was not asked for by name, take the built-in set and say so."""
+    from dl7cli import recipe as recipes
+
+    resolved = recipes.resolve(name, overrides, data=data, seed=seed)
+    if resolved.fallback is None:
+        return resolved.recipe
+    from dl7cli.data import sources
+
+    source = resolved.recipe.data.source
+    if sources.available(source, offline=offline):
+        return resolved.recipe
+    console.note(
+        f"the data {source} is neither on disk nor {'looked for, being offline' if offline else 'reachable'}:"
+        f" training on the built-in set {resolved.fallback.data.source} instead\n"
+        f"  for scores on the real data: dl7 train {name} --data FOLDER"
+    )
+    return resolved.fallback
+
+
+def _next_commands(result: dict[str, Any]) -> str:
+    run = shlex.quote(str(result["run"]))
+    use = (
+        f"dl7 classify --run {run} IMAGE"
+        if result["task"] == "classification"
+        else f'dl7 translate --run {run} --beam 5 "…"'
+    )
+    return f"next: dl7 eval {run}\n      {use}"

@@ -1,0 +1,503 @@
+"""Labelled images from any source, as uint8 arrays that are decoded once and then mapped from disk."""
+
+import hashlib
+import io
+import json
+import shutil
+import struct
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dl7cli.data import sources
+from dl7cli.data.sources import Progress, silent
+from dl7cli.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+    import PIL.Image
+
+_FORMAT = 1
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+# Named, so that no file is ever handed to a plug-in that starts other programs (EPS does).
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000")
+_DEFAULT_SIZE = 32
+_LARGEST_KEPT_SIZE = 64
+_MOST_CLASSES = 1 << 16
+_LABEL_NAMES = ("label", "labels", "class", "target")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One split: images, uint8 (N, H, W, 3), perhaps mapped read-only from disk; labels, int64 (N,)."""
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The splits of a source by name (`train` always, `validation` and `test` where it has them), and its classes.
+
+    `classes` are in the order of the labels. `notes` say what was done to the data, for the user to read.
+    """
+
+    splits: dict[str, ImageSet]
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def read_images(
+    source: str,
+    *,
+    image: str | None = None,
+    label: str | None = None,
+    image_size: int | None = None,
+    offline: bool = False,
+    progress: Progress = silent,
+) -> Images:
+    """Read labelled images from a hub id, a folder in the same layout, an image folder or `builtin:shapes`.
+
+    `image` and `label` name the columns where they are not to be found by their type. Images that are not
+    `image_size` pixels wide and high are scaled to fill that square and cropped to its centre. Without `image_size`
+    the images keep their size if all are square, equal and at most 64 wide, and become 32 by 32 otherwise.
+
+    The first reading decodes and keeps arrays below the cache folder; later ones map those. They are made anew when
+    the name, size or time of a file of the source changes. Raises UserError for a source or data that cannot be used.
+    """
+    if sources.is_builtin(source):
+        return _builtin(source, image_size)
+    mark = ""
+    if sources.is_local(source):
+        mark = sources.fingerprint(sources.existing_path(source))[:12]
+    options = hashlib.sha256(json.dumps([_FORMAT, image, label, image_size]).encode()).hexdigest()[:8]
+    entry = f"{sources.cache_name(source)}-{options}-"
+    kept = sources.cache_folder() / "images"
+    target = kept / (entry + mark)
+    if found := _open_cache(target):
+        return found
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        working = Path(tempfile.mkdtemp(prefix=".new-", dir=kept))
+    except OSError as error:
+        raise UserError(
+            f"the cache folder `{kept}` cannot be written: {error.strerror}", hint="set `DL7_CACHE` to another folder"
+        ) from error
+    try:
+        content = _encoded(source, image, label, offline, progress, working)
+        _decode_to(working, source, content, image_size, progress)
+        shutil.rmtree(working / "datasets", ignore_errors=True)
+        for old in kept.glob(entry + "*"):
+            # What an earlier state of the files gave, or what is damaged.
+            if old.name != target.name or _open_cache(old) is None:
+                shutil.rmtree(old, ignore_errors=True)
+        # Fails if another process was faster: then its result serves as well.
+        if not target.exists():
+            working.rename(target)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+    if found := _open_cache(target):
+        return found
+    raise UserError(f"what was written to `{target}` cannot be read back", hint="is the disk full or damaged?")
+
+
+def read_image_file(path: str | Path, image_size: int) -> npt.NDArray[np.uint8]:
+    """Read one image file as uint8 (image_size, image_size, 3), treated as in `read_images`.
+
+    Raises UserError if it is missing, damaged, no image, or has more pixels than fit a sensible memory.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file `{path}`" if not path.exists() else f"`{path}` is not a file")
+    with warnings.catch_warnings():
+        _refuse_bombs()
+        return np.asarray(_square(_open(path, f"`{path}`"), image_size))
+
+
+def statistics(images: npt.NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation per channel of uint8 images (N, H, W, C), on the scale of 0 to 1.
+
+    Exact, from counts of the 256 values; memory stays within a few megabytes.
+    """
+    channels = images.shape[-1]
+    counts = np.zeros((channels, 256), dtype=np.int64)
+    step = max(1, (1 << 20) // max(1, images[0].size))
+    for start in range(0, len(images), step):
+        values = np.asarray(images[start : start + step]).reshape(-1, channels)
+        for channel in range(channels):
+            counts[channel] += np.bincount(values[:, channel], minlength=256)
+    scale = np.arange(256) / 255
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    mean = shares @ scale
+    deviation = np.sqrt((shares * (scale - mean[:, None]) ** 2).sum(axis=1))
+    return tuple(mean.tolist()), tuple(deviation.tolist())
+
+
+@dataclass(frozen=True)
+class _Split:
+    """One split before decoding: labels, and the images in the same order as (where it is, bytes or path)."""
+
+    labels: list[int]
+    encoded: Callable[[], Iterator[tuple[str, Any]]]
+
+
+@dataclass
+class _Content:
+    splits: dict[str, _Split]
+    classes: tuple[str, ...]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Seen:
+    """What was met while decoding, for the notes."""
+
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+    modes: set[str] = field(default_factory=set)
+
+
+def _builtin(source: str, image_size: int | None) -> Images:
+    if source != "builtin:shapes":
+        raise UserError(f"there are no built-in images `{source}`", hint="the built-in images are `builtin:shapes`")
+    from dl7cli.data import shapes
+
+    splits, notes = {}, []
+    for split in ("train", "validation", "test"):
+        images, labels = shapes.generate(split)
+        size = images.shape[1]
+        if image_size not in (None, size):
+            import PIL.Image
+
+            images = np.stack([np.asarray(_square(PIL.Image.fromarray(one), image_size)) for one in images])
+            notes = [f"images of {size}x{size} resized to {image_size}x{image_size}"]
+        splits[split] = ImageSet(images, labels)
+    return Images(splits, tuple(shapes.CLASSES), tuple(notes))
+
+
+def _encoded(
+    source: str, image: str | None, label: str | None, offline: bool, progress: Progress, working: Path
+) -> _Content:
+    """Find the images of a source and their labels, not yet decoded."""
+    if sources.is_local(source):
+        path = sources.existing_path(source)
+        if path.is_dir() and (found := _image_folder(path)):
+            if image or label:
+                raise UserError(f"`{source}` is an image folder and has no columns", hint="leave out data.image and data.label")
+            return found
+    loaded = sources.load_splits(source, offline=offline, progress=progress, working=working / "datasets")
+    return _columns(source, loaded, image, label)
+
+
+def _image_folder(path: Path) -> _Content | None:
+    """Read the layout `train/<class>/*.png`; None where it is another layout."""
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    splits: dict[str, dict[str, list[Path]]] = {}
+    if not any(_files_of_classes(folder) for folder in folders):
+        return None
+    names = sources.by_split((folder.name for folder in folders), str(path))
+    splits = {split: _files_of_classes(path / name) for split, name in names.items()}
+    if not splits["train"]:
+        return None
+    classes = tuple(sorted(splits["train"]))
+    for split, found in splits.items():
+        if unknown := sorted(set(found) - set(classes)):
+            raise UserError(
+                f"`{path / names[split] / unknown[0]}` is a class that `{path / names['train']}` does not have",
+                hint="every class needs training images",
+            )
+        if not found:
+            raise UserError(f"`{path / names[split]}` has no folders with images, one per class")
+    return _Content({split: _split_of_files(found, classes) for split, found in splits.items()}, classes)
+
+
+def _files_of_classes(folder: Path) -> dict[str, list[Path]]:
+    """Map each class, a folder in this one, to its image files at any depth, in order; empty classes left out."""
+    found = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.name.startswith("."):
+            files = sorted(file for file in sources.files_below(entry) if file.suffix.lower() in _SUFFIXES)
+            # Such as macOS leaves beside the real files.
+            if files := [file for file in files if not file.name.startswith(".")]:
+                found[entry.name] = files
+    return found
+
+
+def _split_of_files(found: dict[str, list[Path]], classes: tuple[str, ...]) -> _Split:
+    rows = [(file, label) for label, name in enumerate(classes) for file in found.get(name, [])]
+    return _Split([label for _, label in rows], lambda: ((f"`{file}`", file) for file, _ in rows))
+
+
+def _columns(
+    source: str, loaded: "dict[str, datasets.Dataset]", image: str | None, label: str | None
+) -> _Content:
+    """Find the image and label columns of loaded tables, read the labels and check them."""
+    import datasets
+
+    features = loaded["train"].features
+    listed = ", ".join(f"`{name}` ({_kind(feature)})" for name, feature in features.items())
+    notes: list[str] = []
+    for wanted in (image, label):
+        if wanted is not None and wanted not in features:
+            raise UserError(f"`{source}` has no column `{wanted}`: there is {listed}")
+
+    candidates = [name for name, feature in features.items() if _kind(feature) == "image"]
+    if image is None:
+        if not candidates:
+            raise UserError(f"no image column in `{source}`: there is {listed}", hint="name it: `--set data.image=…`")
+        image = next((name for name in ("image", "img") if name in candidates), candidates[0])
+        if len(candidates) > 1:
+            notes.append(f"images from column `{image}` of {_listed(candidates)}")
+    elif image not in candidates and _kind(features[image]) != "binary":
+        raise UserError(f"column `{image}` of `{source}` holds no images: there is {listed}")
+
+    if label is None:
+        label = _label_column(source, {name: feature for name, feature in features.items() if name != image}, notes)
+    feature = features[label]
+    if not (isinstance(feature, datasets.ClassLabel) or _plain(feature)):
+        raise UserError(f"column `{label}` of `{source}` holds no labels: there is {listed}")
+
+    values: dict[str, list[Any]] = {}
+    for split, table in loaded.items():
+        if missing := [name for name in (image, label) if name not in table.features]:
+            raise UserError(f"split `{split}` of `{source}` has no column `{missing[0]}`, which `train` has")
+        values[split] = table.with_format("arrow").select_columns([label])[:].column(label).to_pylist()
+        for row, value in enumerate(values[split], 1):
+            if value is None:
+                raise UserError(f"row {row} of split `{split}` of `{source}` has no label (column `{label}`)")
+    if isinstance(feature, datasets.ClassLabel):
+        classes = tuple(feature.names)
+        numbers = {number: number for number in range(len(classes))}
+        for split, table in loaded.items():
+            if (other := getattr(table.features[label], "names", None)) != feature.names:
+                raise UserError(f"split `{split}` of `{source}` has other classes than `train`: {other}")
+    elif _kind(feature) == "string":
+        classes = tuple(sorted(set(values["train"])))
+        numbers = {name: number for number, name in enumerate(classes)}
+    else:
+        highest = max(values["train"], default=0)
+        classes = tuple(str(number) for number in range(min(highest + 1, _MOST_CLASSES)))
+        numbers = {number: number for number in range(len(classes))}
+
+    splits = {}
+    for split, table in loaded.items():
+        for row, value in enumerate(values[split], 1):
+            if value not in numbers:
+                raise UserError(
+                    f"row {row} of split `{split}` of `{source}` has the label `{value}`, which is not one of the "
+                    f"{len(classes)} classes ({_listed(classes)})"
+                )
+        splits[split] = _Split([numbers[value] for value in values[split]], _rows(source, split, table, image))
+    return _Content(splits, classes, notes)
+
+
+def _label_column(source: str, features: dict[str, Any], notes: list[str]) -> str:
+    """Choose the label column: by type, then by its name, then by the number of classes."""
+    import datasets
+
+    classes = {name: len(it.names) for name, it in features.items() if isinstance(it, datasets.ClassLabel)}
+    if classes:
+        chosen = "label" if "label" in classes else max(classes, key=lambda name: classes[name])
+        if len(classes) > 1:
+            notes.append(f"labels from column `{chosen}` ({classes[chosen]} classes) of {_listed(classes)}")
+        return chosen
+    plain = [name for name, feature in features.items() if _plain(feature)]
+    named = [name for name in _LABEL_NAMES if name in plain] or plain
+    if len(named) == 1 or (named and named[0] in _LABEL_NAMES):
+        return named[0]
+    listed = ", ".join(f"`{name}` ({_kind(feature)})" for name, feature in features.items()) or "no other column"
+    found = "no label column" if not named else "more than one column that could be the label"
+    raise UserError(f"{found} in `{source}`: there is {listed}", hint="name it: `--set data.label=…`")
+
+
+def _kind(feature: Any) -> str:
+    """Name the type of a column for messages and choices: `image`, `class label`, `string`, `int64`, …."""
+    import datasets
+
+    if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
+        return "image"
+    if isinstance(feature, datasets.ClassLabel):
+        return f"class label of {feature.num_classes}"
+    if isinstance(feature, datasets.Value):
+        return "string" if feature.dtype in ("large_string", "string_view") else str(feature.dtype)
+    return type(feature).__name__.lower()
+
+
+def _plain(feature: Any) -> bool:
+    """Tell whether a column that is not a ClassLabel can serve as one."""
+    return _kind(feature) in ("string", "bool") or _kind(feature).startswith(("int", "uint"))
+
+
+def _rows(source: str, split: str, table: "datasets.Dataset", image: str) -> Callable[[], Iterator[tuple[str, Any]]]:
+    def encoded() -> Iterator[tuple[str, Any]]:
+        row = 0
+        for batch in table.with_format("arrow").select_columns([image]).iter(batch_size=256):
+            for value in batch.column(image).to_pylist():
+                row += 1
+                where = f"the image in row {row} of split `{split}` of `{source}`"
+                content = value if not isinstance(value, dict) else value["bytes"] or value["path"]
+                if not content:
+                    raise UserError(f"{where} is missing")
+                yield where, content
+
+    return encoded
+
+
+def _decode_to(
+    folder: Path, source: str, content: _Content, image_size: int | None, progress: Progress
+) -> None:
+    """Decode every split and write its arrays and `meta.json` into a folder."""
+    size, seen = image_size, _Seen()
+    with warnings.catch_warnings():
+        _refuse_bombs()
+        if size is None:
+            where, first = next(content.splits["train"].encoded(), ("", None))
+            if first is None:
+                raise UserError(f"the train split of `{source}` has no images")
+            width, height = _open(first, where).size
+            size = width if width == height <= _LARGEST_KEPT_SIZE else _DEFAULT_SIZE
+        if not _write_splits(folder, source, content, size, seen, progress, guessed=image_size is None):
+            size = _DEFAULT_SIZE
+            _write_splits(folder, source, content, size, seen, progress, guessed=False)
+    notes = [*content.notes, *_size_notes(seen.sizes, size)]
+    if seen.modes & {"L", "1", "LA", "I", "I;16"}:
+        notes.append("grey images given three equal channels")
+    meta = {
+        "format": _FORMAT,
+        "source": source,
+        "classes": content.classes,
+        "notes": notes,
+        "shapes": {split: [len(it.labels), size, size, 3] for split, it in content.splits.items()},
+    }
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _write_splits(
+    folder: Path, source: str, content: _Content, size: int, seen: _Seen, progress: Progress, *, guessed: bool
+) -> bool:
+    """Decode all images to squares of one size; False as soon as a size that was guessed is not that of all images.
+
+    The array is written as a stream and not through a map: a full disk is then an error and not a dead process.
+    """
+    for split, it in content.splits.items():
+        total, done = len(it.labels), 0
+        if not total:
+            raise UserError(f"the {split} split of `{source}` has no images")
+        try:
+            with (folder / f"{split}.images.npy").open("wb", buffering=1 << 20) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (total, size, size, 3)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for where, encoded in it.encoded():
+                    decoded = _open(encoded, where, seen)
+                    if guessed and size != _DEFAULT_SIZE and decoded.size != (size, size):
+                        return False
+                    file.write(_square(decoded, size).tobytes())
+                    done += 1
+                    if done % 100 == 0 or done == total:
+                        progress(f"decoding {split} images", done, total)
+            np.save(folder / f"{split}.labels.npy", np.array(it.labels, dtype=np.int64))
+        except OSError as error:
+            raise UserError(
+                f"the cache folder `{folder.parent}` cannot be written: {error.strerror or error}",
+                hint="make room, or set `DL7_CACHE` to another folder",
+            ) from error
+    return True
+
+
+def _size_notes(sizes: set[tuple[int, int]], size: int) -> list[str]:
+    if sizes <= {(size, size)}:
+        return []
+    smallest, *others = (f"{width}x{height}" for width, height in sorted(sizes, key=lambda it: it[0] * it[1]))
+    extent = f"{smallest} to {others[-1]}" if others else smallest
+    cropped = any(width != height for width, height in sizes)
+    return [f"images of {extent} resized {'and cropped ' if cropped else ''}to {size}x{size}"]
+
+
+def _refuse_bombs() -> None:
+    """Make an error of Pillow's warning of images beyond 89 million pixels (it only refuses twice that)."""
+    import PIL.Image
+
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+
+
+def _open(encoded: bytes | str | Path, where: str, seen: _Seen | None = None) -> "PIL.Image.Image":
+    """Decode an image to RGB, upright as its EXIF data say; raise UserError saying where a bad one is."""
+    import PIL.Image
+    import PIL.ImageOps
+
+    try:
+        with PIL.Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS) as image:
+            image.load()
+            if seen is not None:
+                seen.sizes.add(image.size)
+                seen.modes.add(image.mode)
+            PIL.ImageOps.exif_transpose(image, in_place=True)
+            return _colour(image)
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        raise UserError(f"{where} has too many pixels to be read", hint="scale it down first") from error
+    # What Pillow's readers raise for damaged files.
+    except (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, struct.error, zlib.error) as error:
+        reason = "" if isinstance(error, PIL.UnidentifiedImageError) else f": {error}"
+        raise UserError(f"{where} is not an image that can be read{reason}") from error
+
+
+def _colour(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    """Convert any mode to RGB: 16 bits to 8 by their upper half, transparent parts laid on white."""
+    import PIL.Image
+
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
+        return PIL.Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _square(image: "PIL.Image.Image", size: int) -> "PIL.Image.Image":
+    """Scale an image to fill a square and crop it to its centre; bicubic, averaging where it shrinks."""
+    import PIL.Image
+    import PIL.ImageOps
+
+    if image.size == (size, size):
+        return image
+    return PIL.ImageOps.fit(image, (size, size), method=PIL.Image.Resampling.BICUBIC)
+
+
+def _open_cache(folder: Path) -> Images | None:
+    """Map what was kept of a source; None where it is missing or not whole."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        splits = {}
+        for split, shape in meta["shapes"].items():
+            file = folder / f"{split}.images.npy"
+            images = np.load(file, mmap_mode="r", allow_pickle=False)
+            labels = np.load(folder / f"{split}.labels.npy", allow_pickle=False)
+            if (
+                images.shape != tuple(shape)
+                or images.dtype != np.uint8
+                or file.stat().st_size != images.offset + images.nbytes
+                or labels.shape != (len(images),)
+                or labels.dtype != np.int64
+                or not 0 <= labels.min() <= labels.max() < len(meta["classes"])
+            ):
+                return None
+            splits[split] = ImageSet(images, labels)
+        return Images(splits, tuple(meta["classes"]), tuple(meta["notes"])) if "train" in splits else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+        return None
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in list(names)[:20])

@@ -1,0 +1,213 @@
+"""Sentence pairs from any source: JSON lines, tab-separated and parallel text, tables, the hub, built-in phrases.
+
+Text files are read here and not by `datasets`, so that a mistake is named with its file and line, and a line ends
+at `\\n` and nowhere else (`str.splitlines` would also split at U+2028, U+0085, form feed and others, and so put the
+two sides of parallel files out of step).
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dl7cli.data import sources
+from dl7cli.data.sources import Progress, silent
+from dl7cli.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+_FORMAT = 1
+_NESTED = "translation"
+_EVERY = 1000
+_SPLITS = ("train", "validation", "test")
+_CODE = re.compile(r"[a-z]{2,3}([-_][A-Za-z]+)?")
+
+Rows = Iterable[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The splits of a source (`train` always, `validation` and `test` where it has them) as (source, target).
+
+    The sentences are stripped and none is empty. `notes` say what was left out, for the user to read.
+    """
+
+    splits: dict[str, list[tuple[str, str]]]
+    source_language: str
+    target_language: str
+    notes: tuple[str, ...]
+
+
+def read_pairs(
+    source: str,
+    *,
+    source_language: str,
+    target_language: str,
+    offline: bool = False,
+    progress: Progress = silent,
+) -> Pairs:
+    """Read sentence pairs from a hub id, a folder, a file or `builtin:phrases`.
+
+    The languages are keys (JSON lines), columns (tables), keys of the column `translation` (as on the hub), suffixes
+    (`train.en` beside `train.de`) or a header (TSV; without one, the source comes first). Pairs of which a side is
+    blank are left out and counted in the notes. Raises UserError, naming file and line or split and row, for
+    anything that is not what it should be.
+    """
+    languages = (source_language, target_language)
+    if source_language == target_language:
+        raise UserError(f"source and target language are both `{source_language}`")
+    notes: list[str] = []
+    if sources.is_builtin(source):
+        found = _builtin(source, languages)
+    elif sources.is_local(source):
+        path = sources.existing_path(source)
+        found = _text_file(path, languages, progress) if path.is_file() else None
+        if path.is_dir():
+            found = _text_folder(path, languages, notes, progress)
+        if found is None:
+            sources.cache_folder().mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(
+                prefix=".new-", dir=sources.cache_folder(), ignore_cleanup_errors=True
+            ) as working:
+                loaded = sources.load_splits(source, progress=progress, working=Path(working))
+                found = _tables(source, loaded, languages, progress)
+                # The tables are mapped from the folder that is about to be deleted.
+                del loaded
+    else:
+        found = _hub(source, languages, offline, progress)
+    splits = {split: _without_blank(split, found[split], source, notes) for split in _SPLITS if split in found}
+    return Pairs(splits, source_language, target_language, tuple(notes))
+
+
+def _without_blank(split: str, pairs: Rows, source: str, notes: list[str]) -> list[tuple[str, str]]:
+    stripped = [(first.strip(), second.strip()) for first, second in pairs]
+    kept = [pair for pair in stripped if all(pair)]
+    if not kept:
+        raise UserError(f"the {split} split of `{source}` has no sentence pairs")
+    if blank := len(stripped) - len(kept):
+        notes.append(f"{blank} of {len(stripped)} pairs of the {split} split left out: a side is empty")
+    return kept
+
+
+def _builtin(source: str, languages: tuple[str, str]) -> dict[str, Rows]:
+    if source != "builtin:phrases":
+        raise UserError(
+            f"there are no built-in sentence pairs `{source}`", hint="the built-in pairs are `builtin:phrases`"
+        )
+    from dl7cli.data import phrases
+
+    _check_languages(languages, ("en", "de"), source)
+    forwards = languages == ("en", "de")
+    return {
+        split: [(english, german) if forwards else (german, english) for english, german in phrases.generate(split)]
+        for split in _SPLITS
+    }
+
+
+def _check_languages(languages: Iterable[str], there: Iterable[str], where: str) -> None:
+    there = list(there)
+    for language in languages:
+        if language not in there:
+            listed = ", ".join(f"`{name}`" for name in there[:20]) or "nothing"
+            raise UserError(
+                f"`{where}` has no `{language}`: there is {listed}",
+                hint="set `data.source_language` and `data.target_language` to two of these",
+            )
+
+
+def _lines(path: Path, progress: Progress) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line without its end) of a UTF-8 file; a byte order mark at its start is dropped."""
+    size, done = path.stat().st_size, 0
+    if size == 0:
+        raise UserError(f"`{path}` is empty")
+    what = f"reading {path.name}"
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                done += len(raw)
+                if number % _EVERY == 0 or done == size:
+                    progress(what, done, size)
+                try:
+                    line = raw.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"`{path}` line {number} is not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}",
+                        hint="convert the file to UTF-8",
+                    ) from error
+                yield number, (line.removeprefix("\ufeff") if number == 1 else line).removesuffix("\n").removesuffix("\r")
+    except OSError as error:
+        raise UserError(f"`{path}` cannot be read: {error.strerror}") from error
+
+
+def _text_file(path: Path, languages: tuple[str, str], progress: Progress) -> dict[str, Rows] | None:
+    """Read a single file as the training split; None where it is for `datasets` to read."""
+    match path.suffix:
+        case ".jsonl" | ".json":
+            return {"train": _json_lines(path, languages, progress)}
+        case ".tsv":
+            return {"train": _tabbed(path, languages, progress)}
+        case ".parquet":
+            return None
+    raise UserError(f"`{path}` is not a kind of file that sentence pairs are read from", hint=_WANTED)
+
+
+_WANTED = (
+    "give a `.jsonl`, `.tsv` or `.parquet` file, or a folder with `train.jsonl`, `train.tsv`, or one file per language "
+    "such as `train.en` and `train.de`"
+)
+
+
+def _text_folder(
+    folder: Path, languages: tuple[str, str], notes: list[str], progress: Progress
+) -> dict[str, Rows] | None:
+    """Read a folder of text files, one or two per split; None where it is for `datasets` to read."""
+    files = sorted(file.name for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    for suffix, read in ((".jsonl", _json_lines), (".tsv", _tabbed)):
+        if stems := [name.removesuffix(suffix) for name in files if name.endswith(suffix)]:
+            if "train" not in map(sources.split_name, stems):
+                # Such as shards, or names that a README.md maps to splits.
+                continue
+            chosen = _choose_splits(stems, str(folder), notes)
+            return {split: read(folder / (stem + suffix), languages, progress) for split, stem in chosen.items()}
+    return _parallel(folder, files, languages, notes, progress)
+
+
+def _parallel(
+    folder: Path, files: list[str], languages: tuple[str, str], notes: list[str], progress: Progress
+) -> dict[str, Rows] | None:
+    """Read `train.en` beside `train.de` and so on."""
+    named = [(stem, suffix) for stem, _, suffix in (name.rpartition(".") for name in files)]
+    ending = {stem: [suffix for other, suffix in named if other == stem] for stem, _ in named}
+    trained = [suffix for stem, suffix in named if sources.split_name(stem) == "train"]
+    if sources.has_tables(folder) and not set(languages) <= set(trained):
+        return None
+    if not trained:
+        if any(sources.split_name(entry.name) == "train" for entry in folder.iterdir()):
+            raise UserError(f"`{folder}` holds no sentence pairs that can be read", hint=_WANTED)
+        sources.by_split(sorted(entry.name for entry in folder.iterdir()), str(folder))
+    _check_languages(languages, trained, f"{folder}/train.*")
+    # A split counts as there with one of its two files, so that a missing other one is not passed over.
+    chosen = _choose_splits(
+        [stem for stem in ending if any(language in ending[stem] for language in languages)], str(folder), notes
+    )
+    splits: dict[str, Rows] = {}
+    for split, stem in chosen.items():
+        paths = [folder / f"{stem}.{language}" for language in languages]
+        for path, other in (paths, reversed(paths)):
+            if not path.is_file():
+                raise UserError(f"`{path}` is missing beside `{other}`")
+        first, second = ([line for _, line in _lines(path, progress)] for path in paths)
+        if len(first) != len(second):
+            raise UserError(
+                f"`{paths[0]}` has {len(first)} lines but `{paths[1]}` has {len(second)}",
+                hint="line n of the one has to be the translation of line n of the other",
+            )
+        splits[split] = zip(first, second, strict=True)
+    return splits

@@ -1,0 +1,342 @@
+"""Where data come from: built-in sets, files and folders, and the dataset hub through `datasets`.
+
+A source is a string: `builtin:shapes`, a path, or a hub id such as `uoft-cs/cifar10`. Where a hub data set or a
+folder has several configurations, one is chosen after a colon: `wmt/wmt14:de-en`.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import ssl
+import threading
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dl7cli.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+Progress = Callable[[str, int, int], None]
+"""What is being done, how much of it is done, how much there is in all."""
+
+BUILTIN = ("builtin:shapes", "builtin:phrases")
+REACH_SECONDS = 5.0
+
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?(:[\w.-]+)?", re.ASCII)
+_TEXT_SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".txt")
+_TABLE_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv")
+_TRUE = ("1", "ON", "YES", "TRUE")
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+def cache_folder() -> Path:
+    """Return the folder for what is kept between runs: `$DL7_CACHE`, else the user's cache folder."""
+    if folder := os.environ.get("DL7_CACHE"):
+        return Path(folder).expanduser()
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder).expanduser() / "dl7"
+    return Path.home() / ".cache" / "dl7"
+
+
+def cache_name(source: str) -> str:
+    """Return the start of the names under which a source is kept in the cache: readable, and unique by a hash."""
+    identity = str(local_path(source).resolve()) if is_local(source) else source
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", Path(identity).name).strip("-")[:40]
+    return f"{readable}-{hashlib.sha256(identity.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
+
+
+def is_builtin(source: str) -> bool:
+    """Tell whether the source names a data set that the program generates."""
+    return source.startswith("builtin:")
+
+
+def is_local(source: str) -> bool:
+    """Tell whether the source is a path: one that exists, or one that cannot be a hub id."""
+    if is_builtin(source):
+        return False
+    path, _ = _split_configuration(source)
+    return (
+        os.path.exists(os.path.expanduser(path))
+        or _HUB_ID.fullmatch(source) is None
+        or Path(source).suffix in (*_TEXT_SUFFIXES, ".parquet")
+    )
+
+
+def local_path(source: str) -> Path:
+    """Return the path of a local source, without the name of a configuration."""
+    return Path(_split_configuration(source)[0]).expanduser()
+
+
+def existing_path(source: str) -> Path:
+    """Return the path of a local source; raise UserError if nothing is there or it is an empty folder."""
+    path = local_path(source)
+    if not path.exists():
+        raise UserError(f"there is no file or folder `{source}`", hint="check the path given as the data source")
+    if path.is_dir() and not any(path.iterdir()):
+        raise UserError(f"the folder `{path}` is empty", hint="check the path given as the data source")
+    return path
+
+
+def fingerprint(path: Path) -> str:
+    """Return a hash of the names, sizes and modification times of a file or of all files below a folder."""
+    entries = []
+    for file in [path] if path.is_file() else files_below(path):
+        status = file.stat()
+        name = "" if file == path else file.relative_to(path).as_posix()
+        entries.append(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n")
+    return hashlib.sha256("".join(sorted(entries)).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def split_name(name: str) -> str | None:
+    """Return `train`, `validation` or `test` for the usual names of splits, None for any other name."""
+    return _SPLITS.get(name.lower())
+
+
+def by_split(names: Iterable[str], where: str) -> dict[str, str]:
+    """Map train, validation and test to the one among the names that stands for it.
+
+    Raises UserError when there is no training split or two names mean the same split.
+    """
+    names = list(names)
+    found: dict[str, str] = {}
+    for name in names:
+        split = split_name(name)
+        if split is None:
+            continue
+        if split in found:
+            raise UserError(
+                f"`{where}` has both `{found[split]}` and `{name}` for its {split} split", hint="remove one of them"
+            )
+        found[split] = name
+    if "train" not in found:
+        there = ", ".join(f"`{name}`" for name in names[:20]) or "nothing"
+        raise UserError(f"`{where}` has no train split: there is {there}", hint="call the training data `train`")
+    return {split: found[split] for split in ("train", "validation", "test") if split in found}
+
+
+def is_offline(offline: bool) -> bool:
+    """Tell whether no connection may be opened: asked for, or by `HF_HUB_OFFLINE` or `HF_DATASETS_OFFLINE`."""
+    return offline or any(
+        os.environ.get(name, "").upper() in _TRUE for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    )
+
+
+def available(source: str, *, offline: bool) -> bool:
+    """Tell within five seconds whether a source can be read: generated, on disk, or the hub can be reached.
+
+    For a hub id, what is kept on disk is looked at first; offline, no connection is opened.
+    """
+    if is_builtin(source):
+        return source in BUILTIN
+    if is_local(source):
+        return local_path(source).exists()
+    kept = any(cache_folder().glob(f"*/{cache_name(source)}-*/meta.json"))
+    return kept or _in_hub_cache(source) or (not is_offline(offline) and _reachable(source))
+
+
+def load_splits(
+    source: str, *, offline: bool = False, progress: Progress = silent, working: Path | None = None
+) -> "dict[str, datasets.Dataset]":
+    """Load a hub data set, a folder or a parquet file with `datasets`: its train, validation and test splits.
+
+    Other splits are left out. For local data the tables that `datasets` makes go to the folder `working` (default:
+    below the cache folder), and no connection is opened. Raises UserError if the source is not there, cannot be
+    reached or read, or has no training split.
+    """
+    if is_builtin(source):
+        raise UserError(f"`{source}` is generated and not loaded", hint=f"built-in sets are {_listed(BUILTIN)}")
+    path, configuration = _split_configuration(source)
+    arguments: dict[str, Any] = {"name": configuration}
+    if is_local(source):
+        offline = True
+        folder = existing_path(source)
+        arguments["cache_dir"] = str(working or cache_folder() / "datasets")
+        if folder.is_file():
+            if folder.suffix != ".parquet":
+                raise UserError(f"`{folder}` is not a kind of file that can be read here")
+            path, arguments["data_files"] = "parquet", {"train": str(folder.resolve())}
+        else:
+            path = str(folder.resolve())
+            if not _has_tables(folder):
+                by_split(sorted(entry.name for entry in folder.iterdir()), source)
+                raise UserError(
+                    f"`{source}` holds no data that can be read",
+                    hint="a folder needs parquet or JSON lines files, or a README.md with `configs`",
+                )
+    else:
+        offline = is_offline(offline) or not _reachable(source)
+        if offline and not _in_hub_cache(source):
+            raise UserError(
+                f"`{source}` is no file or folder here, and the hub at {_endpoint()} cannot be reached",
+                hint="give the data with `--data FOLDER`, or use `--data builtin:shapes` or `builtin:phrases`",
+            )
+    what = f"loading {source}"
+    progress(what, 0, 1)
+    with _datasets_quiet(offline) as library:
+        try:
+            loaded = library.load_dataset(path, **arguments)
+        # The data and the hub are foreign: datasets lets errors of pyarrow, yaml, httpx and its own come through.
+        except Exception as error:
+            raise _load_error(source, error) from error
+    progress(what, 1, 1)
+    return {split: loaded[name] for split, name in by_split(loaded, source).items()}
+
+
+def _split_configuration(source: str) -> tuple[str, str | None]:
+    """Take the name of a configuration off a source, unless the whole is a path that exists."""
+    if os.path.exists(os.path.expanduser(source)) or ":" not in source:
+        return source, None
+    path, _, configuration = source.rpartition(":")
+    return (path, configuration) if re.fullmatch(r"[\w.-]+", configuration) else (source, None)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder, also through links to folders."""
+    for parent, _, names in os.walk(folder, followlinks=True):
+        yield from (Path(parent, name) for name in names)
+
+
+def _has_tables(folder: Path) -> bool:
+    """Tell whether `datasets` can make something of a folder: tables in it, or a README that configures it."""
+    readme = folder / "README.md"
+    if readme.is_file() and re.search(rb"^configs:", readme.read_bytes(), re.MULTILINE):
+        return True
+    return any(file.suffix in _TABLE_SUFFIXES for file in files_below(folder))
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def _in_hub_cache(source: str) -> bool:
+    """Tell whether `datasets` has prepared this hub data set before (without importing it)."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
+    folder = Path(os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")).expanduser()
+    identity, configuration = _split_configuration(source)
+    *owner, name = identity.split("/")
+    # The folder's name is made as by datasets.naming.camelcase_to_snakecase.
+    name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)
+    name = re.sub(r"([a-z\d])([A-Z])", r"\1_\2", name).lower()
+    kept = folder / "___".join([*owner, name])
+    return any(kept.glob(f"{configuration or '*'}/*/*/dataset_info.json"))
+
+
+def _reachable(source: str) -> bool:
+    """Ask the hub for a sign of life; any answer below 500 is one. Takes at most `REACH_SECONDS`.
+
+    urllib is used since it goes through the same proxies as the hub's client. It runs in a thread of its own because
+    no time limit of a socket covers looking up the name.
+    """
+    answers: list[bool] = []
+
+    def ask() -> None:
+        url = f"{_endpoint().rstrip('/')}/api/datasets/{_split_configuration(source)[0]}"
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=REACH_SECONDS - 0.5):
+                answers.append(True)
+        except urllib.error.HTTPError as error:
+            answers.append(error.code < 500)
+            error.close()
+        except urllib.error.URLError as error:
+            # Somebody answered; whether the certificate is good is for the hub's client and its own list to say.
+            answers.append(isinstance(error.reason, ssl.SSLCertVerificationError))
+        except (OSError, ValueError):
+            answers.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(REACH_SECONDS)
+    return answers == [True]
+
+
+@contextlib.contextmanager
+def _datasets_quiet(offline: bool) -> Iterator[Any]:
+    """Import `datasets` and keep it from printing and, offline, from connecting; put back its settings after."""
+    import datasets
+    import huggingface_hub
+    from huggingface_hub.utils import logging as hub_logging
+
+    settings = [
+        (datasets.config, "HF_HUB_OFFLINE"),
+        (datasets.config, "HF_DATASETS_OFFLINE"),
+        (huggingface_hub.constants, "HF_HUB_OFFLINE"),
+    ]
+    before = [getattr(module, name) for module, name in settings]
+    verbosity, hub_verbosity = datasets.logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = datasets.are_progress_bars_disabled()
+    hub_bars = huggingface_hub.utils.are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+        hub_logging.set_verbosity(hub_logging.CRITICAL)
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
+        for module, name in settings:
+            setattr(module, name, offline)
+        try:
+            yield datasets
+        finally:
+            for (module, name), value in zip(settings, before, strict=True):
+                setattr(module, name, value)
+            datasets.logging.set_verbosity(verbosity)
+            hub_logging.set_verbosity(hub_verbosity)
+            if not bars:
+                datasets.enable_progress_bars()
+            if not hub_bars:
+                huggingface_hub.utils.enable_progress_bars()
+
+
+def _load_error(source: str, error: Exception) -> UserError:
+    """Say in one line why `datasets` could not load a source, naming the file where it can be found out."""
+    reason = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
+    lines = str(reason).strip().splitlines() or [type(reason).__name__]
+    if "Config name is missing" in lines[0] or "BuilderConfig" in lines[0]:
+        names = _listed(re.findall(r"'([\w.-]+)'", str(reason))[:20])
+        return UserError(
+            f"`{source}` has several configurations: {names}", hint=f"choose one after a colon: `{source}:NAME`"
+        )
+    if type(error).__name__ == "DatasetNotFoundError":
+        return UserError(f"the hub has no data set `{source}` that is open to you", hint="check its name")
+    if is_local(source):
+        path = local_path(source)
+        for file in sorted([path] if path.is_file() else files_below(path)):
+            if file.suffix == ".parquet" and (damage := _parquet_damage(file)):
+                return UserError(f"`{file}` cannot be read: {damage}", hint="fetch or write the file again")
+    return UserError(f"`{source}` cannot be loaded: {lines[0]}")
+
+
+def _parquet_damage(file: Path) -> str | None:
+    """Read a parquet file through; return what is wrong with it, if anything."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        for _ in pyarrow.parquet.ParquetFile(file).iter_batches(256):
+            pass
+    except (pyarrow.ArrowException, OSError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,200 @@
+"""Where a model runs: device, precision, threads; and the random state that goes with it."""
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ContextManager
+
+import torch
+from torch import Tensor
+
+from dl7cli.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A device and the precision used on it, with the reason for both."""
+
+    device: torch.device
+    precision: str
+    device_name: str
+    reason: str
+
+    def autocast(self) -> ContextManager[Any]:
+        """Matrix products and convolutions run in the precision chosen; weights and sums stay in float32."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.precision])
+
+
+def choose(device: str = "auto", precision: str = "auto", gpus: str | None = None) -> Runtime:
+    """Turn the flags into a device that exists and a precision it can do.
+
+    Raises UserError for a device or precision that is not to be had, saying what was seen.
+    """
+    if gpus is not None:
+        if device not in ("auto", "cuda"):
+            raise UserError(f"`--gpus {gpus}` and `--device {device}` contradict each other", hint="give one of them")
+        device = _only_gpu(gpus)
+    chosen, why = _device(device)
+    known = ("auto", *DTYPES)
+    if precision not in known:
+        raise UserError(f"there is no precision `{precision}`", hint=f"choose one of {', '.join(known)}")
+    fast = _bf16_hardware(chosen)
+    if precision == "auto":
+        precision = "bf16" if fast else "fp32"
+        why += f"; {precision} because {fast or 'this hardware has no fast bf16'}"
+    elif precision == "fp16" and chosen.type == "cpu":
+        raise UserError("the CPU cannot train in fp16", hint="use `--precision bf16` or `--precision fp32`")
+    else:
+        why += f"; {precision} as asked"
+    return Runtime(chosen, precision, _name(chosen), why)
+
+
+def seed_everything(seed: int) -> None:
+    """Start torch's random streams, those of every GPU included, from `seed`."""
+    torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of the random streams in use, as byte tensors for a checkpoint."""
+    state = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["random.cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what `random_state` gave; a stream that was not saved (another kind of device) is left as it is."""
+    torch.set_rng_state(state["random.cpu"])
+    if device.type == "cuda" and "random.cuda" in state:
+        torch.cuda.set_rng_state(state["random.cuda"], device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory the process has had on the GPU, or in main memory where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """No gradients, no dropout, running statistics; the mode the model was in comes back at the end."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def report() -> dict[str, Any]:
+    """What `dl7 doctor` prints: versions, processor, GPUs, threads and what `auto` would choose."""
+    chosen = choose()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+        "cpu": {
+            "name": cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "bf16": _bf16_hardware(torch.device("cpu")) or "no",
+        },
+        "gpus": [
+            {
+                "index": index,
+                "name": torch.cuda.get_device_name(index),
+                "memory_bytes": torch.cuda.get_device_properties(index).total_memory,
+            }
+            for index in range(torch.cuda.device_count())
+        ],
+        "mps": torch.backends.mps.is_available(),
+        "chosen": {"device": chosen.device_name, "precision": chosen.precision, "reason": chosen.reason},
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _only_gpu(gpus: str) -> str:
+    if gpus == "all" and torch.cuda.device_count() == 1:
+        return "cuda:0"
+    if gpus.isdigit():
+        return f"cuda:{gpus}"
+    raise UserError(
+        f"`--gpus {gpus}`: this version trains on one GPU at a time; seen here: {_seen_gpus()}",
+        hint="give one number, such as `--gpus 0`",
+    )
+
+
+def _device(name: str) -> tuple[torch.device, str]:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0), "the first CUDA GPU"
+        return torch.device("cpu"), "the CPU, as no CUDA GPU was seen"
+    kind, separator, index = name.partition(":")
+    wrong = UserError(f"there is no device `{name}`", hint="choose one of auto, cpu, cuda, cuda:N, mps")
+    if kind not in ("cpu", "cuda", "mps") or (separator and (kind != "cuda" or not index.isdigit())):
+        raise wrong
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"there is no device `{name}`; seen here: {_seen_gpus()}", hint="use `--device cpu`")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("there is no device `mps` on this machine", hint="use `--device cpu`")
+    return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind), f"{name} as asked"
+
+
+def _seen_gpus() -> str:
+    names = [f"cuda:{n} ({torch.cuda.get_device_name(n)})" for n in range(torch.cuda.device_count())]
+    return ", ".join(names) or "no CUDA GPU"
+
+
+def _bf16_hardware(device: torch.device) -> str:
+    """What makes bf16 fast on this device, or an empty string."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"the GPU has compute capability {major}.{minor}" if major >= 8 else ""
+    if device.type == "cpu":
+        # Torch's own questions are private and have changed between versions; the kernel's list of flags has not.
+        flags = _cpu_flags()
+        if "amx_bf16" in flags:
+            return "the CPU has AMX"
+        if "avx512_bf16" in flags:
+            return "the CPU has AVX512-BF16"
+    return ""
+
+
+def _cpu_flags() -> set[str]:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("flags"):
+                return set(line.partition(":")[2].split())
+    return set()
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"cpu ({cpu_name()}, {threads} thread{'s' if threads > 1 else ''})"
+    return device.type

@@ -1,0 +1,205 @@
+"""Image classification: where a recipe meets images, a residual network, cross-entropy and accuracy."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dl7cli.data import augmentation
+from dl7cli.data.images import ImageSet, read_image_file, read_images, statistics
+from dl7cli.data.sources import Progress, silent
+from dl7cli.device import Runtime, evaluation_mode, seed_everything
+from dl7cli.errors import UserError
+from dl7cli.metrics import Scores, accuracy
+from dl7cli.models.resnet import ResNet
+from dl7cli.recipe import ClassificationRecipe
+
+EVALUATION_BATCH = 500
+
+
+class ImageBatch(NamedTuple):
+    images: Tensor
+    """(B, 3, H, W) float32, normalised"""
+    labels: Tensor
+    """(B,) int64"""
+
+
+class Classification:
+    """A classifier with its data; `assets` are class names, normalisation and image size, all that using it needs."""
+
+    unit = "images"
+
+    def __init__(
+        self,
+        recipe: ClassificationRecipe,
+        assets: dict[str, Any] | None = None,
+        *,
+        runtime: Runtime,
+        offline: bool = False,
+        progress: Progress = silent,
+    ) -> None:
+        self.recipe = recipe
+        self.runtime = runtime
+        self.notes: list[str] = []
+        self._offline = offline
+        self._progress = progress
+        self._data: dict[str, ImageSet] | None = None
+        self._on_device: dict[str, tuple[Tensor, Tensor]] = {}
+        if assets is None:
+            self._data, classes = self._read(recipe.data.image_size)
+            images = self._data["train"].images
+            mean, deviation = statistics(images)
+            assets = {
+                "classes": list(classes),
+                "mean": list(mean),
+                # A channel that never changes would be divided by zero.
+                "deviation": [max(value, 1e-3) for value in deviation],
+                "image_size": int(images.shape[1]),
+            }
+        self.assets = assets
+        seed_everything(recipe.training.seed)
+        model = ResNet(recipe.model.depth, len(assets["classes"]))
+        # Channels last is how both oneDNN and cuDNN run these convolutions fastest.
+        self.model = model.to(runtime.device, memory_format=torch.channels_last)
+
+    @property
+    def data_name(self) -> str:
+        return self.recipe.data.source
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def splits(self) -> dict[str, int]:
+        """Images in each split."""
+        return {name: len(split.labels) for name, split in self._splits().items()}
+
+    def steps(self, epoch: int) -> int:
+        """Batches of an epoch, counted from 0; the last one may be smaller."""
+        return -(-len(self._splits()["train"].labels) // self.recipe.training.batch_size)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[ImageBatch]:
+        """The training batches of an epoch from number `start` on: order and augmentation depend on seed and epoch alone."""
+        images, labels = self._resident("train")
+        device = self.runtime.device
+        data, size = self.recipe.data, self.recipe.training.batch_size
+        fill = torch.tensor([round(255 * mean) for mean in self.assets["mean"]], dtype=torch.uint8, device=device)
+        order = torch.randperm(len(labels), generator=_generator(self.recipe.training.seed, epoch))
+        for batch in range(start, self.steps(epoch)):
+            chosen = order[batch * size : (batch + 1) * size].to(device)
+            changed = augmentation.shift_and_flip(
+                images[chosen],
+                _generator(self.recipe.training.seed, epoch, batch),
+                padding=data.crop_padding,
+                flip=data.flip,
+                fill=fill,
+            )
+            yield ImageBatch(self._normalise(changed), labels[chosen])
+
+    def loss(self, batch: ImageBatch) -> tuple[Tensor, int]:
+        """Cross-entropy summed over the batch, and how many images that is."""
+        with self.runtime.autocast():
+            scores = self.model(batch.images)
+        smoothing = self.recipe.training.label_smoothing
+        total = functional.cross_entropy(
+            scores.float(), batch.labels, reduction="sum", label_smoothing=smoothing
+        )
+        return total, len(batch.labels)
+
+    def validate(self) -> Scores:
+        """The scores by which the best epoch is chosen."""
+        return self.evaluate("validation")
+
+    def evaluate(self, split: str) -> Scores:
+        """Accuracy on a split of the data. Raises UserError where the data has no such split."""
+        if split not in self._splits():
+            raise UserError(
+                f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}"
+            )
+        images, labels = self._resident(split)
+        logits = [self._scores(images[at : at + EVALUATION_BATCH]) for at in range(0, len(labels), EVALUATION_BATCH)]
+        return accuracy(torch.cat(logits), labels)
+
+    def classify(self, paths: Sequence[Path], top: int) -> list[list[tuple[str, float]]]:
+        """For each image file the `top` most probable classes with their probabilities, best first."""
+        answers = []
+        for path in paths:
+            image = torch.from_numpy(read_image_file(path, self.assets["image_size"])[None])
+            probabilities = self._scores(image.to(self.runtime.device))[0].softmax(dim=0)
+            best = probabilities.topk(min(top, len(probabilities)))
+            answers.append(
+                [
+                    (self.assets["classes"][index], value)
+                    for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+                ]
+            )
+        return answers
+
+    def _scores(self, images: Tensor) -> Tensor:
+        with evaluation_mode(self.model), self.runtime.autocast():
+            scores: Tensor = self.model(self._normalise(images))
+            return scores.float()
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return augmentation.normalise(images, self.assets["mean"], self.assets["deviation"])
+
+    def _read(self, image_size: int | None) -> tuple[dict[str, ImageSet], tuple[str, ...]]:
+        """The splits, validation among them, and the class names."""
+        data = self.recipe.data
+        images = read_images(
+            data.source,
+            image=data.image,
+            label=data.label,
+            image_size=image_size,
+            offline=self._offline,
+            progress=self._progress,
+        )
+        self.notes.extend(images.notes)
+        splits = dict(images.splits)
+        if "validation" not in splits:
+            splits["train"], splits["validation"] = _carve(splits["train"], data.validation_fraction)
+            self.notes.append(f"{len(splits['validation'].labels):,} images of train are kept for validation")
+        return splits, images.classes
+
+    def _splits(self) -> dict[str, ImageSet]:
+        if self._data is None:
+            splits, classes = self._read(self.assets["image_size"])
+            if list(classes) != self.assets["classes"]:
+                raise UserError(
+                    f"`{self.data_name}` has other classes than the model was trained on",
+                    hint=f"the model knows {', '.join(self.assets['classes'])}",
+                )
+            self._data = splits
+        return self._data
+
+    def _resident(self, split: str) -> tuple[Tensor, Tensor]:
+        """A split's images and labels as tensors on the device, copied there once."""
+        if split not in self._on_device:
+            data = self._splits()[split]
+            images, labels = torch.from_numpy(np.array(data.images)), torch.from_numpy(np.array(data.labels))
+            self._on_device[split] = images.to(self.runtime.device), labels.to(self.runtime.device)
+        return self._on_device[split]
+
+
+def _carve(train: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
+    """Split training images into two; the choice is the same for every seed, so that runs can be compared."""
+    count = len(train.labels)
+    order = np.random.default_rng(0).permutation(count)
+    kept = max(1, round(count * fraction))
+    if kept >= count:
+        raise UserError(f"{count} training images are too few to keep some for validation", hint="add images")
+    first, rest = np.sort(order[:kept]), np.sort(order[kept:])
+    return (
+        ImageSet(train.images[rest], train.labels[rest]),
+        ImageSet(train.images[first], train.labels[first]),
+    )
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """A random stream that is a pure function of the numbers."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator().manual_seed(seed)

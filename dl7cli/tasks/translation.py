@@ -1,0 +1,283 @@
+"""Translation: where a recipe meets sentence pairs, a vocabulary, a sequence-to-sequence model, search and BLEU."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dl7cli.data.pairs import Pairs, read_pairs
+from dl7cli.data.sources import Progress, silent
+from dl7cli.data.vocabulary import BOS, EOS, PAD, UNKNOWN, Vocabulary
+from dl7cli.device import Runtime, evaluation_mode, seed_everything
+from dl7cli.errors import UserError
+from dl7cli.metrics import Scores, bleu
+from dl7cli.models.seq2seq import Seq2Seq
+from dl7cli.recipe import TranslationRecipe
+from dl7cli.search import Hypothesis, beam_search
+
+TRANSLATION_BATCH = 128
+"""Sentences translated at once."""
+
+
+class PairBatch(NamedTuple):
+    """B sentence pairs of at most S source and T target subwords, padded with PAD."""
+
+    source: Tensor
+    """(B, S)"""
+    lengths: Tensor
+    """(B,) subwords of each source sentence, eos included"""
+    previous: Tensor
+    """(B, T) target subwords from bos on: what the decoder reads"""
+    target: Tensor
+    """(B, T) target subwords up to eos: what it should answer"""
+
+
+class TranslatedLine(NamedTuple):
+    text: str
+    score: float
+    alternatives: list[tuple[str, float]]
+    """The n best with their scores, the first included; none for a blank line."""
+    cut: bool
+    """Whether the line was longer than the model's limit."""
+
+
+class Translation:
+    """A translator with its data; `assets` are the vocabulary and the languages, all that using it needs."""
+
+    unit = "target tokens"
+
+    def __init__(
+        self,
+        recipe: TranslationRecipe,
+        assets: dict[str, Any] | None = None,
+        *,
+        runtime: Runtime,
+        offline: bool = False,
+        progress: Progress = silent,
+    ) -> None:
+        self.recipe = recipe
+        self.runtime = runtime
+        self.notes: list[str] = []
+        self._offline = offline
+        self._progress = progress
+        self._pairs: dict[str, list[tuple[str, str]]] | None = None
+        self._encoded: list[tuple[list[int], list[int]]] | None = None
+        self._plan: tuple[int, list[np.ndarray]] | None = None
+        if assets is None:
+            train = self._splits()["train"]
+            progress("learning the vocabulary", 0, 1)
+            vocabulary = Vocabulary.train((text for pair in train for text in pair), recipe.data.vocabulary_size)
+            progress("learning the vocabulary", 1, 1)
+            assets = {
+                "vocabulary": vocabulary.to_json(),
+                "source_language": recipe.data.source_language,
+                "target_language": recipe.data.target_language,
+            }
+        self.assets = assets
+        self.vocabulary = Vocabulary.from_json(assets["vocabulary"])
+        seed_everything(recipe.training.seed)
+        self.model = Seq2Seq(
+            len(self.vocabulary),
+            pad=PAD,
+            embedding_width=recipe.model.embedding_width,
+            encoder_width=recipe.model.encoder_width,
+            encoder_layers=recipe.model.encoder_layers,
+            decoder_width=recipe.model.decoder_width,
+            dropout=recipe.model.dropout,
+        ).to(runtime.device)
+
+    @property
+    def data_name(self) -> str:
+        return self.recipe.data.source
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def splits(self) -> dict[str, int]:
+        """Sentence pairs in each split."""
+        return {name: len(pairs) for name, pairs in self._splits().items()}
+
+    def steps(self, epoch: int) -> int:
+        """Batches of an epoch, counted from 0."""
+        return len(self._batch_plan(epoch))
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[PairBatch]:
+        """The training batches of an epoch from number `start` on; the order depends on seed and epoch alone."""
+        pairs = self._training_pairs()
+        for chosen in self._batch_plan(epoch)[start:]:
+            yield self._batch([pairs[index] for index in chosen])
+
+    def loss(self, batch: PairBatch) -> tuple[Tensor, int]:
+        """Cross-entropy with label smoothing summed over the target subwords, eos included, and how many they are."""
+        real = batch.target != PAD
+        with self.runtime.autocast():
+            readout = self.model(batch.source, batch.lengths, batch.previous)
+            logits = self.model.logits(readout[real])
+        target = batch.target[real]
+        smoothing = self.recipe.training.label_smoothing
+        total = functional.cross_entropy(logits.float(), target, reduction="sum", label_smoothing=smoothing)
+        return total, len(target)
+
+    def validate(self) -> Scores:
+        """The scores by which the best epoch is chosen: greedy, as a beam would cost five times as much each epoch."""
+        return self.evaluate("validation", beam=1)
+
+    def evaluate(
+        self, split: str, *, beam: int | None = None, length_penalty: float | None = None
+    ) -> Scores:
+        """BLEU of a split's translations against its references. Raises UserError where the data has no such split."""
+        if split not in self._splits():
+            raise UserError(
+                f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}"
+            )
+        pairs = self._splits()[split]
+        translated = self.translate([source for source, _ in pairs], beam=beam, length_penalty=length_penalty)
+        return bleu([line.text for line in translated], [target for _, target in pairs])
+
+    def translate(
+        self,
+        lines: Sequence[str],
+        *,
+        beam: int | None = None,
+        length_penalty: float | None = None,
+        n_best: int = 1,
+    ) -> list[TranslatedLine]:
+        """Translate each line; a blank one stays blank. Beam and length penalty are the recipe's where not given.
+
+        Lines of like length are searched together, which changes no result, only the time.
+        """
+        decoding = self.recipe.decoding
+        limit = self.recipe.data.max_length
+        encoded = [ids[:limit] for ids in self.vocabulary.encode_all([line.strip() for line in lines])]
+        answers = [TranslatedLine("", 0.0, [], False)] * len(lines)
+        order = sorted((at for at, ids in enumerate(encoded) if ids), key=lambda at: len(encoded[at]))
+        for begin in range(0, len(order), TRANSLATION_BATCH):
+            chosen = order[begin : begin + TRANSLATION_BATCH]
+            found = self._search(
+                [encoded[at] for at in chosen],
+                beam=max(decoding.beam if beam is None else beam, n_best),
+                length_penalty=decoding.length_penalty if length_penalty is None else length_penalty,
+                n_best=n_best,
+            )
+            for at, hypotheses in zip(chosen, found, strict=True):
+                texts = [(self.vocabulary.decode(one.ids), one.score) for one in hypotheses]
+                cut = len(self.vocabulary.encode(lines[at].strip())) > limit
+                answers[at] = TranslatedLine(texts[0][0], texts[0][1], texts, cut)
+            self._progress("translating", begin + len(chosen), len(order))
+        return answers
+
+    def _search(
+        self, sources: list[list[int]], *, beam: int, length_penalty: float, n_best: int
+    ) -> list[list[Hypothesis]]:
+        """Beam search in float32 whatever the training precision, so that near ties do not depend on the batch."""
+        source, lengths = self._padded([[*ids, EOS] for ids in sources])
+        with evaluation_mode(self.model):
+            context, state = self.model.encode(source, lengths)
+            return beam_search(
+                self.model.step,
+                context,
+                state,
+                beam=beam,
+                max_length=[2 * len(ids) + 10 for ids in sources],
+                bos=BOS,
+                eos=EOS,
+                length_penalty=length_penalty,
+                n_best=n_best,
+                forbidden=(PAD, UNKNOWN, BOS),
+            )
+
+    def _splits(self) -> dict[str, list[tuple[str, str]]]:
+        if self._pairs is None:
+            self._pairs = self._read()
+        return self._pairs
+
+    def _read(self) -> dict[str, list[tuple[str, str]]]:
+        data = self.recipe.data
+        found: Pairs = read_pairs(
+            data.source,
+            source_language=data.source_language,
+            target_language=data.target_language,
+            offline=self._offline,
+            progress=self._progress,
+        )
+        self.notes.extend(found.notes)
+        splits = dict(found.splits)
+        if "validation" not in splits:
+            splits["train"], splits["validation"] = _carve(splits["train"], data.validation_fraction)
+            self.notes.append(f"{len(splits['validation']):,} pairs of train are kept for validation")
+        return splits
+
+    def _training_pairs(self) -> list[tuple[list[int], list[int]]]:
+        """Training pairs as subword ids, without those longer than the recipe's limit."""
+        if self._encoded is None:
+            pairs = self._splits()["train"]
+            limit = self.recipe.data.max_length
+            sources = self.vocabulary.encode_all([source for source, _ in pairs])
+            targets = self.vocabulary.encode_all([target for _, target in pairs])
+            both = zip(sources, targets, strict=True)
+            self._encoded = [(source, target) for source, target in both if max(len(source), len(target)) <= limit]
+            if not self._encoded:
+                raise UserError(
+                    f"no training pair of `{self.data_name}` is within {limit} subwords",
+                    hint="raise `--set data.max_length=N`",
+                )
+            if len(self._encoded) < len(pairs):
+                left_out = len(pairs) - len(self._encoded)
+                self.notes.append(f"{left_out:,} training pairs longer than {limit} subwords are left out")
+        return self._encoded
+
+    def _batch_plan(self, epoch: int) -> list[np.ndarray]:
+        """The pairs of each batch of an epoch: of like length, at most `batch_tokens` padded target steps, in random order."""
+        if self._plan is None or self._plan[0] != epoch:
+            pairs = self._training_pairs()
+            random = np.random.default_rng([self.recipe.training.seed, epoch])
+            targets = np.array([len(target) + 1 for _, target in pairs])
+            sources = np.array([len(source) + 1 for source, _ in pairs])
+            # The noise lets pairs meet other partners in every epoch.
+            order = np.lexsort((sources + random.random(len(pairs)), targets + 2 * random.random(len(pairs)) // 1))
+            batches = _fill(order, targets, self.recipe.training.batch_tokens)
+            self._plan = epoch, [batches[index] for index in random.permutation(len(batches))]
+        return self._plan[1]
+
+    def _batch(self, pairs: list[tuple[list[int], list[int]]]) -> PairBatch:
+        source, lengths = self._padded([[*ids, EOS] for ids, _ in pairs])
+        previous, _ = self._padded([[BOS, *ids] for _, ids in pairs])
+        target, _ = self._padded([[*ids, EOS] for _, ids in pairs])
+        return PairBatch(source, lengths, previous, target)
+
+    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Rows of ids as one tensor (B, longest), and their lengths (B,), on the device."""
+        lengths = [len(row) for row in rows]
+        longest = max(lengths)
+        padded = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
+        device = self.runtime.device
+        return padded.to(device), torch.tensor(lengths, device=device)
+
+
+def _fill(order: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Cut `order` into runs whose longest member times their number is at most `tokens`; at least one each."""
+    batches = []
+    begin, longest = 0, 0
+    for at, index in enumerate(order):
+        grown = max(longest, int(lengths[index]))
+        if at > begin and grown * (at + 1 - begin) > tokens:
+            batches.append(order[begin:at])
+            begin, grown = at, int(lengths[index])
+        longest = grown
+    return [*batches, order[begin:]]
+
+
+def _carve(
+    pairs: list[tuple[str, str]], fraction: float
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Split training pairs into two; the choice is the same for every seed, so that runs can be compared."""
+    kept = max(1, round(len(pairs) * fraction))
+    if kept >= len(pairs):
+        raise UserError(f"{len(pairs)} training pairs are too few to keep some for validation", hint="add pairs")
+    chosen = set(np.random.default_rng(0).permutation(len(pairs))[:kept].tolist())
+    rest = [pair for at, pair in enumerate(pairs) if at not in chosen]
+    return rest, [pair for at, pair in enumerate(pairs) if at in chosen]

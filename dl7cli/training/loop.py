@@ -1,0 +1,129 @@
+"""The training loop: a generator of reports. It knows no disk and no console; who reads the reports saves and prints."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dl7cli.checkpoint import Progress
+from dl7cli.device import random_state, restore_random_state
+from dl7cli.errors import UserError
+from dl7cli.metrics import Scores
+from dl7cli.tasks import Task
+from dl7cli.training.optimisation import (
+    build_optimiser,
+    learning_rate,
+    optimiser_tensors,
+    restore_optimiser,
+)
+
+STEPS_BETWEEN_CHECKS = 50
+"""On a GPU, how often the loss is looked at: each look makes the processor wait for the device."""
+
+
+class Report(NamedTuple):
+    """What one step, or the validation after an epoch, has brought."""
+
+    progress: Progress
+    loss: Tensor
+    """Mean over the examples of the step, on the device."""
+    gradient_norm: Tensor
+    """Before clipping, on the device."""
+    learning_rate: float
+    examples: int
+    """Images or target tokens of the step."""
+    scores: Scores | None = None
+    """Of validation, after an epoch."""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What changes while training, besides the model itself."""
+
+    optimiser: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    @classmethod
+    def of(cls, task: Task) -> "Trainer":
+        scaler = torch.amp.GradScaler(task.runtime.device.type, enabled=task.runtime.precision == "fp16")
+        return cls(build_optimiser(task.model, task.recipe.optim), scaler)
+
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """Everything that resuming needs besides the weights, as named tensors."""
+        scale = {
+            f"scaler.{name}": torch.tensor(float(value))
+            for name, value in self.scaler.state_dict().items()
+        }
+        return {**optimiser_tensors(self.optimiser), **random_state(device), **scale}
+
+    def restore(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        """Put back what `tensors` gave."""
+        restore_optimiser(self.optimiser, tensors)
+        if self.scaler.is_enabled() and "scaler.scale" in tensors:
+            state = self.scaler.state_dict()
+            self.scaler.load_state_dict(
+                {name: type(value)(tensors[f"scaler.{name}"].item()) for name, value in state.items()}
+            )
+        restore_random_state(tensors, device)
+
+
+def total_steps(task: Task) -> int:
+    """Optimiser steps of the whole training."""
+    return sum(task.steps(epoch) for epoch in range(task.recipe.training.epochs))
+
+
+def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
+    """Train from `start` to the recipe's last epoch; yields after every step and after the validation of every epoch.
+
+    A caller may save at any report and go on later from its `progress`: the result is the same. Raises UserError where
+    the loss or the gradient is not finite, before the weights are touched (on a GPU up to 50 steps later).
+    """
+    training, optim = task.recipe.training, task.recipe.optim
+    optimiser, scaler = trainer.optimiser, trainer.scaler
+    parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+    on_cpu = task.runtime.device.type == "cpu"
+    steps = total_steps(task)
+    progress = start
+    loss = norm = torch.zeros(())
+    rate = 0.0
+    for epoch in range(start.epoch, training.epochs):
+        task.model.train()
+        first = progress.batch
+        for number, batch in enumerate(task.batches(epoch, first), start=first + 1):
+            rate = learning_rate(optim, progress.step, steps)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            total, examples = task.loss(batch)
+            mean = total / examples
+            optimiser.zero_grad(set_to_none=True)
+            scaler.scale(mean).backward()
+            scaler.unscale_(optimiser)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            loss = mean.detach()
+            if on_cpu or progress.step % STEPS_BETWEEN_CHECKS == 0:
+                check_finite(loss, norm, progress.step + 1, rate, scaled=scaler.is_enabled())
+            if optim.clip_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(parameters, optim.clip_norm, norm)
+            scaler.step(optimiser)
+            scaler.update()
+            progress = progress._replace(batch=number, step=progress.step + 1)
+            yield Report(progress, loss, norm, rate, examples)
+        scores = task.validate()
+        progress = progress._replace(epoch=epoch + 1, batch=0)
+        if progress.best is None or scores.score > progress.best:
+            progress = progress._replace(best=scores.score, best_epoch=epoch + 1)
+        yield Report(progress, loss, norm, rate, 0, scores)
+
+
+def check_finite(loss: Tensor, norm: Tensor, step: int, rate: float, *, scaled: bool = False) -> None:
+    """Raise UserError where the loss, or a gradient that no scaler will mend, is NaN or infinite."""
+    if math.isfinite(loss.item()) and (scaled or math.isfinite(norm.item())):
+        return
+    raise UserError(
+        f"the loss is not finite at step {step}: loss {loss.item():.4g}, learning rate {rate:.4g}, "
+        f"gradient norm {norm.item():.4g}",
+        hint="lower `--set optim.learning_rate=…` or set `--set optim.clip_norm=1.0`",
+    )

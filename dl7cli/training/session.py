@@ -1,0 +1,357 @@
+"""A training in its run folder: what is written when, signals, resuming, and the final evaluation."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+from dl7cli import checkpoint, runs, tasks
+from dl7cli.checkpoint import Checkpoint, Progress
+from dl7cli.data.sources import Progress as ProgressCall
+from dl7cli.data.sources import silent
+from dl7cli.device import Runtime, peak_memory_bytes
+from dl7cli.errors import UserError
+from dl7cli.metrics import Scores
+from dl7cli.recipe import Recipe
+from dl7cli.runs import Run
+from dl7cli.tasks import Task
+from dl7cli.tasks.translation import Translation
+from dl7cli.training.loop import Report, Trainer, check_finite, fit, total_steps
+
+SECONDS_BETWEEN_STEP_EVENTS = 0.25
+STEPS_BETWEEN_RECORDS = 50
+STEPS_BEFORE_TIMING = 3
+
+
+class Plan(NamedTuple):
+    """What a training is about to do."""
+
+    recipe: Recipe
+    run: Path
+    data: str
+    splits: dict[str, int]
+    notes: list[str]
+    parameters: int
+    device: str
+    precision: str
+    reason: str
+    steps: int
+    epochs: int
+    resumed_step: int
+
+
+class Step(NamedTuple):
+    """How a training stands, a few times a second at most."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    rate: float
+    unit: str
+    remaining_seconds: float
+
+
+class Epoch(NamedTuple):
+    """An epoch's end."""
+
+    epoch: int
+    scores: Scores
+    split: str
+    best: bool
+    seconds: float
+
+
+class Listener(Protocol):
+    """Whoever shows a training to a person."""
+
+    def plan(self, plan: Plan) -> None: ...
+    def step(self, step: Step) -> None: ...
+    def epoch(self, epoch: Epoch) -> None: ...
+    def note(self, text: str) -> None: ...
+    def progress(self, what: str, done: int, total: int) -> None: ...
+
+
+class Interrupted(Exception):
+    """A signal ended the training; its state is saved and it can be resumed."""
+
+    def __init__(self, run: Path, signal_number: int) -> None:
+        super().__init__(f"interrupted by signal {signal_number}")
+        self.run = run
+        self.signal = signal_number
+
+
+def train(
+    recipe: Recipe, *, out: Path | None = None, runtime: Runtime, offline: bool = False, listener: Listener
+) -> dict[str, Any]:
+    """Train a recipe in a new run folder and evaluate the best epoch; returns what `--json` prints.
+
+    Raises UserError for anything a user can put right, before the run folder is made where possible, and Interrupted
+    after a SIGINT or SIGTERM, when the run can be resumed.
+    """
+    begin = time.monotonic()
+    task = tasks.build(recipe, runtime=runtime, offline=offline, progress=listener.progress)
+    steps = total_steps(task)
+    run = runs.create(recipe, recipe.name, out)
+    with runs.lock(run):
+        trainer = Trainer.of(task)
+        _save(run.last, task, trainer, Progress(), {})
+        return _run(run, task, trainer, Progress(), {}, steps, listener, begin)
+
+
+def resume(run: str, *, runtime: Runtime, offline: bool = False, listener: Listener) -> dict[str, Any]:
+    """Go on with an interrupted run from its last checkpoint; raises as `train`."""
+    begin = time.monotonic()
+    found, _ = runs.find(run)
+    with runs.lock(found):
+        saved = checkpoint.load(found.last, training=True)
+        if saved.progress.epoch >= saved.recipe.training.epochs and (found.folder / "result.json").exists():
+            raise UserError(f"run `{found.folder}` is finished", hint=f"`dl7 eval {found.folder}` evaluates it")
+        task = tasks.build(
+            saved.recipe, saved.assets, runtime=runtime, offline=offline, progress=listener.progress
+        )
+        if task.splits()["train"] != saved.assets["training_examples"]:
+            raise UserError(
+                f"`{task.data_name}` now has {task.splits()['train']:,} training examples; the run began with "
+                f"{saved.assets['training_examples']:,}",
+                hint="resuming needs the same data; train anew instead",
+            )
+        tasks.restore(task, saved)
+        trainer = Trainer.of(task)
+        trainer.restore(saved.training, runtime.device)
+        runs.trim_metrics(found, saved.progress.step)
+        return _run(found, task, trainer, saved.progress, saved.scores, total_steps(task), listener, begin)
+
+
+def evaluate(
+    run: str | None,
+    *,
+    split: str = "test",
+    data: str | None = None,
+    beam: int | None = None,
+    length_penalty: float | None = None,
+    runtime: Runtime,
+    offline: bool = False,
+    progress: ProgressCall = silent,
+) -> dict[str, Any]:
+    """Evaluate a run's best epoch (or the checkpoint named) on a split and note that it was read; returns what `--json` prints."""
+    begin = time.monotonic()
+    found, folder = runs.find(run)
+    task = tasks.load(folder, runtime=runtime, offline=offline, progress=progress, data=data)
+    if isinstance(task, Translation):
+        scores = task.evaluate(split, beam=beam, length_penalty=length_penalty)
+    elif beam is not None or length_penalty is not None:
+        raise UserError(f"run `{found.folder}` is a classifier: it has no beam", hint="leave the option out")
+    else:
+        scores = task.evaluate(split)
+    result = _result(found, task, split, scores, time.monotonic() - begin)
+    settings = {"beam": beam, "length_penalty": length_penalty, "checkpoint": folder.name}
+    runs.append_evaluation(found, {**result, **{name: value for name, value in settings.items() if value is not None}})
+    return result
+
+
+def _run(
+    run: Run,
+    task: Task,
+    trainer: Trainer,
+    start: Progress,
+    scores: dict[str, float],
+    steps: int,
+    listener: Listener,
+    begin: float,
+) -> dict[str, Any]:
+    recipe, runtime = task.recipe, task.runtime
+    runs.write_environment(
+        run, {"device": runtime.device_name, "precision": runtime.precision, "resumed_step": start.step}
+    )
+    listener.plan(
+        Plan(
+            recipe=recipe,
+            run=run.folder,
+            data=task.data_name,
+            splits=task.splits(),
+            notes=task.notes,
+            parameters=task.parameters,
+            device=runtime.device_name,
+            precision=runtime.precision,
+            reason=runtime.reason,
+            steps=steps,
+            epochs=recipe.training.epochs,
+            resumed_step=start.step,
+        )
+    )
+    watch = _Watch(task, steps, start)
+    progress = start
+    saved_at = time.monotonic()
+    with _signals() as received:
+        for report in fit(task, trainer, start=start):
+            watch.see(report)
+            progress = report.progress._replace(seconds=start.seconds + watch.seconds)
+            if report.scores is not None:
+                scores = report.scores.values
+                best = progress.best_epoch == progress.epoch
+                if best:
+                    _save(run.best, task, None, progress, scores)
+                runs.append_metrics(
+                    run,
+                    {
+                        **watch.record(report),
+                        "primary": report.scores.primary,
+                        "scores": scores,
+                        "seconds": round(progress.seconds, 3),
+                    },
+                )
+                listener.epoch(Epoch(progress.epoch, report.scores, "validation", best, progress.seconds))
+            elif progress.step % STEPS_BETWEEN_RECORDS == 0:
+                runs.append_metrics(run, watch.record(report))
+            due = time.monotonic() - saved_at > 60 * recipe.training.checkpoint_minutes
+            if report.scores is not None or due or received:
+                check_finite(report.loss, report.gradient_norm, progress.step, report.learning_rate, scaled=True)
+                _save(run.last, task, trainer, progress, scores)
+                saved_at = time.monotonic()
+            if received:
+                raise Interrupted(run.folder, received[0])
+            if watch.due():
+                listener.step(watch.step(report))
+    tasks.restore(task, checkpoint.load(run.best))
+    split = "test" if "test" in task.splits() else "validation"
+    result = _result(run, task, split, task.evaluate(split), time.monotonic() - begin)
+    result |= {
+        "steps": progress.step,
+        "training_seconds": round(progress.seconds, 3),
+        "best_epoch": progress.best_epoch,
+        "parameters": task.parameters,
+        "device": runtime.device_name,
+        "precision": runtime.precision,
+        "rate": round(watch.rate, 1),
+        "peak_memory_bytes": peak_memory_bytes(runtime.device),
+    }
+    runs.append_evaluation(run, result)
+    runs.write_result(run, result)
+    return result
+
+
+def _result(run: Run, task: Task, split: str, scores: Scores, seconds: float) -> dict[str, Any]:
+    return {
+        "run": str(run.folder),
+        "task": task.recipe.task,
+        "recipe": task.recipe.name,
+        "data": task.data_name,
+        "split": split,
+        "examples": scores.examples,
+        "primary": scores.primary,
+        "scores": scores.values,
+        "signature": scores.signature,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _save(folder: Path, task: Task, trainer: Trainer | None, progress: Progress, scores: dict[str, float]) -> None:
+    """Write a checkpoint; without `trainer`, one to use and not to go on from."""
+    checkpoint.save(
+        folder,
+        Checkpoint(
+            recipe=task.recipe,
+            assets={**task.assets, "training_examples": task.splits()["train"]},
+            weights=task.model.state_dict(),
+            training={} if trainer is None else trainer.tensors(task.runtime.device),
+            progress=progress,
+            scores=scores,
+        ),
+    )
+
+
+class _Watch:
+    """Clock and sums between reports: rate, time left, mean loss. Steps are timed apart from validation."""
+
+    def __init__(self, task: Task, steps: int, start: Progress) -> None:
+        self.seconds = 0.0
+        self.rate = 0.0
+        self._task = task
+        self._steps = steps
+        self._first = start.step
+        self._timed_examples = 0
+        self._timed_seconds = 0.0
+        self._timed_steps = 0
+        self._validation_seconds = 0.0
+        self._losses: list[Any] = []
+        self._begin = self._previous = time.monotonic()
+        self._shown = 0.0
+
+    def see(self, report: Report) -> None:
+        now = time.monotonic()
+        self.seconds = now - self._begin
+        if report.scores is not None:
+            self._validation_seconds = now - self._previous
+        else:
+            self._losses.append(report.loss)
+            # The first steps allocate memory and choose kernels.
+            if report.progress.step - self._first > STEPS_BEFORE_TIMING:
+                self._timed_examples += report.examples
+                self._timed_seconds += now - self._previous
+                self._timed_steps += 1
+                self.rate = self._timed_examples / self._timed_seconds
+        self._previous = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self._shown > SECONDS_BETWEEN_STEP_EVENTS
+
+    def record(self, report: Report) -> dict[str, Any]:
+        """A line for `metrics.jsonl`, with the mean loss since the one before."""
+        losses, self._losses = self._losses or [report.loss], []
+        return {
+            "step": report.progress.step,
+            "epoch": report.progress.epoch,
+            "loss": sum(loss.item() for loss in losses) / len(losses),
+            "learning_rate": report.learning_rate,
+            "gradient_norm": report.gradient_norm.item(),
+            "rate": round(self.rate, 1),
+        }
+
+    def step(self, report: Report) -> Step:
+        self._shown = time.monotonic()
+        progress = report.progress
+        epochs = self._task.recipe.training.epochs
+        per_step = self._timed_seconds / self._timed_steps if self._timed_steps else 0.0
+        remaining = (self._steps - progress.step) * per_step + (epochs - progress.epoch) * self._validation_seconds
+        return Step(
+            epoch=min(progress.epoch + 1, epochs),
+            epochs=epochs,
+            step=progress.step,
+            steps=self._steps,
+            loss=report.loss.item(),
+            learning_rate=report.learning_rate,
+            gradient_norm=report.gradient_norm.item(),
+            rate=self.rate,
+            unit=self._task.unit,
+            remaining_seconds=remaining,
+        )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of stopping at once; a second one ends the process there and then."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
