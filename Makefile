@@ -17,7 +17,8 @@ demo: .venv/core ## train, evaluate and use both models on the built-in data: a 
 	$(BIN)/dl7 eval --split test
 	$(BIN)/dl7 train seq2seq --data builtin:phrases
 	$(BIN)/dl7 eval --split test
-	$(BIN)/dl7 translate --beam 5 "the dog sleeps" "the old man sees the house" "the child reads a book"
+	$(BIN)/dl7 translate --beam 5 "She hears that she repairs three cars." \
+	  "Two days ago these tall men wanted to draw birds." "We do not lay her hat beside the sofa."
 	$(BIN)/dl7 runs list
 	@printf '%s\n' '' \
 	  'Each run above is a folder with its recipe, scores and checkpoints. What to type next:' \

@@ -3,10 +3,10 @@
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Runtime:
     device_name: str
     reason: str
 
-    def autocast(self) -> ContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products and convolutions run in the precision chosen; weights and sums stay in float32."""
         if self.precision == "fp32":
             return nullcontext()

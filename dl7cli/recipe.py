@@ -1,4 +1,4 @@
-"""Recipes: what is trained, as TOML files checked against a schema. Knows no torch, no data and no disk layout but its own.
+"""Recipes: what is trained, as TOML files checked against a schema. Knows no torch and no data.
 
 A recipe has five sections: `data`, `model`, `training`, `optim` and, for translation, `decoding`. A sixth table of the
 file, `fallback`, holds the keys that change when the built-in set stands in for the recipe's own data.
@@ -158,9 +158,7 @@ class Resolved(NamedTuple):
     """The same recipe on the built-in set, where the data was not asked for by name and the file names such a set."""
 
 
-def resolve(
-    name: str, overrides: Sequence[str] = (), *, data: str | None = None, seed: int | None = None
-) -> Resolved:
+def resolve(name: str, overrides: Sequence[str] = (), *, data: str | None = None, seed: int | None = None) -> Resolved:
     """Load the recipe called `name` (shipped, or a TOML file) and apply `key.path=value` overrides, which win.
 
     Raises UserError for a recipe that does not exist, a file that is not TOML, and, all at once, for every key that is
@@ -294,13 +292,9 @@ def _value(text: str) -> Any:
     return parsed["value"] if list(parsed) == ["value"] else text
 
 
-def _changed(
-    document: dict[str, Any], changes: Iterable[tuple[list[str], Any]], mistakes: list[str]
-) -> dict[str, Any]:
+def _changed(document: dict[str, Any], changes: Iterable[tuple[list[str], Any]], mistakes: list[str]) -> dict[str, Any]:
     """A copy of `document` with the changes made; a path that leads through a plain value is added to `mistakes`."""
-    copy: dict[str, Any] = {
-        key: dict(value) if isinstance(value, dict) else value for key, value in document.items()
-    }
+    copy: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in document.items()}
     for path, value in changes:
         table: Any = copy
         for name in path[:-1]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Read when torch, datasets and huggingface_hub are first imported, which is after this file; commands that tests start
-# inherit it. Several threads per process are far slower than one where processes compete for cores, and what lies in a
-# developer's caches must not decide what a test sees.
+# Read when torch, datasets and huggingface_hub are first imported, which is after this file; commands that
+# tests start inherit it. Several threads per process are far slower than one where processes compete for
+# cores, and what lies in a developer's caches must not decide what a test sees.
 _caches = tempfile.TemporaryDirectory(prefix="dl7-tests-")
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["DL7_CACHE"] = str(Path(_caches.name, "dl7"))
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def real_data() -> Callable[[str], Path]:
-    """`real_data("cifar10")` is the folder of a published set; the test is skipped where there is no copy of it."""
+    """`real_data("cifar10")` is the folder of a published set; without a copy of it the test is skipped."""
 
     def find(name: str) -> Path:
         folder = Path(__file__).parents[2] / "shared" / "data" / name

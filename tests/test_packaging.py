@@ -33,7 +33,7 @@ def pins() -> dict[str, str]:
 
 
 def build(kind: str, source: Path, target: Path) -> Path:
-    """Build the `wheel` or `sdist` of the tree at `source`; `target` is empty before and holds it alone after."""
+    """Build the `wheel` or `sdist` of the tree at `source` into the empty folder `target`."""
     command = [sys.executable, "-m", "hatchling", "build", "--target", kind, "--directory", str(target)]
     subprocess.run(command, cwd=source, check=True, capture_output=True, stdin=subprocess.DEVNULL)
     (built,) = target.iterdir()

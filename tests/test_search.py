@@ -204,6 +204,29 @@ def test_ties_impossible_ids_and_stopping_early_follow_the_rules(
     assert [one.score for one in found] == pytest.approx([score for _, score in expected])
 
 
+@pytest.mark.parametrize("beam", [1, 4])
+def test_ties_among_high_ids(beam: int) -> None:
+    # Half of the ids are equally good, one is better, and the low ones are all worse.
+    table = torch.full((60, 60, 60), -3.0)
+    table[:, :, 30:] = -1.0
+    table[:, :, 50] = -0.5
+    expected = slow_search(table, beam, 4, n_best=beam)
+    (found,) = search([table], beam, [4], n_best=beam)
+    assert ids_of(found) == [ids for ids, _ in expected]
+    assert found[0].ids == () if beam == 4 else (50, 50, 50, 50)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_many_of_the_best_ids_forbidden(seed: int) -> None:
+    table = random_table(60, seed)
+    table[:, :, 20:] += 10  # all that is allowed, eos too, comes far behind
+    table = table.log_softmax(dim=2)
+    forbidden = range(20, 60)
+    expected = slow_search(table, 4, 4, n_best=4, forbidden=forbidden)
+    (found,) = search([table], 4, [4], n_best=4, forbidden=forbidden)
+    assert ids_of(found) == [ids for ids, _ in expected]
+
+
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.5])
 @pytest.mark.parametrize("vocabulary", [6, 30])
 def test_batch_and_order_do_not_matter(vocabulary: int, length_penalty: float) -> None:

@@ -9,7 +9,7 @@ from dl7cli.cli import console, options
 
 
 def classify(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
     run: options.RunOption = None,
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Classes to print for each image.")] = 3,
     device: options.Device = "auto",
@@ -18,13 +18,17 @@ def classify(
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Print the likeliest classes of image files, best first: file, class and probability with tabs between them."""
+    """Print the likeliest classes of image files.
+
+    One line for each class, best first: file, class and probability with tabs between them.
+    """
     from dl7cli import device as devices
     from dl7cli import runs, tasks
+    from dl7cli.tasks.classification import Classification
 
     found, folder = runs.find(run, task="classification")
     task = tasks.load(folder, runtime=devices.choose(device, precision, gpus), offline=offline)
-    assert isinstance(task, tasks.Classification)
+    assert isinstance(task, Classification)
     answers = task.classify(images, top)
     if as_json:
         listed = [

@@ -1,6 +1,6 @@
 """What the commands print: data on standard output, everything meant for eyes on standard error.
 
-Names and texts come from files and folders that others made, so nothing is read as markup, and control characters are
+Names and texts come from files that others made, so nothing is read as markup, and control characters are
 shown and not sent.
 """
 
@@ -90,14 +90,11 @@ def is_terminal() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def display(reason: str = "") -> "Plain | Terminal":
-    """Return what shows progress on standard error; used as a context, so that it leaves the terminal tidy.
-
-    `reason` says in the plan of a training why its device was chosen.
-    """
+def display() -> "Plain | Terminal":
+    """Return what shows progress on standard error; as a context, it leaves the terminal tidy."""
     from dl7cli.cli.progress import Plain, Terminal
 
-    return Terminal(reason) if is_terminal() else Plain(reason)
+    return Terminal() if is_terminal() else Plain()
 
 
 def count(number: int, noun: str) -> str:

@@ -174,7 +174,8 @@ def _about_images(contents: "Images") -> dict[str, Any]:
 def _about_pairs(contents: "Pairs") -> dict[str, Any]:
     return {
         "task": "translation",
-        "languages": [contents.source_language, contents.target_language],
+        "from": contents.source_language,
+        "to": contents.target_language,
         "examples": [list(pair) for pair in contents.splits["train"][:_EXAMPLES]],
     }
 

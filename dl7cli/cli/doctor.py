@@ -10,9 +10,11 @@ _PACKAGES = (
     "torch", "numpy", "datasets", "sentencepiece", "sacrebleu", "safetensors", "pydantic", "typer", "rich"
 )  # fmt: skip
 
+_WIDTH = 26
+
 
 def doctor(offline: options.Offline = False, as_json: options.Json = False) -> None:
-    """Show versions, processor and GPUs, the device and precision that would be chosen and why, and which data there are."""
+    """Show versions, hardware, what would be chosen on it and why."""
     from dl7cli import device
     from dl7cli.data import sources
 
@@ -45,10 +47,9 @@ def _print(name: str, value: Any, indent: str) -> None:
         case list() if value:
             for number, inner in enumerate(value):
                 _print(f"{name} {number}", inner, indent)
+        case None | [] | {}:
+            console.write(f"{indent}{name:<{_WIDTH - len(indent)}}none")
+        case bool():
+            console.write(f"{indent}{name:<{_WIDTH - len(indent)}}{'yes' if value else 'no'}")
         case _:
-            shown = {True: "yes", False: "no", None: "none"}.get(value, value) if _is_word(value) else value
-            console.write(f"{indent}{name:<{26 - len(indent)}}{shown if shown != [] else 'none'}")
-
-
-def _is_word(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
+            console.write(f"{indent}{name:<{_WIDTH - len(indent)}}{value}")

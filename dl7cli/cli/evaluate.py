@@ -24,7 +24,7 @@ def evaluate(
 ) -> None:
     """Print the accuracy or BLEU of a finished run.
 
-    Each reading is noted in the run's evaluations.jsonl, so that it can be seen how often the test split was read.
+    Each reading is noted in the run's evaluations.jsonl; dl7 runs show counts them.
     """
     from dl7cli import device as devices
     from dl7cli import training

@@ -12,9 +12,10 @@ _IMAGE_SIZE = 32
 
 
 def models(as_json: options.Json = False) -> None:
-    """List the architectures of the shipped recipes: parameters, depth, multiply-adds for one image.
+    """List the architectures of the shipped recipes with their size.
 
-    Counted for ten classes and images of 32x32, or for the vocabulary of the recipe.
+    Parameters, depth, and multiply-adds for one image, with ten classes and images of 32x32, or with the
+    vocabulary of the recipe.
     """
     from dl7cli import recipe as recipes
 

@@ -37,7 +37,7 @@ Data = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change one key of the recipe; may be given several times."
+        "--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be given several times."
     ),
 ]
 Seed = Annotated[
@@ -47,7 +47,7 @@ Seed = Annotated[
 RunOption = Annotated[
     str | None,
     typer.Option(
-        "--run", metavar="RUN", help="A run folder or a checkpoint in it; the newest that fits if not given."
+        "--run", metavar="RUN", help="A run folder or a checkpoint in it; the newest that fits, if not given."
     ),
 ]
 RunArgument = Annotated[
@@ -65,6 +65,6 @@ LengthPenalty = Annotated[
         metavar="X",
         min=0,
         max=5,
-        help="Exponent of the length penalty: 0 is none, more favours longer output; the recipe's if not given.",
+        help="Length penalty: 0 is none, more gives longer output; the recipe's if not given.",
     ),
 ]

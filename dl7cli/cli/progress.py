@@ -1,6 +1,5 @@
-"""Progress of reading data and of training on standard error: live on a terminal, else a plain line every few seconds."""
+"""Progress on standard error: live on a terminal, else a plain line every few seconds."""
 
-import math
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -20,8 +19,7 @@ EVERY_SECONDS = 5.0
 class Plain:
     """Lines for a log file: the first after two seconds, then one every five, and one for every epoch."""
 
-    def __init__(self, reason: str = "", clock: Callable[[], float] = time.monotonic) -> None:
-        self._reason = reason
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._activity = ""
         self._due = 0.0
@@ -35,7 +33,7 @@ class Plain:
         pass
 
     def plan(self, plan: "Plan") -> None:
-        console.note(describe(plan, self._reason))
+        console.note(describe(plan))
 
     def step(self, step: "Step") -> None:
         if self._is_due("training"):
@@ -67,11 +65,10 @@ class Plain:
 class Terminal:
     """A bar for what is going on below the lines that stay: plan, epochs and notes."""
 
-    def __init__(self, reason: str = "") -> None:
+    def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-        self._reason = reason
         # Standard output is for data and stays where it is pointed to.
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
@@ -94,7 +91,7 @@ class Terminal:
         self._bars.stop()
 
     def plan(self, plan: "Plan") -> None:
-        self.note(describe(plan, self._reason))
+        self.note(describe(plan))
 
     def step(self, step: "Step") -> None:
         self._show(
@@ -123,7 +120,7 @@ class Terminal:
         self._bars.update(self._tasks[key], description=description, completed=done, detail=detail)
 
 
-def describe(plan: "Plan", reason: str) -> str:
+def describe(plan: "Plan") -> str:
     """Say what a training will do, in lines."""
     recipe = plan.recipe
     model = recipe.model.model_dump()
@@ -134,7 +131,7 @@ def describe(plan: "Plan", reason: str) -> str:
         f"training recipe {recipe.name}",
         f"  data       {plan.data}: {splits}",
         f"  model      {kind} with {plan.parameters:,} parameters ({details})",
-        f"  device     {plan.device}, {plan.precision}" + (f" ({reason})" if reason else ""),
+        f"  device     {plan.device}, {plan.precision} ({plan.reason})",
         f"  steps      {plan.steps:,} in {console.count(plan.epochs, 'epoch')}, seed {recipe.training.seed}",
         f"  run        {plan.run}",
     ]
@@ -148,7 +145,6 @@ def details(step: "Step") -> list[str]:
     parts = [f"loss {step.loss:.4f}"]
     if step.rate > 0:
         parts.append(f"{step.rate:,.0f} {step.unit}/s")
-    if math.isfinite(step.remaining_seconds):
         parts.append(f"{console.duration(step.remaining_seconds)} left")
     return parts
 

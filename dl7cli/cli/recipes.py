@@ -33,7 +33,7 @@ def show(
     seed: options.Seed = None,
     as_json: options.Json = False,
 ) -> None:
-    """Print a recipe as it would be trained: every key with its value, as TOML."""
+    """Print every key of a recipe with its value, as TOML."""
     from dl7cli import recipe as recipes
 
     resolved = recipes.resolve(name, overrides or [], data=data, seed=seed)

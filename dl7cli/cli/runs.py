@@ -8,9 +8,7 @@ import typer
 
 from dl7cli.cli import console, options
 
-app = typer.Typer(
-    no_args_is_help=True, help="List and show runs: what has been trained, and how well it went."
-)
+app = typer.Typer(no_args_is_help=True, help="List and show runs: what was trained and how well it went.")
 
 
 @app.command("list", epilog="Example: dl7 runs list")
@@ -44,7 +42,10 @@ def list_runs(as_json: options.Json = False) -> None:
 
 @app.command(epilog="Example: dl7 runs show runs/resnet-1")
 def show(run: options.RunArgument = None, as_json: options.Json = False) -> None:
-    """Show one run: its recipe and data, how far it is, its scores, and how often each split was read."""
+    """Show a run: recipe, data, how far it is, and its scores.
+
+    For each split also how often it was read.
+    """
     from dl7cli import runs
 
     found, checkpoint = runs.find(run)
@@ -79,10 +80,8 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
         console.write(f"{name:<12}{value}")
     for split, times in shown["readings"].items():
         newest = next(record for record in reversed(evaluations) if str(record.get("split")) == split)
-        where = f" of {newest['data']}" if "data" in newest else ""
-        console.write(
-            f"{split:<12}read {console.count(times, 'time')}; newest: {_record_score(newest)}{where}"
-        )
+        score = f"{_record_score(newest)} of {newest.get('data', '-')}"
+        console.write(f"{split:<12}read {console.count(times, 'time')}; newest: {score}")
 
 
 def _record_score(record: dict[str, Any]) -> str:

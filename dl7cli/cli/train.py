@@ -35,16 +35,16 @@ def train(
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train a recipe, keep the last and the best model, and evaluate the best.
+    """Train a recipe, keep the best model, and evaluate it.
 
-    What is trained stands in the recipe; --set changes one key of it. Ctrl-C finishes the step, saves and stops.
+    What is trained stands in the recipe; --set changes a key of it. Ctrl-C finishes the step, saves, stops.
     """
     given = {"RECIPE": name, "--data": data, "--set": overrides, "--seed": seed, "--out": out}
     if resume is None and name is None:
         raise typer.BadParameter("give a RECIPE to train, or --resume RUN to go on with a run")
     if resume is not None and (refused := [flag for flag, value in given.items() if value not in (None, [])]):
         raise typer.BadParameter(
-            f"--resume goes on with what the run was started with, so {', '.join(refused)} cannot be given with it"
+            f"--resume goes on with the run as it was started; {', '.join(refused)} cannot be given with it"
         )
     recipe = None
     if name is not None:
@@ -54,7 +54,7 @@ def train(
 
     runtime = devices.choose(device, precision, gpus)
     try:
-        with console.display(runtime.reason) as display:
+        with console.display() as display:
             if recipe is not None:
                 result = training.train(recipe, out=out, runtime=runtime, offline=offline, listener=display)
             else:
@@ -70,7 +70,7 @@ def train(
 
 
 def choose(name: str, overrides: list[str], *, data: str | None, seed: int | None, offline: bool) -> "Recipe":
-    """Resolve a recipe; where its data cannot be had and was not asked for by name, take the built-in set and say so."""
+    """Resolve a recipe; the built-in set stands in for data that cannot be had and was not asked for."""
     from dl7cli import recipe as recipes
 
     resolved = recipes.resolve(name, overrides, data=data, seed=seed)

@@ -2,11 +2,13 @@
 
 import codecs
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, NamedTuple, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO, cast
 
 import typer
 
@@ -14,7 +16,7 @@ from dl7cli.cli import console, options
 from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
-    from dl7cli.tasks import TranslatedLine
+    from dl7cli.tasks.translation import TranslatedLine
 
 BATCH = 256
 CHUNK = 1 << 16
@@ -29,7 +31,7 @@ class Line(NamedTuple):
 def translate(
     texts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="TEXT...", help="Sentences; standard input line by line if none is given."),
+        typer.Argument(metavar="TEXT", help="Sentences; standard input line by line if none is given."),
     ] = None,
     run: options.RunOption = None,
     source: Annotated[
@@ -49,8 +51,8 @@ def translate(
             metavar="N",
             min=1,
             max=100,
-            help="Above 1: the N best translations of each line, best first, as lines of line number, score and "
-            "text with tabs between them. A blank line gives one such line.",
+            help="Above 1: print the N best translations of each line, best first, one to a line: "
+            "line number, score and text with tabs between them. A blank line gives one such line.",
         ),
     ] = 1,
     device: options.Device = "auto",
@@ -59,14 +61,16 @@ def translate(
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Translate sentences: one line in, one line out; a blank line stays blank.
+    """Translate sentences: one line in, one line out.
 
-    Input is UTF-8. A line longer than the model can read is cut, with a warning that gives its number.
+    A blank line stays blank. Input is UTF-8. A line longer than the model can read is cut, with a
+    warning that gives its number.
     """
     if texts and source is not None:
         raise typer.BadParameter("give sentences or --input FILE, not both")
     from dl7cli import device as devices
     from dl7cli import runs, tasks
+    from dl7cli.tasks.translation import Translation
 
     with contextlib.ExitStack() as stack:
         # Whatever can be wrong with the files is found before the model is loaded.
@@ -75,11 +79,17 @@ def translate(
         elif source is not None:
             batches = read(stack.enter_context(open_input(source)), str(source))
         else:
-            batches = read(sys.stdin.buffer, "standard input", prompt=sys.stdin.isatty())
+            standard_input = cast(BufferedReader, sys.stdin.buffer)
+            batches = read(standard_input, "standard input", prompt=sys.stdin.isatty())
         output = stack.enter_context(replacing(target)) if target is not None else None
         found, folder = runs.find(run, task="translation")
         task = tasks.load(folder, runtime=devices.choose(device, precision, gpus), offline=offline)
-        assert isinstance(task, tasks.Translation)
+        assert isinstance(task, Translation)
+        width = task.recipe.decoding.beam if beam is None else beam
+        if n_best > width:
+            raise UserError(
+                f"`--n-best {n_best}` is more than the beam of {width}", hint=f"add `--beam {n_best}`"
+            )
         translations: list[dict[str, Any]] = []
         to_standard_output = output is None and not as_json
         for batch in batches:
@@ -115,11 +125,11 @@ def arguments(texts: list[str]) -> Iterator[list[Line]]:
     yield lines
 
 
-def read(stream: BinaryIO, name: str, *, prompt: bool = False) -> Iterator[list[Line]]:
+def read(stream: BufferedReader, name: str, *, prompt: bool = False) -> Iterator[list[Line]]:
     """Yield the lines of a stream in batches of at most `BATCH`, each as soon as it is there.
 
-    Lines end with a line feed alone; one carriage return before it is dropped, and so is a byte order mark at the start. Raises UserError
-    for a line that is not UTF-8.
+    Lines end with a line feed alone; one carriage return before it is dropped, and so is a byte order mark at
+    the start. Raises UserError for a line that is not UTF-8.
     """
     if prompt:
         console.note("one line in, one line out; Ctrl-D ends")
@@ -129,8 +139,8 @@ def read(stream: BinaryIO, name: str, *, prompt: bool = False) -> Iterator[list[
         if prompt:
             sys.stderr.write("> ")
             sys.stderr.flush()
-        # What is there is taken at once, so a program that waits for each answer is not kept waiting for a full batch.
-        chunk = cast(IO[Any], stream).read1(CHUNK)  # type: ignore[attr-defined]
+        # What is there is taken at once: a program that waits for each answer is not kept for a full batch.
+        chunk = stream.read1(CHUNK)
         *complete, rest = (rest + chunk).split(b"\n")
         if not chunk and rest:
             complete.append(rest)
@@ -177,7 +187,7 @@ def as_document(line: Line, translated: "TranslatedLine") -> dict[str, Any]:
     }
 
 
-def open_input(path: Path) -> BinaryIO:
+def open_input(path: Path) -> BufferedReader:
     """Open a file to read; raise UserError where that cannot be done."""
     try:
         return path.open("rb")
@@ -187,7 +197,7 @@ def open_input(path: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """Write to a file beside `path` that takes its place at the end, or goes away where something went wrong."""
+    """Write to a file beside `path` that takes its place at the end, or goes away if something goes wrong."""
     path = path.resolve()
     in_place = path.exists() and not path.is_file()  # a pipe or a device: there is nothing to replace
     written = path if in_place else path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -200,7 +210,9 @@ def replacing(path: Path) -> Iterator[TextIO]:
             yield stream
         if not in_place:
             written.replace(path)
-    except BaseException:
+    except BaseException as error:
         if not in_place:
             written.unlink()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(f"`{path}` cannot be written: {error.strerror}") from None
         raise

@@ -30,7 +30,7 @@ def shift_and_flip(images: Tensor, generator: torch.Generator, *, padding: int, 
 
 
 def normalise(images: Tensor, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
-    """images (B, H, W, 3) uint8 → (B, 3, H, W) float32 with zero mean and unit deviation per channel, channels last in memory."""
+    """images (B, H, W, 3) uint8 → (B, 3, H, W) float32 of zero mean and unit deviation per channel, channels last."""
     scale = torch.tensor([1 / (255 * value) for value in deviation], device=images.device)
     shift = torch.tensor([-m / d for m, d in zip(mean, deviation, strict=True)], device=images.device)
     return (images * scale + shift).permute(0, 3, 1, 2)

@@ -8,7 +8,7 @@ import struct
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dl7cli.data import sources
+from dl7cli.data.columns import Content, Split
+from dl7cli.data.columns import read as read_columns
 from dl7cli.data.sources import Progress, silent
 from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
-    import datasets
     import PIL.Image
 
 _FORMAT = 1
@@ -30,8 +31,6 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", 
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000")
 _DEFAULT_SIZE = 32
 _LARGEST_KEPT_SIZE = 64
-_MOST_CLASSES = 1 << 16
-_LABEL_NAMES = ("label", "labels", "class", "target")
 
 
 @dataclass(frozen=True)
@@ -140,21 +139,6 @@ def statistics(images: npt.NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[
     return tuple(mean.tolist()), tuple(deviation.tolist())
 
 
-@dataclass(frozen=True)
-class _Split:
-    """One split before decoding: labels, and the images in the same order as (where it is, bytes or path)."""
-
-    labels: list[int]
-    encoded: Callable[[], Iterator[tuple[str, Any]]]
-
-
-@dataclass
-class _Content:
-    splits: dict[str, _Split]
-    classes: tuple[str, ...]
-    notes: list[str] = field(default_factory=list)
-
-
 @dataclass
 class _Seen:
     """What was met while decoding, for the notes."""
@@ -183,19 +167,21 @@ def _builtin(source: str, image_size: int | None) -> Images:
 
 def _encoded(
     source: str, image: str | None, label: str | None, offline: bool, progress: Progress, working: Path
-) -> _Content:
+) -> Content:
     """Find the images of a source and their labels, not yet decoded."""
     if sources.is_local(source):
         path = sources.existing_path(source)
         if path.is_dir() and (found := _image_folder(path)):
             if image or label:
-                raise UserError(f"`{source}` is an image folder and has no columns", hint="leave out data.image and data.label")
+                raise UserError(
+                    f"`{source}` is an image folder and has no columns", hint="leave out data.image and data.label"
+                )
             return found
     loaded = sources.load_splits(source, offline=offline, progress=progress, working=working / "datasets")
-    return _columns(source, loaded, image, label)
+    return read_columns(source, loaded, image, label)
 
 
-def _image_folder(path: Path) -> _Content | None:
+def _image_folder(path: Path) -> Content | None:
     """Read the layout `train/<class>/*.png`; None where it is another layout."""
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     splits: dict[str, dict[str, list[Path]]] = {}
@@ -214,7 +200,7 @@ def _image_folder(path: Path) -> _Content | None:
             )
         if not found:
             raise UserError(f"`{path / names[split]}` has no folders with images, one per class")
-    return _Content({split: _split_of_files(found, classes) for split, found in splits.items()}, classes)
+    return Content({split: _split_of_files(found, classes) for split, found in splits.items()}, classes)
 
 
 def _files_of_classes(folder: Path) -> dict[str, list[Path]]:
@@ -229,129 +215,12 @@ def _files_of_classes(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _split_of_files(found: dict[str, list[Path]], classes: tuple[str, ...]) -> _Split:
+def _split_of_files(found: dict[str, list[Path]], classes: tuple[str, ...]) -> Split:
     rows = [(file, label) for label, name in enumerate(classes) for file in found.get(name, [])]
-    return _Split([label for _, label in rows], lambda: ((f"`{file}`", file) for file, _ in rows))
+    return Split([label for _, label in rows], lambda: ((f"`{file}`", file) for file, _ in rows))
 
 
-def _columns(
-    source: str, loaded: "dict[str, datasets.Dataset]", image: str | None, label: str | None
-) -> _Content:
-    """Find the image and label columns of loaded tables, read the labels and check them."""
-    import datasets
-
-    features = loaded["train"].features
-    listed = ", ".join(f"`{name}` ({_kind(feature)})" for name, feature in features.items())
-    notes: list[str] = []
-    for wanted in (image, label):
-        if wanted is not None and wanted not in features:
-            raise UserError(f"`{source}` has no column `{wanted}`: there is {listed}")
-
-    candidates = [name for name, feature in features.items() if _kind(feature) == "image"]
-    if image is None:
-        if not candidates:
-            raise UserError(f"no image column in `{source}`: there is {listed}", hint="name it: `--set data.image=…`")
-        image = next((name for name in ("image", "img") if name in candidates), candidates[0])
-        if len(candidates) > 1:
-            notes.append(f"images from column `{image}` of {_listed(candidates)}")
-    elif image not in candidates and _kind(features[image]) != "binary":
-        raise UserError(f"column `{image}` of `{source}` holds no images: there is {listed}")
-
-    if label is None:
-        label = _label_column(source, {name: feature for name, feature in features.items() if name != image}, notes)
-    feature = features[label]
-    if not (isinstance(feature, datasets.ClassLabel) or _plain(feature)):
-        raise UserError(f"column `{label}` of `{source}` holds no labels: there is {listed}")
-
-    values: dict[str, list[Any]] = {}
-    for split, table in loaded.items():
-        if missing := [name for name in (image, label) if name not in table.features]:
-            raise UserError(f"split `{split}` of `{source}` has no column `{missing[0]}`, which `train` has")
-        values[split] = table.with_format("arrow").select_columns([label])[:].column(label).to_pylist()
-        for row, value in enumerate(values[split], 1):
-            if value is None:
-                raise UserError(f"row {row} of split `{split}` of `{source}` has no label (column `{label}`)")
-    if isinstance(feature, datasets.ClassLabel):
-        classes = tuple(feature.names)
-        numbers = {number: number for number in range(len(classes))}
-        for split, table in loaded.items():
-            if (other := getattr(table.features[label], "names", None)) != feature.names:
-                raise UserError(f"split `{split}` of `{source}` has other classes than `train`: {other}")
-    elif _kind(feature) == "string":
-        classes = tuple(sorted(set(values["train"])))
-        numbers = {name: number for number, name in enumerate(classes)}
-    else:
-        highest = max(values["train"], default=0)
-        classes = tuple(str(number) for number in range(min(highest + 1, _MOST_CLASSES)))
-        numbers = {number: number for number in range(len(classes))}
-
-    splits = {}
-    for split, table in loaded.items():
-        for row, value in enumerate(values[split], 1):
-            if value not in numbers:
-                raise UserError(
-                    f"row {row} of split `{split}` of `{source}` has the label `{value}`, which is not one of the "
-                    f"{len(classes)} classes ({_listed(classes)})"
-                )
-        splits[split] = _Split([numbers[value] for value in values[split]], _rows(source, split, table, image))
-    return _Content(splits, classes, notes)
-
-
-def _label_column(source: str, features: dict[str, Any], notes: list[str]) -> str:
-    """Choose the label column: by type, then by its name, then by the number of classes."""
-    import datasets
-
-    classes = {name: len(it.names) for name, it in features.items() if isinstance(it, datasets.ClassLabel)}
-    if classes:
-        chosen = "label" if "label" in classes else max(classes, key=lambda name: classes[name])
-        if len(classes) > 1:
-            notes.append(f"labels from column `{chosen}` ({classes[chosen]} classes) of {_listed(classes)}")
-        return chosen
-    plain = [name for name, feature in features.items() if _plain(feature)]
-    named = [name for name in _LABEL_NAMES if name in plain] or plain
-    if len(named) == 1 or (named and named[0] in _LABEL_NAMES):
-        return named[0]
-    listed = ", ".join(f"`{name}` ({_kind(feature)})" for name, feature in features.items()) or "no other column"
-    found = "no label column" if not named else "more than one column that could be the label"
-    raise UserError(f"{found} in `{source}`: there is {listed}", hint="name it: `--set data.label=…`")
-
-
-def _kind(feature: Any) -> str:
-    """Name the type of a column for messages and choices: `image`, `class label`, `string`, `int64`, …."""
-    import datasets
-
-    if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
-        return "image"
-    if isinstance(feature, datasets.ClassLabel):
-        return f"class label of {feature.num_classes}"
-    if isinstance(feature, datasets.Value):
-        return "string" if feature.dtype in ("large_string", "string_view") else str(feature.dtype)
-    return type(feature).__name__.lower()
-
-
-def _plain(feature: Any) -> bool:
-    """Tell whether a column that is not a ClassLabel can serve as one."""
-    return _kind(feature) in ("string", "bool") or _kind(feature).startswith(("int", "uint"))
-
-
-def _rows(source: str, split: str, table: "datasets.Dataset", image: str) -> Callable[[], Iterator[tuple[str, Any]]]:
-    def encoded() -> Iterator[tuple[str, Any]]:
-        row = 0
-        for batch in table.with_format("arrow").select_columns([image]).iter(batch_size=256):
-            for value in batch.column(image).to_pylist():
-                row += 1
-                where = f"the image in row {row} of split `{split}` of `{source}`"
-                content = value if not isinstance(value, dict) else value["bytes"] or value["path"]
-                if not content:
-                    raise UserError(f"{where} is missing")
-                yield where, content
-
-    return encoded
-
-
-def _decode_to(
-    folder: Path, source: str, content: _Content, image_size: int | None, progress: Progress
-) -> None:
+def _decode_to(folder: Path, source: str, content: Content, image_size: int | None, progress: Progress) -> None:
     """Decode every split and write its arrays and `meta.json` into a folder."""
     size, seen = image_size, _Seen()
     with warnings.catch_warnings():
@@ -379,7 +248,7 @@ def _decode_to(
 
 
 def _write_splits(
-    folder: Path, source: str, content: _Content, size: int, seen: _Seen, progress: Progress, *, guessed: bool
+    folder: Path, source: str, content: Content, size: int, seen: _Seen, progress: Progress, *, guessed: bool
 ) -> bool:
     """Decode all images to squares of one size; False as soon as a size that was guessed is not that of all images.
 
@@ -443,7 +312,17 @@ def _open(encoded: bytes | str | Path, where: str, seen: _Seen | None = None) ->
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise UserError(f"{where} has too many pixels to be read", hint="scale it down first") from error
     # What Pillow's readers raise for damaged files.
-    except (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, struct.error, zlib.error) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        IndexError,
+        KeyError,
+        EOFError,
+        struct.error,
+        zlib.error,
+    ) as error:
         reason = "" if isinstance(error, PIL.UnidentifiedImageError) else f": {error}"
         raise UserError(f"{where} is not an image that can be read{reason}") from error
 
@@ -497,7 +376,3 @@ def _open_cache(folder: Path) -> Images | None:
         return Images(splits, tuple(meta["classes"]), tuple(meta["notes"])) if "train" in splits else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in list(names)[:20])

@@ -2,8 +2,8 @@
 
 from typing import Literal, NamedTuple
 
-# Groups of nouns: P persons, D domestic and A wild animals, F food, R papers, E letters, W what is written or sung,
-# C clothes, T things, M machines, O what opens, L places, B buildings, S furniture to lay things on.
+# Groups of nouns: P persons, D domestic and A wild animals, F food, R papers, E letters, W what is written or
+# sung, C clothes, T things, M machines, O what opens, L places, B buildings, S furniture to lay things on.
 # English, its plural; German, gender, its plural; ending of the weak masculines.
 NOUNS_TABLE = {
     "P": """man men Mann m Männer; woman women Frau f Frauen; child children Kind n Kinder
@@ -11,7 +11,8 @@ NOUNS_TABLE = {
         doctor doctors Arzt m Ärzte; uncle uncles Onkel m Onkel; aunt aunts Tante f Tanten
         grandmother grandmothers Großmutter f Großmütter; neighbour neighbours Nachbar m Nachbarn n
         student students Student m Studenten en; friend friends Freund m Freunde
-        farmer farmers Bauer m Bauern n; sister sisters Schwester f Schwestern; brother brothers Bruder m Brüder""",
+        farmer farmers Bauer m Bauern n; sister sisters Schwester f Schwestern
+        brother brothers Bruder m Brüder""",
     "D": "dog dogs Hund m Hunde; cat cats Katze f Katzen; horse horses Pferd n Pferde; cow cows Kuh f Kühe",
     "A": """bird birds Vogel m Vögel; bear bears Bär m Bären en; lion lions Löwe m Löwen n
         mouse mice Maus f Mäuse""",
@@ -41,34 +42,37 @@ RELATED = {"uncle", "aunt", "grandmother", "sister", "brother"}  # and 'many gra
 
 # English: German as a predicate, and the stem that takes endings where it is another.
 ADJECTIVES = {
-    "old": "alt", "new": "neu", "young": "jung", "tall": "groß", "big": "groß", "small": "klein", "good": "gut",
-    "friendly": "freundlich", "clever": "klug", "happy": "glücklich", "sad": "traurig", "rich": "reich",
-    "tired": "müde", "hungry": "hungrig", "ill": "krank", "fast": "schnell", "fresh": "frisch", "cheap": "billig",
+    "old": "alt", "new": "neu", "young": "jung", "tall": "groß", "big": "groß", "small": "klein",
+    "good": "gut", "friendly": "freundlich", "clever": "klug", "happy": "glücklich", "sad": "traurig",
+    "rich": "reich", "tired": "müde", "hungry": "hungrig", "ill": "krank", "fast": "schnell",
+    "fresh": "frisch", "cheap": "billig",
     "expensive": "teuer", "long": "lang", "quiet": "ruhig", "beautiful": "schön", "red": "rot",
     "black": "schwarz", "white": "weiß", "green": "grün",
 }  # fmt: skip
 STEMS = {"expensive": "teur", "tired": "müd"}
 _WARES = "old new red black white green beautiful expensive cheap"
 QUALITIES = {  # the adjectives that go with each group
-    "P": "old young tall small friendly clever happy sad rich", "D": "old young big small hungry clever fast",
+    "P": "old young tall small friendly clever happy sad rich",
+    "D": "old young big small hungry clever fast",
     "A": "old young big small hungry clever fast", "F": "big small fresh cheap good",
     "R": "old new good long expensive", "E": "old new long sad", "W": "old new good long sad beautiful",
     "C": _WARES, "T": _WARES, "M": _WARES, "O": "old new red white green small",
-    "L": "old small big beautiful quiet", "B": "old new small big beautiful", "S": "old new big small beautiful",
+    "L": "old small big beautiful quiet", "B": "old new small big beautiful",
+    "S": "old new big small beautiful",
 }  # fmt: skip
 STATES = {  # and those that stand after `be`, where they are not the same
-    "P": "tired tired hungry hungry ill ill happy happy sad sad rich old friendly", "D": "tired hungry ill clever",
-    "A": "tired hungry fast",
+    "P": "tired tired hungry hungry ill ill happy happy sad sad rich old friendly",
+    "D": "tired hungry ill clever", "A": "tired hungry fast",
 }  # fmt: skip
 UNFIT = {
     ("young", "grandmother"),
     *((old, child) for old in ("old", "rich") for child in ("child", "girl", "boy")),
 }
 
-# Base, past and particle in English; infinitive (prefix| when separable), third person, participle and auxiliary
-# in German; groups of subjects; case of the object (after a preposition, or `give`: dative and accusative) and its
-# groups; flags: p may have a place, s stative, n nothing one does on purpose, l and L with a surface in the dative or
-# accusative, r past spelt like present.
+# Base, past and particle in English; infinitive (prefix| when separable), third person, participle and
+# auxiliary in German; groups of subjects; case of the object (after a preposition, or `give`: dative and
+# accusative) and its groups; flags: p may have a place, s stative, n nothing done on purpose, l and L with a
+# surface in the dative or accusative, r past spelt like present.
 VERBS_TABLE = """
 sleep slept - schlafen schläft geschlafen haben PDA - - p
 laugh laughed - lachen lacht gelacht haben P - - p
@@ -196,7 +200,8 @@ CONJUNCTIONS = {
 QUESTIONS = {"why": "warum", "when": "wann", "where": "wo"}
 
 Case = Literal["nominative", "accusative", "dative"]
-STRONG = {  # endings of articles, and of adjectives where no article shows them: masculine, feminine, neuter, plural
+# Endings of articles, and of adjectives where no article shows them: masculine, feminine, neuter, plural.
+STRONG = {
     "nominative": {"m": "er", "f": "e", "n": "es", "p": "e"},
     "accusative": {"m": "en", "f": "e", "n": "es", "p": "e"},
     "dative": {"m": "em", "f": "er", "n": "em", "p": "en"},
@@ -217,7 +222,7 @@ POSSESSIVES = ("my", "our", "his", "her", "their")
 
 
 class Noun(NamedTuple):
-    """One noun with its forms; `weak` is the ending that some masculines take outside the nominative singular."""
+    """One noun with its forms; `weak` is the ending that some masculines take but in the nominative."""
 
     group: str
     english: str
@@ -254,9 +259,7 @@ def _verbs(table: str) -> list[Verb]:
     verbs = []
     for row in table.strip().splitlines():
         columns = ["" if column == "-" else column for column in row.split()]
-        english, past, particle, infinitive, third, participle, auxiliary, subjects, case, objects, flags = (
-            columns
-        )
+        english, past, particle, infinitive, third, participle, auxiliary, subjects, case, objects, flags = columns
         prefix, _, infinitive = infinitive.rpartition("|")
         preposition, _, case = case.rpartition("+")
         german = (prefix, infinitive, third, participle, auxiliary)

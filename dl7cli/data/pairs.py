@@ -141,7 +141,10 @@ def _lines(path: Path, progress: Progress) -> Iterator[tuple[int, str]]:
                         f"`{path}` line {number} is not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}",
                         hint="convert the file to UTF-8",
                     ) from error
-                yield number, (line.removeprefix("\ufeff") if number == 1 else line).removesuffix("\n").removesuffix("\r")
+                yield (
+                    number,
+                    (line.removeprefix("\ufeff") if number == 1 else line).removesuffix("\n").removesuffix("\r"),
+                )
     except OSError as error:
         raise UserError(f"`{path}` cannot be read: {error.strerror}") from error
 
@@ -186,7 +189,7 @@ def _parallel(
     named = [(stem, suffix) for stem, _, suffix in (name.rpartition(".") for name in files)]
     ending = {stem: [suffix for other, suffix in named if other == stem] for stem, _ in named}
     trained = [suffix for stem, suffix in named if sources.split_name(stem) == "train"]
-    if sources.has_tables(folder) and not set(languages) <= set(trained):
+    if sources.has_tables(folder) and not set(languages) & set(trained):
         return None
     if not trained:
         if any(sources.split_name(entry.name) == "train" for entry in folder.iterdir()):
@@ -194,9 +197,9 @@ def _parallel(
         sources.by_split(sorted(entry.name for entry in folder.iterdir()), str(folder))
     _check_languages(languages, trained, f"{folder}/train.*")
     # A split counts as there with one of its two files, so that a missing other one is not passed over.
-    chosen = _choose_splits(
-        [stem for stem in ending if any(language in ending[stem] for language in languages)], str(folder), notes
-    )
+    enough = {stem: any if sources.split_name(stem) else all for stem in ending}
+    stems = [stem for stem in ending if enough[stem](language in ending[stem] for language in languages)]
+    chosen = _choose_splits(stems, str(folder), notes)
     splits: dict[str, Rows] = {}
     for split, stem in chosen.items():
         paths = [folder / f"{stem}.{language}" for language in languages]
@@ -211,3 +214,142 @@ def _parallel(
             )
         splits[split] = zip(first, second, strict=True)
     return splits
+
+
+def _choose_splits(stems: list[str], where: str, notes: list[str]) -> dict[str, str]:
+    """Map splits to the stems of their files; a test set of another name (`test_2016`) serves if it is the only one."""
+    chosen = sources.by_split(stems, where)
+    others = [stem for stem in stems if re.match(r"test[\W_\d]", stem)]
+    if "test" in chosen or not others:
+        return chosen
+    if len(others) == 1:
+        notes.append(f"the test split is `{others[0]}`")
+        return {**chosen, "test": others[0]}
+    notes.append(f"no test split: none of {_listed(others)} is called `test`")
+    return chosen
+
+
+def _tabbed(path: Path, languages: tuple[str, str], progress: Progress) -> Rows:
+    """Yield the two columns of a TSV file, ordered by its header if it has one, without any quoting."""
+    first, second = 0, 1
+    for number, line in _lines(path, progress):
+        cells = line.split("\t")
+        if not line.strip():
+            cells = ["", ""]
+        if len(cells) != 2:
+            columns = f"{len(cells)} columns" if len(cells) > 1 else "1 column"
+            raise UserError(
+                f"`{path}` line {number} has {columns} and not 2", hint="put one tab between the two sentences"
+            )
+        if number == 1:
+            header = [cell.strip() for cell in cells]
+            if set(header) == set(languages):
+                first, second = header.index(languages[0]), header.index(languages[1])
+                continue
+            if set(header) & set(languages) and all(_CODE.fullmatch(name) for name in header):
+                _check_languages(languages, header, str(path))
+        yield cells[first], cells[second]
+
+
+def _json_lines(path: Path, languages: tuple[str, str], progress: Progress) -> Rows:
+    """Yield the two languages of a JSON lines file, whose rows have them as keys or as keys of `translation`."""
+    first = True
+    for number, line in _lines(path, progress):
+        if not line.strip():
+            continue
+        where = f"`{path}` line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+            raise UserError(f"{where} is not JSON: {reason}", hint="each line has to be one JSON object") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is not a JSON object", hint='each line has to be like {"en": "…", "de": "…"}')
+        if languages[0] not in row and isinstance(row.get(_NESTED), dict):
+            row = row[_NESTED]
+        if first:
+            _check_languages(languages, row, f"{path} line {number}")
+            first = False
+        yield _text(row, languages[0], where), _text(row, languages[1], where)
+
+
+def _text(row: dict[str, Any], language: str, where: str) -> str:
+    """Take one sentence out of a row that comes from outside."""
+    if language not in row:
+        raise UserError(f"{where} has no `{language}`: there is {_listed(row) or 'nothing'}")
+    text = row[language]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: `{language}` is {json.dumps(text, default=str)[:60]} and not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: `{language}` has half a character (a lone surrogate)") from error
+    return text
+
+
+def _tables(
+    source: str, loaded: "dict[str, datasets.Dataset]", languages: tuple[str, str], progress: Progress
+) -> dict[str, Rows]:
+    """Take the sentence pairs out of loaded tables: two columns, or the column `translation`."""
+    features = loaded["train"].features
+    nested = _NESTED in features and not set(languages) <= set(features)
+    if nested:
+        translation = features[_NESTED]
+        _check_languages(languages, getattr(translation, "languages", translation), f"{source} ({_NESTED})")
+    else:
+        _check_languages(languages, features, source)
+    columns = [_NESTED] if nested else list(languages)
+    splits: dict[str, Rows] = {}
+    for split, table in loaded.items():
+        if missing := [name for name in columns if name not in table.features]:
+            raise UserError(f"split `{split}` of `{source}` has no column `{missing[0]}`, which `train` has")
+        pairs: list[tuple[str, str]] = []
+        for batch in table.with_format("arrow").select_columns(columns).iter(batch_size=_EVERY):
+            for record in batch.to_pylist():
+                where = f"row {len(pairs) + 1} of split `{split}` of `{source}`"
+                row = record[_NESTED] if nested else record
+                if row is None:
+                    raise UserError(f"{where}: `{_NESTED}` is null")
+                pairs.append((_text(row, languages[0], where), _text(row, languages[1], where)))
+            progress(f"reading {split} pairs", len(pairs), len(table))
+        splits[split] = pairs
+    return splits
+
+
+def _hub(source: str, languages: tuple[str, str], offline: bool, progress: Progress) -> dict[str, Rows]:
+    """Read from the hub once and from the cache folder ever after."""
+    options = hashlib.sha256(json.dumps([_FORMAT, *languages]).encode()).hexdigest()[:8]
+    folder = sources.cache_folder() / "pairs" / f"{sources.cache_name(source)}-{options}"
+    if (kept := _open_cache(folder, languages)) is not None:
+        return kept
+    splits = _tables(source, sources.load_splits(source, offline=offline, progress=progress), languages, progress)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    working = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
+    try:
+        for split, pairs in splits.items():
+            rows = (json.dumps(dict(zip(languages, pair, strict=True)), ensure_ascii=False) + "\n" for pair in pairs)
+            (working / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8", newline="\n")
+        sizes = {split: (working / f"{split}.jsonl").stat().st_size for split in splits}
+        (working / "meta.json").write_text(json.dumps({"source": source, "sizes": sizes}), encoding="utf-8")
+        if _open_cache(folder, languages) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            working.rename(folder)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+    return splits
+
+
+def _open_cache(folder: Path, languages: tuple[str, str]) -> dict[str, Rows] | None:
+    """Read what was kept of a hub data set; None where it is missing or not whole."""
+    try:
+        sizes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["sizes"]
+        files = {split: folder / f"{split}.jsonl" for split in sizes}
+        if "train" not in files or any(file.stat().st_size != sizes[split] for split, file in files.items()):
+            return None
+        return {split: list(_json_lines(file, languages, silent)) for split, file in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return None
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in list(names)[:20])

@@ -1,8 +1,9 @@
 """`builtin:phrases`: English sentences and their German translations, written by a grammar from a fixed seed.
 
-An English sentence has one translation here. German wants what English does not show: gender and case of articles,
-adjectives and pronouns, the verb in second place (in first in questions, last in subordinate clauses), separable
-prefixes, participles and infinitives at the end, objects in another order, `nicht` or `kein`, contracted prepositions.
+An English sentence has one translation here. German wants what English does not show: gender and case of
+articles, adjectives and pronouns, the verb in second place (first in questions, last in subordinate clauses),
+separable prefixes, participles and infinitives at the end, objects in another order, `nicht` or `kein`,
+contracted prepositions.
 """
 
 from collections import Counter
@@ -22,7 +23,7 @@ RARE = 20  # word forms with fewer occurrences are left out, so that none in the
 
 
 class Clause(NamedTuple):
-    """One clause. `mode` is `present`, `past` or a key of `MODALS`; `place` English preposition, phrase and case."""
+    """`mode`: `present`, `past` or a key of `MODALS`; `place`: English preposition, phrase, German case."""
 
     subject: Phrase
     verb: Verb
@@ -37,7 +38,7 @@ class Clause(NamedTuple):
 
 
 class Sentence(NamedTuple):
-    """`kind`: `statement`, `question`, `who`, a key of `QUESTIONS` or of `CONJUNCTIONS` (then with a second clause)."""
+    """`kind`: `statement`, `question`, `who`, a key of `QUESTIONS`, or of `CONJUNCTIONS` for two clauses."""
 
     kind: str
     main: Clause
@@ -124,7 +125,7 @@ def _third_person(base: str) -> str:
 
 
 def german(clause: Clause, order: str) -> str:
-    """The words of a clause in German, its finite verb `second`, `first` (questions) or `last` (subordinate)."""
+    """The words of a clause in German, its finite verb `second`, `first` (questions) or `last`."""
     finite, *end = _german_verb(clause)
     subject = clause.subject.german("nominative")
     middle = _german_middle(clause)
@@ -143,7 +144,7 @@ def german(clause: Clause, order: str) -> str:
 
 
 def _german_middle(clause: Clause) -> list[str]:
-    """What stands between the finite verb and the end: pronouns, time, receiver, object, `nicht`, the rest."""
+    """What stands between the finite verb and the end: pronouns, time, receiver, object, `nicht`, rest."""
     verb, thing, receiver = clause.verb, clause.object, clause.receiver
     case: Case = "dative" if verb.case == "dat" else "accusative"
     words = []
@@ -164,7 +165,8 @@ def _german_middle(clause: Clause) -> list[str]:
     if thing is not None and verb.preposition:
         words.append(_prepositional(verb.preposition, thing, case))
     if clause.place is not None:
-        words.append(_prepositional(lexicon.PREPOSITIONS[clause.place[0]], clause.place[1], clause.place[2]))
+        preposition, phrase, place_case = clause.place
+        words.append(_prepositional(lexicon.PREPOSITIONS[preposition], phrase, place_case))
     if clause.state:
         words.append(lexicon.ADJECTIVES[clause.state])
     return words
@@ -187,9 +189,7 @@ def _german_verb(clause: Clause) -> list[str]:
         if verb.english in lexicon.SIMPLE_PAST:
             ending = ("n" if verb.participle.endswith("e") else "en") if plural else ""
             return [verb.participle + ending]
-        first, third, many = {"haben": ("habe", "hat", "haben"), "sein": ("bin", "ist", "sind")}[
-            verb.auxiliary
-        ]
+        first, third, many = {"haben": ("habe", "hat", "haben"), "sein": ("bin", "ist", "sind")}[verb.auxiliary]
         return [{"1s": first, "3s": third}.get(person, many), verb.participle]
     present = {"1s": lexicon.FIRST_PERSON.get(verb.infinitive, verb.infinitive[:-1]), "3s": verb.third}
     finite = present.get(person, lexicon.PLURAL.get(verb.infinitive, verb.infinitive))
@@ -286,10 +286,8 @@ class _Sampler:
             if not _alike(thing, subject):
                 return thing
 
-    def clause(
-        self, kind: str, modes: Sequence[str], subject: Phrase | None = None, state: float = 0.2
-    ) -> Clause:
-        """One clause for a sentence of this kind, short if it is one of two; `subject` a person, if given."""
+    def clause(self, kind: str, modes: Sequence[str], subject: Phrase | None = None, state: float = 0.2) -> Clause:
+        """One clause for a sentence of this kind, short if it is one of two; a `subject` is a person."""
         mode = self.pick(modes)
         negated = kind not in (*QUESTION_KINDS, "that") and mode != "must" and self.chance(0.2)
         if kind != "where" and self.chance(state):
@@ -350,27 +348,25 @@ class _Sampler:
         if kind == "that":
             verb = self.pick(lexicon.THAT_VERBS)
             negated = verb.english in ("know", "believe") and self.chance(0.3)
-            main = Clause(
-                self.subject("P", DEFINITE), verb, "past" if modes is BEFORE else "present", negated
-            )
-            return Sentence(kind, main, self._second(kind, modes, main.subject, 0.3))
+            main = Clause(self.subject("P", DEFINITE), verb, "past" if modes is BEFORE else "present", negated)
+            return Sentence(kind, main, self._second(kind, modes, main, 0.3))
         if kind == "if":
             condition = self.clause(kind, CONDITION)
-            main = self._second(kind, CONSEQUENCE, condition.subject, 0.7)
+            main = self._second(kind, CONSEQUENCE, condition, 0.7)
             pronoun_after = main.subject == FIXED.get(condition.subject.pronoun)
             return Sentence(kind, main, condition, second_first=pronoun_after or self.chance(0.5))
         main = self.clause(kind, modes)
         same = 0.0 if kind in ("and", "but") else 0.8
-        return Sentence(kind, main, self._second(kind, modes, main.subject, same))
+        return Sentence(kind, main, self._second(kind, modes, main, same))
 
-    def _second(self, kind: str, modes: Sequence[str], first: Phrase, same: float) -> Clause:
-        """The other clause; with probability `same` its subject is the pronoun for that of the first."""
+    def _second(self, kind: str, modes: Sequence[str], first: Clause, same: float) -> Clause:
+        """Another clause; with probability `same` its subject is the pronoun for that of the first."""
         state = 0.5 if kind == "because" else 0.2
-        if first.pronoun and self.chance(same):
-            return self.clause(kind, modes, FIXED[first.pronoun], state)
+        pronoun = FIXED[first.subject.pronoun] if first.subject.pronoun and self.chance(same) else None
         while True:
-            clause = self.clause(kind, modes, None, state)
-            if not _alike(clause.subject, first):
+            clause = self.clause(kind, modes, pronoun, state)
+            repeats = clause.verb == first.verb and clause.state == first.state
+            if not repeats and (pronoun is not None or not _alike(clause.subject, first.subject)):
                 return clause
 
 
@@ -399,7 +395,7 @@ def _corpus() -> list[tuple[str, str]]:
 
 
 def _words(source: str, target: str) -> list[str]:
-    return f"{source} {target}".translate(str.maketrans("", "", ".,?")).split()
+    return f"{source} {target}".replace(",", "").replace(".", "").replace("?", "").split()
 
 
 def generate(split: str) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """`builtin:shapes`: 32x32 colour pictures of ten outlines, drawn by the program from a fixed seed.
 
-Position, size, rotation and colours say nothing about the class, and the figure is as often darker as lighter
-than what is behind it: no weighted sum of pixels can tell the classes apart, a small convolutional network can.
+Position, size, rotation and colours say nothing about the class, and the figure is as often darker as
+lighter than what is behind it: no weighted sum of pixels tells the classes apart, a small convolutional
+network does.
 No class turns into another one under rotation, mirroring or a shift of a few pixels.
 """
 
@@ -23,14 +24,25 @@ DOTS = 4  # small round distractors behind the figure
 # about the origin that fits into the unit circle.
 
 
+def _both(one: Array, other: Array) -> Array:
+    """Where two figures overlap."""
+    distance: Array = np.maximum(one, other)
+    return distance
+
+
+def _either(one: Array, other: Array) -> Array:
+    """Two figures as one."""
+    distance: Array = np.minimum(one, other)
+    return distance
+
+
 def _disc(x: Array, y: Array, centre_x: float, centre_y: float, radius: float) -> Array:
     distance: Array = np.sqrt((x - centre_x) ** 2 + (y - centre_y) ** 2) - radius
     return distance
 
 
 def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
-    distance: Array = np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
-    return distance
+    return _both(np.abs(x) - half_width, np.abs(y) - half_height)
 
 
 def _half_planes(x: Array, y: Array, sides: int, apothem: float) -> Array:
@@ -52,37 +64,39 @@ def _square(x: Array, y: Array) -> Array:
 
 
 def _triangle(x: Array, y: Array) -> Array:
-    return _half_planes(x, y, 3, 0.5).max(axis=0)
+    lines = _half_planes(x, y, 3, 0.5)
+    return _both(_both(lines[0], lines[1]), lines[2])
 
 
 def _cross(x: Array, y: Array) -> Array:
-    return np.minimum(_box(x, y, 0.25, 0.95), _box(x, y, 0.95, 0.25))
+    return _either(_box(x, y, 0.25, 0.95), _box(x, y, 0.95, 0.25))
 
 
 def _star(x: Array, y: Array) -> Array:
     # A pentagram is where at most one of the five lines is overstepped.
-    return np.sort(_half_planes(x, y, 5, 0.33), axis=0)[-2]
+    distance: Array = np.sort(_half_planes(x, y, 5, 0.33), axis=0)[-2]
+    return distance
 
 
 def _heart(x: Array, y: Array) -> Array:
     # A wedge that ends half-way up, and two discs side by side that close it and leave a notch between them.
-    wedge = np.maximum((np.abs(x) - 0.9 * (y + 0.95)) / np.sqrt(1 + 0.9**2), np.abs(x) + y - 0.55)
+    wedge = _both((np.abs(x) - 0.9 * (y + 0.95)) / np.sqrt(1 + 0.9**2), np.abs(x) + y - 0.55)
     lobes = _disc(np.abs(x), y, 0.45, 0.3, 0.5)
-    return np.minimum(wedge, lobes)
+    return _either(wedge, lobes)
 
 
 def _crescent(x: Array, y: Array) -> Array:
-    return np.maximum(_disc(x, y, 0.0, 0.0, 0.95), -_disc(x, y, 0.45, 0.0, 0.72))
+    return _both(_disc(x, y, 0.0, 0.0, 0.95), -_disc(x, y, 0.45, 0.0, 0.72))
 
 
 def _arrow(x: Array, y: Array) -> Array:
     shaft = _box(x + 0.35, y, 0.6, 0.17)
-    head = np.maximum(-x, (x + np.abs(y) * 1.1 - 0.95) / np.sqrt(1 + 1.1**2))
-    return np.minimum(shaft, head)
+    head = _both(-x, (x + np.abs(y) * 1.1 - 0.95) / np.sqrt(1 + 1.1**2))
+    return _either(shaft, head)
 
 
 def _hourglass(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(y) - 0.85, (np.abs(x) - 0.75 * np.abs(y) - 0.06) / np.sqrt(1 + 0.75**2))
+    return _both(np.abs(y) - 0.85, (np.abs(x) - 0.75 * np.abs(y) - 0.06) / np.sqrt(1 + 0.75**2))
 
 
 OUTLINES: dict[str, Callable[[Array, Array], Array]] = {
@@ -169,4 +183,5 @@ def _contrasting(random: np.random.Generator, behind: Array) -> Array:
     """One colour (N, 3) per image: the one of five random ones that is farthest from what is behind."""
     candidates = random.random((5, *behind.shape))
     best = np.argmax(((candidates - behind) ** 2).sum(axis=2), axis=0)
-    return candidates[best, np.arange(len(behind))]
+    colours: Array = candidates[best, np.arange(len(behind))]
+    return colours

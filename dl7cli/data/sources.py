@@ -176,7 +176,7 @@ def load_splits(
             path, arguments["data_files"] = "parquet", {"train": str(folder.resolve())}
         else:
             path = str(folder.resolve())
-            if not _has_tables(folder):
+            if not has_tables(folder):
                 by_split(sorted(entry.name for entry in folder.iterdir()), source)
                 raise UserError(
                     f"`{source}` holds no data that can be read",
@@ -215,7 +215,7 @@ def files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names)
 
 
-def _has_tables(folder: Path) -> bool:
+def has_tables(folder: Path) -> bool:
     """Tell whether `datasets` can make something of a folder: tables in it, or a README that configures it."""
     readme = folder / "README.md"
     if readme.is_file() and re.search(rb"^configs:", readme.read_bytes(), re.MULTILINE):
@@ -275,6 +275,7 @@ def _datasets_quiet(offline: bool) -> Iterator[Any]:
     import datasets
     import huggingface_hub
     from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils import tqdm as hub_bars
 
     settings = [
         (datasets.config, "HF_HUB_OFFLINE"),

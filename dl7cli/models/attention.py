@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class GeneralAttention(nn.Module):
-    """Luong et al. 2015 (arXiv 1508.04025), eq. 7 and 8, "general": softmax over s of qᵀ W m_s, and the weighted sum."""
+    """Luong et al. 2015 (arXiv 1508.04025), eq. 7 and 8 "general": softmax over s of qᵀ W m_s, and the weighted sum."""
 
     def __init__(self, query_width: int, memory_width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Recurrent encoders over padded batches: whole sequences through fused kernels, and no sentence sees another's padding.
+"""Recurrent encoders over padded batches: whole sequences through fused kernels, no sentence sees its padding.
 
 Letters in shapes: B sentences, S steps, W input width, H units per direction.
 """

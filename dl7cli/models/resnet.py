@@ -1,4 +1,4 @@
-"""Residual networks for small images: He et al. 2015 (arXiv 1512.03385), §4.2. Knows tensors only, no data and no training.
+"""Residual networks for small images: He et al. 2015 (arXiv 1512.03385), §4.2. Knows tensors only, no data.
 
 A first 3x3 convolution, three stages of n blocks of two 3x3 convolutions, global average pooling and one linear layer:
 6n+2 layers with weights.
@@ -48,15 +48,13 @@ class Block(nn.Module):
         if self.stride == 1 and self.new_channels == 0:
             return x
         before = self.new_channels // 2
-        return functional.pad(
-            x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before)
-        )
+        return functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before))
 
 
 class ResNet(nn.Module):
     """Images (B, 3, H, W), normalised, to class scores (B, classes) before the softmax.
 
-    Raises ValueError unless `depth` is 6n+2. Convolutions start from He et al. 2015b (arXiv 1502.01852), eq. 14 (fan out).
+    Raises ValueError unless `depth` is 6n+2. Convolutions start as in He et al. 2015b (arXiv 1502.01852), eq. 14.
     """
 
     def __init__(self, depth: int, classes: int) -> None:

@@ -1,4 +1,4 @@
-"""A recurrent sequence-to-sequence model with attention: Bahdanau et al. 2015 with the general attention of Luong et al. 2015.
+"""A recurrent sequence-to-sequence model with attention, after Bahdanau et al. 2015 and Luong et al. 2015.
 
 The source is read by a bi-directional LSTM. The decoder is two LSTMs with the attention between them, as in the
 conditional decoder of Sennrich et al. 2017 (Nematus, arXiv 1703.04357, §3): the lower one reads the target words so far
@@ -20,7 +20,7 @@ State = tuple[Tensor, ...]
 
 
 class Seq2Seq(nn.Module):
-    """One embedding serves source, target and output words (Press & Wolf 2017, "three-way tying"): the vocabulary is joint."""
+    """One embedding serves source, target and output words of a joint vocabulary (Press & Wolf 2017, "three-way")."""
 
     def __init__(
         self,
@@ -73,9 +73,7 @@ class Seq2Seq(nn.Module):
         asked = functional.dropout(asked, self.dropout, self.training)
         queries = asked.reshape(memory.size(0), -1, asked.size(2))
         found = self.attention(queries, keys, memory, mask)[0].reshape(*asked.shape[:2], memory.size(2))
-        answered, (upper, upper_cell) = self.upper(
-            torch.cat([asked, found], dim=2), (state[2][None], state[3][None])
-        )
+        answered, (upper, upper_cell) = self.upper(torch.cat([asked, found], dim=2), (state[2][None], state[3][None]))
         answered = functional.dropout(answered, self.dropout, self.training)
         readout = torch.tanh(self.readout(torch.cat([answered, found, embedded], dim=2)))
         readout = functional.dropout(readout, self.dropout, self.training)
@@ -86,7 +84,7 @@ class Seq2Seq(nn.Module):
         return functional.linear(readout, self.embedding.weight, self.output_bias)
 
     def forward(self, source: Tensor, lengths: Tensor, previous: Tensor) -> Tensor:
-        """Teacher forcing: source (B, S), lengths (B,), previous (B, T) target words beginning with bos → readouts (B, T, E)."""
+        """Teacher forcing: source (B, S), lengths (B,), previous (B, T) from bos on → readouts (B, T, E)."""
         context, state = self.encode(source, lengths)
         return self.decode(previous, context, state)[0]
 

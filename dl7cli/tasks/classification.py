@@ -64,7 +64,7 @@ class Classification:
         seed_everything(recipe.training.seed)
         model = ResNet(recipe.model.depth, len(assets["classes"]))
         # Channels last is how both oneDNN and cuDNN run these convolutions fastest.
-        self.model = model.to(runtime.device, memory_format=torch.channels_last)
+        self.model = model.to(runtime.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def data_name(self) -> str:
@@ -83,7 +83,7 @@ class Classification:
         return -(-len(self._splits()["train"].labels) // self.recipe.training.batch_size)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[ImageBatch]:
-        """The training batches of an epoch from number `start` on: order and augmentation depend on seed and epoch alone."""
+        """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
         images, labels = self._resident("train")
         device = self.runtime.device
         data, size = self.recipe.data, self.recipe.training.batch_size
@@ -105,9 +105,7 @@ class Classification:
         with self.runtime.autocast():
             scores = self.model(batch.images)
         smoothing = self.recipe.training.label_smoothing
-        total = functional.cross_entropy(
-            scores.float(), batch.labels, reduction="sum", label_smoothing=smoothing
-        )
+        total = functional.cross_entropy(scores.float(), batch.labels, reduction="sum", label_smoothing=smoothing)
         return total, len(batch.labels)
 
     def validate(self) -> Scores:
@@ -117,9 +115,7 @@ class Classification:
     def evaluate(self, split: str) -> Scores:
         """Accuracy on a split of the data. Raises UserError where the data has no such split."""
         if split not in self._splits():
-            raise UserError(
-                f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}"
-            )
+            raise UserError(f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}")
         images, labels = self._resident(split)
         logits = [self._scores(images[at : at + EVALUATION_BATCH]) for at in range(0, len(labels), EVALUATION_BATCH)]
         return accuracy(torch.cat(logits), labels)

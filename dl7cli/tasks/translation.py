@@ -106,7 +106,7 @@ class Translation:
         return len(self._batch_plan(epoch))
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[PairBatch]:
-        """The training batches of an epoch from number `start` on; the order depends on seed and epoch alone."""
+        """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
         pairs = self._training_pairs()
         for chosen in self._batch_plan(epoch)[start:]:
             yield self._batch([pairs[index] for index in chosen])
@@ -126,14 +126,10 @@ class Translation:
         """The scores by which the best epoch is chosen: greedy, as a beam would cost five times as much each epoch."""
         return self.evaluate("validation", beam=1)
 
-    def evaluate(
-        self, split: str, *, beam: int | None = None, length_penalty: float | None = None
-    ) -> Scores:
+    def evaluate(self, split: str, *, beam: int | None = None, length_penalty: float | None = None) -> Scores:
         """BLEU of a split's translations against its references. Raises UserError where the data has no such split."""
         if split not in self._splits():
-            raise UserError(
-                f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}"
-            )
+            raise UserError(f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}")
         pairs = self._splits()[split]
         translated = self.translate([source for source, _ in pairs], beam=beam, length_penalty=length_penalty)
         return bleu([line.text for line in translated], [target for _, target in pairs])
@@ -231,7 +227,7 @@ class Translation:
         return self._encoded
 
     def _batch_plan(self, epoch: int) -> list[np.ndarray]:
-        """The pairs of each batch of an epoch: of like length, at most `batch_tokens` padded target steps, in random order."""
+        """The pairs of each batch: of like length, at most `batch_tokens` padded target steps, in random order."""
         if self._plan is None or self._plan[0] != epoch:
             pairs = self._training_pairs()
             random = np.random.default_rng([self.recipe.training.seed, epoch])
@@ -271,9 +267,7 @@ def _fill(order: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarra
     return [*batches, order[begin:]]
 
 
-def _carve(
-    pairs: list[tuple[str, str]], fraction: float
-) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def _carve(pairs: list[tuple[str, str]], fraction: float) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Split training pairs into two; the choice is the same for every seed, so that runs can be compared."""
     kept = max(1, round(len(pairs) * fraction))
     if kept >= len(pairs):

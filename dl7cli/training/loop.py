@@ -1,4 +1,4 @@
-"""The training loop: a generator of reports. It knows no disk and no console; who reads the reports saves and prints."""
+"""The training loop: a generator of reports. It knows no disk and no console; its reader saves and prints."""
 
 import math
 from collections.abc import Iterator
@@ -53,10 +53,7 @@ class Trainer:
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """Everything that resuming needs besides the weights, as named tensors."""
-        scale = {
-            f"scaler.{name}": torch.tensor(float(value))
-            for name, value in self.scaler.state_dict().items()
-        }
+        scale = {f"scaler.{name}": torch.tensor(float(value)) for name, value in self.scaler.state_dict().items()}
         return {**optimiser_tensors(self.optimiser), **random_state(device), **scale}
 
     def restore(self, tensors: dict[str, Tensor], device: torch.device) -> None:
@@ -96,10 +93,10 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
             rate = learning_rate(optim, progress.step, steps)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            total, examples = task.loss(batch)
+            total, examples = task.loss(batch)  # type: ignore[arg-type]  # a task is given its own batches
             mean = total / examples
             optimiser.zero_grad(set_to_none=True)
-            scaler.scale(mean).backward()
+            scaler.scale(mean).backward()  # type: ignore[no-untyped-call]
             scaler.unscale_(optimiser)
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             loss = mean.detach()

@@ -33,7 +33,7 @@ def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """The learning rate of step `step`, counted from 0, of `steps`: a linear rise, then the recipe's schedule to zero."""
+    """The learning rate of step `step`, counted from 0, of `steps`: a linear rise, then the schedule."""
     rising = round(optim.warmup * steps)
     if step < rising:
         return optim.learning_rate * (step + 1) / rising

@@ -115,9 +115,7 @@ def resume(run: str, *, runtime: Runtime, offline: bool = False, listener: Liste
         saved = checkpoint.load(found.last, training=True)
         if saved.progress.epoch >= saved.recipe.training.epochs and (found.folder / "result.json").exists():
             raise UserError(f"run `{found.folder}` is finished", hint=f"`dl7 eval {found.folder}` evaluates it")
-        task = tasks.build(
-            saved.recipe, saved.assets, runtime=runtime, offline=offline, progress=listener.progress
-        )
+        task = tasks.build(saved.recipe, saved.assets, runtime=runtime, offline=offline, progress=listener.progress)
         if task.splits()["train"] != saved.assets["training_examples"]:
             raise UserError(
                 f"`{task.data_name}` now has {task.splits()['train']:,} training examples; the run began with "
@@ -142,7 +140,7 @@ def evaluate(
     offline: bool = False,
     progress: ProgressCall = silent,
 ) -> dict[str, Any]:
-    """Evaluate a run's best epoch (or the checkpoint named) on a split and note that it was read; returns what `--json` prints."""
+    """Evaluate a run's best epoch, or the checkpoint named, and note the reading; returns what `--json` prints."""
     begin = time.monotonic()
     found, folder = runs.find(run)
     task = tasks.load(folder, runtime=runtime, offline=offline, progress=progress, data=data)
@@ -321,7 +319,7 @@ class _Watch:
         progress = report.progress
         epochs = self._task.recipe.training.epochs
         per_step = self._timed_seconds / self._timed_steps if self._timed_steps else 0.0
-        remaining = (self._steps - progress.step) * per_step + (epochs - progress.epoch) * self._validation_seconds
+        steps_left, epochs_left = self._steps - progress.step, epochs - progress.epoch
         return Step(
             epoch=min(progress.epoch + 1, epochs),
             epochs=epochs,
@@ -332,13 +330,13 @@ class _Watch:
             gradient_norm=report.gradient_norm.item(),
             rate=self.rate,
             unit=self._task.unit,
-            remaining_seconds=remaining,
+            remaining_seconds=steps_left * per_step + epochs_left * self._validation_seconds,
         )
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of stopping at once; a second one ends the process there and then."""
+    """Collect SIGINT and SIGTERM instead of stopping at once; a second one ends the process at once."""
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,153 @@
+"""Recipes: every shipped one loads, overrides mean what they say, and all mistakes are named at once."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dl7cli import recipe
+from dl7cli.errors import UserError
+
+
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_every_shipped_recipe_loads_with_its_fallback_and_says_what_it_is(name: str) -> None:
+    resolved = recipe.resolve(name)
+    assert resolved.recipe.name == name
+    assert resolved.fallback is not None
+    assert resolved.fallback.data.source.startswith("builtin:")
+    header = recipe.header(name)
+    assert f"dl7 train {name}" in " ".join(header)
+    assert len(header) >= 4
+
+
+def test_the_two_recipes_of_the_first_commands_are_shipped() -> None:
+    assert {"resnet", "seq2seq"} <= set(recipe.shipped())
+
+
+def test_the_written_recipe_reads_back_to_the_same(tmp_path: Path) -> None:
+    for name in recipe.shipped():
+        first = recipe.resolve(name, ["training.epochs=3"]).recipe
+        path = tmp_path / f"{name}.toml"
+        path.write_text(recipe.to_toml(first), encoding="utf-8")
+        assert recipe.resolve(str(path)).recipe == first
+        assert recipe.from_document(recipe.to_document(first), origin="test") == first
+
+
+def test_overrides_win_over_flags_and_the_file() -> None:
+    changed = recipe.resolve("resnet", ["model.depth=32", "training.seed=9"], seed=4, data="builtin:shapes").recipe
+    assert changed.model.depth == 32  # type: ignore[union-attr]
+    assert changed.training.seed == 9
+    assert changed.data.source == "builtin:shapes"
+    assert recipe.resolve("resnet", seed=4).recipe.training.seed == 4
+
+
+def test_there_is_a_fallback_only_where_the_data_was_not_asked_for() -> None:
+    assert recipe.resolve("seq2seq").fallback is not None
+    assert recipe.resolve("seq2seq", data="some/data").fallback is None
+    assert recipe.resolve("seq2seq", ["data.source=some/data"]).fallback is None
+
+
+def test_the_fallback_is_the_same_recipe_as_asking_for_the_built_in_set() -> None:
+    for name in recipe.shipped():
+        stand_in = recipe.resolve(name, ["training.seed=7"]).fallback
+        assert stand_in is not None
+        assert recipe.resolve(name, ["training.seed=7"], data=stand_in.data.source).recipe == stand_in
+
+
+def test_overrides_win_over_the_fallback() -> None:
+    stand_in = recipe.resolve("seq2seq", ["training.epochs=17"]).fallback
+    assert stand_in is not None
+    assert stand_in.training.epochs == 17
+
+
+def test_all_mistakes_are_reported_at_once_with_their_keys() -> None:
+    wrong = ["optim.learnin_rate=1", "model.depth=21", "training.epochs=0", "no equals sign", "nonsense.key=1"]
+    with pytest.raises(UserError) as caught:
+        recipe.resolve("resnet", wrong)
+    text = caught.value.message
+    assert "5 mistakes" in text
+    assert "`optim.learnin_rate` (did you mean `optim.learning_rate`?)" in text
+    assert "`model.depth` is `21`" in text
+    assert "the nearest is 20" in text
+    assert "`training.epochs` is `0`" in text
+    assert "`--set no equals sign` has no `=`" in text
+    assert "`nonsense`" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seen"),
+    [
+        (["model.kind=resne"], "did you mean `resnet`?"),
+        (["data=3"], "`data` is `3`"),
+        (["data.source.x=3"], "leads through a key that holds a value"),
+        (["training.epochs=ten"], '`training.epochs` is `"ten"`'),
+        (["training.epochs=1.5"], "`training.epochs` is `1.5`"),
+        (["optim.learning_rate=nan"], "`optim.learning_rate`"),
+        (["optim.learning_rate=0"], "`optim.learning_rate` is `0`"),
+        (["optim.name=adam"], "`optim.name`"),
+        (["model.dropout=0.5"], "unknown key `model.dropout`"),
+        (["a..b=1"], "is not a key"),
+        (["=1"], "is not a key"),
+    ],
+)
+def test_a_mistake_names_its_key(overrides: list[str], seen: str) -> None:
+    with pytest.raises(UserError) as caught:
+        recipe.resolve("resnet", overrides)
+    assert seen in caught.value.message
+    assert caught.value.hint
+
+
+def test_an_unknown_recipe_suggests_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean `resnet`"):
+        recipe.resolve("resent")
+    with pytest.raises(UserError, match=r"there is no recipe file `missing\.toml`"):
+        recipe.resolve("missing.toml")
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text("[model\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"broken\.toml` is not a TOML file"):
+        recipe.resolve(str(path))
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"broken\.toml` is not a TOML file"):
+        recipe.resolve(str(path))
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.resolve("resnet").recipe.training.epochs = 2  # type: ignore[misc]
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=40))
+def test_an_override_splits_at_the_first_equals_sign_and_any_text_survives(text: str) -> None:
+    path, value = recipe.parse_override(f"data.source={text}")
+    assert path == ["data", "source"]
+    # Either the text itself or the one value that TOML reads there.
+    if isinstance(value, str) and value != text.strip():
+        assert tomllib.loads(f"v = {text.strip()}")["v"] == value
+
+
+def _same(left: Any, right: Any) -> bool:
+    return type(left) is type(right) and left == right
+
+
+@given(
+    st.one_of(
+        st.booleans(),
+        st.integers(-(2**40), 2**40),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.text(alphabet="abcxyzÄß= .#'[]", min_size=1, max_size=20).map(lambda text: f"x{text}x"),
+    )
+)
+def test_values_keep_their_type(value: Any) -> None:
+    written = str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, float) else value
+    assert _same(recipe.parse_override(f"a.b={written}")[1], value)
+
+
+@given(st.lists(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), min_size=1, max_size=4))
+def test_key_paths_come_back(names: list[str]) -> None:
+    assert recipe.parse_override(".".join(names) + "=1") == (names, 1)
