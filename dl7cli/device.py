@@ -138,7 +138,7 @@ def cpu_name() -> str:
 def _only_gpu(gpus: str) -> str:
     if gpus == "all" and torch.cuda.device_count() == 1:
         return "cuda:0"
-    if gpus.isdigit():
+    if gpus.isdecimal():
         return f"cuda:{gpus}"
     raise UserError(
         f"`--gpus {gpus}`: this version trains on one GPU at a time; seen here: {_seen_gpus()}",
@@ -153,7 +153,7 @@ def _device(name: str) -> tuple[torch.device, str]:
         return torch.device("cpu"), "the CPU, as no CUDA GPU was seen"
     kind, separator, index = name.partition(":")
     wrong = UserError(f"there is no device `{name}`", hint="choose one of auto, cpu, cuda, cuda:N, mps")
-    if kind not in ("cpu", "cuda", "mps") or (separator and (kind != "cuda" or not index.isdigit())):
+    if kind not in ("cpu", "cuda", "mps") or (separator and (kind != "cuda" or not index.isdecimal())):
         raise wrong
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UserError(f"there is no device `{name}`; seen here: {_seen_gpus()}", hint="use `--device cpu`")

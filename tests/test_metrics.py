@@ -32,9 +32,7 @@ def command_line(hypotheses: list[str], references: list[str], folder: Path) -> 
     for name, lines in (("hypotheses", hypotheses), ("references", references)):
         (folder / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     command = ["-m", "sacrebleu", "references", "-i", "hypotheses", "-m", "bleu", "-f", "json", "-w", "14"]
-    result = subprocess.run(
-        [sys.executable, *command], cwd=folder, check=True, capture_output=True, encoding="utf-8"
-    )
+    result = subprocess.run([sys.executable, *command], cwd=folder, check=True, capture_output=True, encoding="utf-8")
     answer = json.loads(result.stdout)
     return answer["score"], answer["signature"]
 

@@ -1,17 +1,16 @@
 """Labelled images from any source, as uint8 arrays that are decoded once and then mapped from disk."""
 
+import contextlib
 import hashlib
 import io
 import json
 import shutil
 import struct
-import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -82,14 +81,7 @@ def read_images(
     target = kept / (entry + mark)
     if found := _open_cache(target):
         return found
-    try:
-        kept.mkdir(parents=True, exist_ok=True)
-        working = Path(tempfile.mkdtemp(prefix=".new-", dir=kept))
-    except OSError as error:
-        raise UserError(
-            f"the cache folder `{kept}` cannot be written: {error.strerror}", hint="set `DL7_CACHE` to another folder"
-        ) from error
-    try:
+    with sources.working_folder(kept) as working:
         content = _encoded(source, image, label, offline, progress, working)
         _decode_to(working, source, content, image_size, progress)
         shutil.rmtree(working / "datasets", ignore_errors=True)
@@ -98,10 +90,8 @@ def read_images(
             if old.name != target.name or _open_cache(old) is None:
                 shutil.rmtree(old, ignore_errors=True)
         # Fails if another process was faster: then its result serves as well.
-        if not target.exists():
+        with contextlib.suppress(OSError):
             working.rename(target)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
     if found := _open_cache(target):
         return found
     raise UserError(f"what was written to `{target}` cannot be read back", hint="is the disk full or damaged?")
@@ -258,24 +248,18 @@ def _write_splits(
         total, done = len(it.labels), 0
         if not total:
             raise UserError(f"the {split} split of `{source}` has no images")
-        try:
-            with (folder / f"{split}.images.npy").open("wb", buffering=1 << 20) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (total, size, size, 3)}
-                np.lib.format.write_array_header_1_0(file, header)
-                for where, encoded in it.encoded():
-                    decoded = _open(encoded, where, seen)
-                    if guessed and size != _DEFAULT_SIZE and decoded.size != (size, size):
-                        return False
-                    file.write(_square(decoded, size).tobytes())
-                    done += 1
-                    if done % 100 == 0 or done == total:
-                        progress(f"decoding {split} images", done, total)
-            np.save(folder / f"{split}.labels.npy", np.array(it.labels, dtype=np.int64))
-        except OSError as error:
-            raise UserError(
-                f"the cache folder `{folder.parent}` cannot be written: {error.strerror or error}",
-                hint="make room, or set `DL7_CACHE` to another folder",
-            ) from error
+        with (folder / f"{split}.images.npy").open("wb", buffering=1 << 20) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (total, size, size, 3)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for where, encoded in it.encoded():
+                decoded = _open(encoded, where, seen)
+                if guessed and size != _DEFAULT_SIZE and decoded.size != (size, size):
+                    return False
+                file.write(_square(decoded, size).tobytes())
+                done += 1
+                if done % 100 == 0 or done == total:
+                    progress(f"decoding {split} images", done, total)
+        np.save(folder / f"{split}.labels.npy", np.array(it.labels, dtype=np.int64))
     return True
 
 

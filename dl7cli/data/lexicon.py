@@ -66,7 +66,7 @@ STATES = {  # and those that stand after `be`, where they are not the same
 }  # fmt: skip
 UNFIT = {
     ("young", "grandmother"),
-    *((old, child) for old in ("old", "rich") for child in ("child", "girl", "boy")),
+    *((word, child) for word in ("old", "young", "rich") for child in ("child", "girl", "boy")),
 }
 
 # Base, past and particle in English; infinitive (prefix| when separable), third person, participle and

@@ -5,14 +5,13 @@ at `\\n` and nowhere else (`str.splitlines` would also split at U+2028, U+0085, 
 two sides of parallel files out of step).
 """
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,10 @@ _FORMAT = 1
 _NESTED = "translation"
 _EVERY = 1000
 _SPLITS = ("train", "validation", "test")
+_WANTED = (
+    "give a `.jsonl`, `.tsv` or `.parquet` file, or a folder with `train.jsonl`, `train.tsv`, or one file per language "
+    "such as `train.en` and `train.de`"
+)
 _CODE = re.compile(r"[a-z]{2,3}([-_][A-Za-z]+)?")
 
 Rows = Iterable[tuple[str, str]]
@@ -64,6 +67,7 @@ def read_pairs(
     if source_language == target_language:
         raise UserError(f"source and target language are both `{source_language}`")
     notes: list[str] = []
+    found: dict[str, Rows] | None
     if sources.is_builtin(source):
         found = _builtin(source, languages)
     elif sources.is_local(source):
@@ -72,14 +76,9 @@ def read_pairs(
         if path.is_dir():
             found = _text_folder(path, languages, notes, progress)
         if found is None:
-            sources.cache_folder().mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(
-                prefix=".new-", dir=sources.cache_folder(), ignore_cleanup_errors=True
-            ) as working:
-                loaded = sources.load_splits(source, progress=progress, working=Path(working))
+            with sources.working_folder(sources.cache_folder()) as working:
+                loaded = sources.load_splits(source, progress=progress, working=working)
                 found = _tables(source, loaded, languages, progress)
-                # The tables are mapped from the folder that is about to be deleted.
-                del loaded
     else:
         found = _hub(source, languages, offline, progress)
     splits = {split: _without_blank(split, found[split], source, notes) for split in _SPLITS if split in found}
@@ -138,7 +137,7 @@ def _lines(path: Path, progress: Progress) -> Iterator[tuple[int, str]]:
                     line = raw.decode("utf-8")
                 except UnicodeDecodeError as error:
                     raise UserError(
-                        f"`{path}` line {number} is not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}",
+                        f"`{path}` line {number} is not UTF-8 (byte 0x{raw[error.start]:02x})",
                         hint="convert the file to UTF-8",
                     ) from error
                 yield (
@@ -159,12 +158,6 @@ def _text_file(path: Path, languages: tuple[str, str], progress: Progress) -> di
         case ".parquet":
             return None
     raise UserError(f"`{path}` is not a kind of file that sentence pairs are read from", hint=_WANTED)
-
-
-_WANTED = (
-    "give a `.jsonl`, `.tsv` or `.parquet` file, or a folder with `train.jsonl`, `train.tsv`, or one file per language "
-    "such as `train.en` and `train.de`"
-)
 
 
 def _text_folder(
@@ -268,7 +261,7 @@ def _json_lines(path: Path, languages: tuple[str, str], progress: Progress) -> R
         if languages[0] not in row and isinstance(row.get(_NESTED), dict):
             row = row[_NESTED]
         if first:
-            _check_languages(languages, row, f"{path} line {number}")
+            _check_languages(languages, row, str(path))
             first = False
         yield _text(row, languages[0], where), _text(row, languages[1], where)
 
@@ -323,19 +316,16 @@ def _hub(source: str, languages: tuple[str, str], offline: bool, progress: Progr
     if (kept := _open_cache(folder, languages)) is not None:
         return kept
     splits = _tables(source, sources.load_splits(source, offline=offline, progress=progress), languages, progress)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    working = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
-    try:
+    with sources.working_folder(folder.parent) as working:
         for split, pairs in splits.items():
             rows = (json.dumps(dict(zip(languages, pair, strict=True)), ensure_ascii=False) + "\n" for pair in pairs)
             (working / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8", newline="\n")
         sizes = {split: (working / f"{split}.jsonl").stat().st_size for split in splits}
         (working / "meta.json").write_text(json.dumps({"source": source, "sizes": sizes}), encoding="utf-8")
-        if _open_cache(folder, languages) is None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        # Fails if another process was faster: then its result serves as well.
+        with contextlib.suppress(OSError):
             working.rename(folder)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
     return splits
 
 

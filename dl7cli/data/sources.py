@@ -6,10 +6,15 @@ folder has several configurations, one is chosen after a colon: `wmt/wmt14:de-en
 
 import contextlib
 import hashlib
+import http.client
+import logging
 import os
 import re
+import shutil
 import ssl
+import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 import warnings
@@ -59,9 +64,35 @@ def cache_folder() -> Path:
 
 def cache_name(source: str) -> str:
     """Return the start of the names under which a source is kept in the cache: readable, and unique by a hash."""
-    identity = str(local_path(source).resolve()) if is_local(source) else source
+    path, configuration = _split_configuration(source)
+    identity = str(local_path(source).resolve()) if is_local(source) else path
     readable = re.sub(r"[^A-Za-z0-9]+", "-", Path(identity).name).strip("-")[:40]
+    identity += f":{configuration}" if configuration else ""
     return f"{readable}-{hashlib.sha256(identity.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
+
+
+@contextlib.contextmanager
+def working_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder in one of the cache for what is not whole yet; what is left in it at the end is deleted.
+
+    Raises UserError where the cache cannot be written or the disk is full.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for old in parent.glob(".new-*"):
+            # Left by a process that was killed.
+            if time.time() - old.stat().st_mtime > 86400:
+                shutil.rmtree(old, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"the cache folder `{parent}` cannot be written: {error.strerror or error}",
+            hint="make room, or set `DL7_CACHE` to another folder",
+        ) from error
 
 
 def is_builtin(source: str) -> bool:
@@ -260,7 +291,7 @@ def _reachable(source: str) -> bool:
         except urllib.error.URLError as error:
             # Somebody answered; whether the certificate is good is for the hub's client and its own list to say.
             answers.append(isinstance(error.reason, ssl.SSLCertVerificationError))
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             answers.append(False)
 
     thread = threading.Thread(target=ask, daemon=True)
@@ -275,7 +306,11 @@ def _datasets_quiet(offline: bool) -> Iterator[Any]:
     import datasets
     import huggingface_hub
     from huggingface_hub.utils import logging as hub_logging
-    from huggingface_hub.utils import tqdm as hub_bars
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     settings = [
         (datasets.config, "HF_HUB_OFFLINE"),
@@ -285,13 +320,13 @@ def _datasets_quiet(offline: bool) -> Iterator[Any]:
     before = [getattr(module, name) for module, name in settings]
     verbosity, hub_verbosity = datasets.logging.get_verbosity(), hub_logging.get_verbosity()
     bars = datasets.are_progress_bars_disabled()
-    hub_bars = huggingface_hub.utils.are_progress_bars_disabled()
+    hub_bars = are_progress_bars_disabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-        hub_logging.set_verbosity(hub_logging.CRITICAL)
+        datasets.logging.set_verbosity(logging.CRITICAL)
+        hub_logging.set_verbosity(logging.CRITICAL)
         datasets.disable_progress_bars()
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
         for module, name in settings:
             setattr(module, name, offline)
         try:
@@ -304,23 +339,23 @@ def _datasets_quiet(offline: bool) -> Iterator[Any]:
             if not bars:
                 datasets.enable_progress_bars()
             if not hub_bars:
-                huggingface_hub.utils.enable_progress_bars()
+                enable_progress_bars()
 
 
 def _load_error(source: str, error: Exception) -> UserError:
     """Say in one line why `datasets` could not load a source, naming the file where it can be found out."""
     reason = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
     lines = str(reason).strip().splitlines() or [type(reason).__name__]
-    if "Config name is missing" in lines[0] or "BuilderConfig" in lines[0]:
-        names = _listed(re.findall(r"'([\w.-]+)'", str(reason))[:20])
-        return UserError(
-            f"`{source}` has several configurations: {names}", hint=f"choose one after a colon: `{source}:NAME`"
-        )
+    if ("Config name is missing" in lines[0] or "BuilderConfig" in lines[0]) and "[" in str(reason):
+        path, configuration = _split_configuration(source)
+        names = _listed(re.findall(r"'([\w.-]+)'", str(reason).partition("[")[2].partition("]")[0])[:20])
+        seen = f"has no configuration `{configuration}`" if configuration else "has several configurations"
+        return UserError(f"`{path}` {seen}: there is {names}", hint=f"choose one after a colon: `{path}:NAME`")
     if type(error).__name__ == "DatasetNotFoundError":
         return UserError(f"the hub has no data set `{source}` that is open to you", hint="check its name")
     if is_local(source):
-        path = local_path(source)
-        for file in sorted([path] if path.is_file() else files_below(path)):
+        place = local_path(source)
+        for file in sorted([place] if place.is_file() else files_below(place)):
             if file.suffix == ".parquet" and (damage := _parquet_damage(file)):
                 return UserError(f"`{file}` cannot be read: {damage}", hint="fetch or write the file again")
     return UserError(f"`{source}` cannot be loaded: {lines[0]}")
@@ -328,8 +363,8 @@ def _load_error(source: str, error: Exception) -> UserError:
 
 def _parquet_damage(file: Path) -> str | None:
     """Read a parquet file through; return what is wrong with it, if anything."""
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         for _ in pyarrow.parquet.ParquetFile(file).iter_batches(256):

@@ -58,12 +58,16 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimiser_tensors` gave, with the memory layout of the parameters so that sums round alike."""
+    """Put back what `optimiser_tensors` gave, with the memory layout of the parameters so that sums round alike.
+
+    All of it goes to the parameter's device, the step count too: fused optimisers read it there.
+    """
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
         if not key.startswith("optimiser."):
             continue
         _, number, name = key.split(".")
         parameter = parameters[int(number)]
-        own = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
-        optimiser.state[parameter][name] = own.to(value.dtype).copy_(value)
+        like = parameter if value.shape == parameter.shape else value
+        own = torch.empty_like(like, dtype=value.dtype, device=parameter.device, requires_grad=False)
+        optimiser.state[parameter][name] = own.copy_(value)
