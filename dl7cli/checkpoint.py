@@ -235,7 +235,7 @@ def _untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in tensors.items():
         view = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        known = first.setdefault(view, name) if tensor.numel() else name
+        known = first.setdefault(view, name)
         if known == name:
             own[name] = tensor.detach().to("cpu", copy=True, memory_format=contiguous_format)
         else:

@@ -126,7 +126,8 @@ def lock(run: Run) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context((run.folder / _LOCK).open("ab+", buffering=0))
-            free = _locked(file.fileno(), fcntl.LOCK_EX)
+            # `listing` holds it for an instant to see whether it is free: no reason to give up.
+            free = _locked(file.fileno(), fcntl.LOCK_EX, attempts=50)
         except OSError as error:
             raise _cannot_write(run.folder / _LOCK, error) from error
         if not free:
@@ -381,9 +382,9 @@ def _state(run: Run, *, finished: bool) -> str:
     return "empty" if _checkpoint(run) is None else "interrupted"
 
 
-def _locked(descriptor: int, operation: int) -> bool:
-    """Take the lock if it is free; the instant for which `listing` holds it, to see that, is waited for."""
-    for _ in range(5):
+def _locked(descriptor: int, operation: int, attempts: int = 1) -> bool:
+    """Take the lock if it is free, or comes free within as many fiftieths of a second as there are attempts."""
+    for _ in range(attempts):
         try:
             fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -426,8 +427,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
     try:
         if _torn(path):
             line = b"\n" + line
-        # The buffer holds the line, so it is written by one call and the lines of two processes do not mix.
-        with path.open("ab", buffering=len(line) + 1) as file:
+        with path.open("ab") as file:  # appended by one call: the lines of two processes do not mix
             file.write(line)
     except OSError as error:
         raise _cannot_write(path, error) from error

@@ -43,3 +43,43 @@ def real_data() -> Callable[[str], Path]:
         return folder
 
     return find
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Recipe files by kind of model, `resnet` and `seq2seq`: three epochs of a few steps on data that lies beside them.
+
+    A checkpoint is written after every step.
+    """
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("tiny")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 26), ("validation", 7), ("test", 7)):
+        for number in range(count):
+            pixels = random.integers(0, 128, (8, 8, 3), dtype=np.uint8)
+            pixels[:, :, number % 3] += 60
+            file = folder / "images" / split / ("red", "green", "blue")[number % 3] / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(file)
+    (folder / "pairs").mkdir()
+    for split, count in (("train", 40), ("validation", 5), ("test", 6)):
+        lines = ["".join(map(str, random.integers(0, 10, random.integers(2, 7)))) for _ in range(count)]
+        (folder / "pairs" / f"{split}.en").write_text("".join(f"{line}\n" for line in lines))
+        (folder / "pairs" / f"{split}.de").write_text("".join(f"{line[::-1]}\n" for line in lines))
+    images, pairs = folder / "resnet.toml", folder / "seq2seq.toml"
+    images.write_text(f"""
+        data = {{ source = '{folder / "images"}', crop_padding = 1 }}
+        model = {{ kind = "resnet", depth = 8 }}
+        training = {{ epochs = 3, batch_size = 8, checkpoint_minutes = 1e-9 }}
+        optim = {{ name = "sgd", learning_rate = 0.05, weight_decay = 1e-3, schedule = "linear", warmup = 0.2 }}
+    """)
+    pairs.write_text(f"""
+        data = {{ source = '{folder / "pairs"}', vocabulary_size = 32 }}
+        model = {{ kind = "seq2seq", embedding_width = 8, encoder_width = 8, decoder_width = 8, dropout = 0.2 }}
+        training = {{ epochs = 3, batch_tokens = 60, label_smoothing = 0.1, checkpoint_minutes = 1e-9 }}
+        optim = {{ name = "adamw", learning_rate = 0.02, weight_decay = 0.01, clip_norm = 0.5 }}
+        decoding = {{ beam = 2 }}
+    """)
+    return {"resnet": images, "seq2seq": pairs}

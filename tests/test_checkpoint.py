@@ -597,6 +597,26 @@ def test_a_file_in_the_place_of_the_run_is_named(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / "run" / "last", example())
 
 
+@pytest.mark.parametrize("scene", ["first", "again"])
+def test_everything_is_on_the_disk_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scene: str
+) -> None:
+    folder = tmp_path / "last"
+    if scene == "again":
+        checkpoint.save(folder, example(1))
+    events: list[tuple[str, int | str]] = []
+    sync, rename, remove = os.fsync, Path.rename, shutil.rmtree
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(("sync", os.fstat(fd).st_ino)), sync(fd)))
+    monkeypatch.setattr(Path, "rename", lambda a, b: (events.append(("rename", a.name)), rename(a, b)))
+    monkeypatch.setattr(shutil, "rmtree", lambda p, **_: (events.append(("remove", p.name)), remove(p, True)))
+    checkpoint.save(folder, example(2))
+    first_rename = next(index for index, (what, _) in enumerate(events) if what == "rename")
+    before = {number for what, number in events[:first_rename] if what == "sync"}
+    assert before >= {folder.stat().st_ino, *(path.stat().st_ino for path in folder.iterdir())}
+    swapped = events.index(("rename", "last.new"))
+    assert events[swapped + 1 :] == [("sync", tmp_path.stat().st_ino), ("remove", "last.old")]
+
+
 def test_a_disk_that_syncs_no_folders_is_good_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.fsync
 

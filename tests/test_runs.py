@@ -1,5 +1,6 @@
 """Run folders: numbering, locks and look-ups with real processes and real files."""
 
+import fcntl
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,26 +92,50 @@ def test_a_name_is_never_a_path(name: str, folder: str) -> None:
     assert runs.create(RESNET, name, None).folder == Path("runs") / folder
 
 
-def test_processes_that_start_together_get_runs_of_their_own() -> None:
-    code = """
+def together(code: str) -> tuple[list[str], list[str]]:
+    """What two processes print that are let go at the same moment."""
+    start_line = """
         import sys
+        from pathlib import Path
         from dl7cli import runs
+        from dl7cli.errors import UserError
         from dl7cli.recipe import resolve
         recipe = resolve("resnet").recipe
         print("ready", flush=True)
         sys.stdin.readline()
-        for _ in range(40):
-            print(runs.create(recipe, "resnet", None).name)
     """
+    code = textwrap.dedent(start_line) + textwrap.dedent(code)
     with start(code) as first, start(code) as second:
         assert answer(first) == answer(second) == "ready"
         for process in (first, second):
             assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
-        names = first.communicate()[0].split() + second.communicate()[0].split()
-    assert sorted(names) == sorted(f"resnet-{number}" for number in range(1, 81))
+        printed = first.communicate()[0].split(), second.communicate()[0].split()
+    assert first.returncode == second.returncode == 0
+    return printed
+
+
+def test_processes_that_start_together_get_runs_of_their_own() -> None:
+    code = """
+        for _ in range(40):
+            print(runs.create(recipe, "resnet", None).name)
+    """
+    first, second = together(code)
+    assert sorted(first + second) == sorted(f"resnet-{number}" for number in range(1, 81))
     assert all(Path("runs", f"resnet-{number}", "recipe.toml").stat().st_size for number in range(1, 81))
+
+
+def test_of_processes_that_start_together_one_gets_the_folder() -> None:
+    code = """
+        for number in range(300):
+            try:
+                print(runs.create(recipe, "resnet", Path(f"out-{number}")).name)
+            except UserError as error:
+                assert "is not empty" in error.message
+    """
+    first, second = together(code)
+    assert sorted(first + second) == sorted(f"out-{number}" for number in range(300))
 
 
 def test_out_is_made_with_its_parents() -> None:
@@ -249,20 +275,14 @@ def test_a_worker_that_outlives_its_trainer_keeps_no_lock() -> None:
         os.kill(worker, signal.SIGKILL)
 
 
-def test_listing_does_not_keep_a_trainer_from_its_lock() -> None:
+def test_a_look_at_the_lock_does_not_keep_a_trainer_from_it() -> None:
     run = runs.create(RESNET, "resnet", None)
-    code = """
-        from dl7cli import runs
-        print("ready", flush=True)
-        while True:
-            runs.listing()
-    """
-    with start(code) as process:
-        assert answer(process) == "ready"
-        for _ in range(300):
-            with runs.lock(run):
-                pass
-        process.kill()
+    with (run.folder / "lock").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as `listing` does, but not for as short
+        look = threading.Timer(0.1, fcntl.flock, (file, fcntl.LOCK_UN))
+        look.start()
+        with runs.lock(run):
+            look.join()
 
 
 def test_a_run_that_cannot_be_locked_is_named() -> None:

@@ -1,4 +1,4 @@
-"""Where data come from: names, splits, the cache, the hub in and out of reach. The hub is a closed port or a tiny server."""
+"""Where data come from: names, splits, the cache, and the hub: here a closed port or a tiny server."""
 
 import http.server
 import os
@@ -35,13 +35,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, list[str]]]:
-    """A server that answers 401 to everything, as the hub does where a data set does not exist; and what was asked."""
+    """A server that answers as the hub does where a data set does not exist; and what was asked."""
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             asked.append(self.path)
-            self.send_response(401)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
             self.end_headers()
 
         do_GET = do_HEAD
@@ -149,7 +150,9 @@ def test_a_folder_of_parquet_is_loaded_and_nothing_is_printed(
 ) -> None:
     bars = datasets.are_progress_bars_disabled()
     verbosity = datasets.logging.get_verbosity()
-    loaded = sources.load_splits(str(write_folder(tmp_path / "set")))
+    folder = write_folder(tmp_path / "set")
+    capfd.readouterr()  # the bar of to_parquet
+    loaded = sources.load_splits(str(folder))
     assert list(loaded) == ["train", "validation"]
     assert loaded["train"][1] == {"en": "two", "de": "zwei"}
     assert capfd.readouterr() == ("", "")
@@ -172,10 +175,10 @@ def test_a_readme_names_the_files_of_the_splits_and_a_colon_chooses_a_configurat
 
 
 def test_paths_that_hold_nothing_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no file or folder `.*absent`"):
+    with pytest.raises(UserError, match=r"there is no file or folder `.*absent`"):
         sources.load_splits(str(tmp_path / "absent"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="the folder `.*empty` is empty"):
+    with pytest.raises(UserError, match=r"the folder `.*empty` is empty"):
         sources.load_splits(str(tmp_path / "empty"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.doc").write_text("x")
@@ -248,7 +251,7 @@ try: load_splits("owner/name")
 except UserError as error: print(error)
 """
     done = run(code, HF_ENDPOINT=hub[0])
-    assert "owner/name" in done.stdout
+    assert done.stdout == "the hub has no data set `owner/name` that is open to you\n"
     assert done.stderr == ""
 
 
@@ -298,7 +301,7 @@ print(pairs.splits)
 def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with (
-        pytest.raises(UserError, match="the cache folder `.*` cannot be written"),
+        pytest.raises(UserError, match=r"the cache folder `.*` cannot be written"),
         sources.working_folder(tmp_path / "file" / "below"),
     ):
         pass

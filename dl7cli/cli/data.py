@@ -97,9 +97,7 @@ def known() -> dict[str, str]:
     """The sources that shipped recipes name, with the task they are for."""
     from dl7cli import recipe as recipes
 
-    resolved = [
-        recipe for name in recipes.shipped() for recipe in recipes.resolve(name) if recipe is not None
-    ]
+    resolved = [recipe for name in recipes.shipped() for recipe in recipes.resolve(name) if recipe is not None]
     return {recipe.data.source: recipe.task for recipe in resolved}
 
 

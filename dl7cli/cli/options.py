@@ -36,9 +36,7 @@ Data = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be given several times."
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be given several times."),
 ]
 Seed = Annotated[
     int | None,

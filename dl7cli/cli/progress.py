@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 FIRST_SECONDS = 2.0
 EVERY_SECONDS = 5.0
+_SPLITS = ("train", "validation", "test")
 
 
 class Plain:
@@ -37,9 +38,7 @@ class Plain:
 
     def step(self, step: "Step") -> None:
         if self._is_due("training"):
-            console.note(
-                f"epoch {step.epoch}/{step.epochs}  step {step.step}/{step.steps}  {'  '.join(details(step))}"
-            )
+            console.note(f"epoch {step.epoch}/{step.epochs}  step {step.step}/{step.steps}  {'  '.join(details(step))}")
 
     def epoch(self, epoch: "Epoch") -> None:
         console.note(summary(epoch))
@@ -48,7 +47,9 @@ class Plain:
         console.note(text)
 
     def progress(self, what: str, done: int, total: int) -> None:
-        if self._is_due(what):
+        if total and done >= total:
+            self._activity = ""
+        elif self._is_due(what):
             console.note(f"{what}  {done:,}/{total:,}" if total else f"{what}  {done:,}")
 
     def _is_due(self, activity: str) -> bool:
@@ -94,9 +95,7 @@ class Terminal:
         self.note(describe(plan))
 
     def step(self, step: "Step") -> None:
-        self._show(
-            "training", f"epoch {step.epoch}/{step.epochs}", step.step, step.steps, "  ".join(details(step))
-        )
+        self._show("training", f"epoch {step.epoch}/{step.epochs}", step.step, step.steps, "  ".join(details(step)))
 
     def epoch(self, epoch: "Epoch") -> None:
         self.note(summary(epoch))
@@ -126,7 +125,7 @@ def describe(plan: "Plan") -> str:
     model = recipe.model.model_dump()
     kind = model.pop("kind")
     details = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in model.items())
-    splits = ", ".join(f"{size:,} {split}" for split, size in plan.splits.items())
+    splits = ", ".join(f"{plan.splits[split]:,} {split}" for split in _SPLITS if split in plan.splits)
     lines = [
         f"training recipe {recipe.name}",
         f"  data       {plan.data}: {splits}",

@@ -40,9 +40,7 @@ def show(
     header = recipes.header(name)
     if as_json:
         fallback = recipes.to_document(resolved.fallback) if resolved.fallback else None
-        console.document(
-            {"header": header, "recipe": recipes.to_document(resolved.recipe), "fallback": fallback}
-        )
+        console.document({"header": header, "recipe": recipes.to_document(resolved.recipe), "fallback": fallback})
         return
     for line in [*(f"# {line}".rstrip() for line in header), *recipes.to_toml(resolved.recipe).splitlines()]:
         console.write(line)
@@ -66,9 +64,7 @@ def copy(
         with target.open("xb") as stream:
             stream.write(original.read_bytes())
     except FileExistsError:
-        raise UserError(
-            f"`{target}` exists", hint="give another name: `dl7 recipes copy NAME FILE`"
-        ) from None
+        raise UserError(f"`{target}` exists", hint="give another name: `dl7 recipes copy NAME FILE`") from None
     except OSError as error:
-        raise UserError(f"`{target}` cannot be written: {error.strerror}") from None
+        raise UserError(f"`{target}` cannot be written: {console.reason(error)}") from None
     console.note(f"written to {target}; train it with: dl7 train {target}")

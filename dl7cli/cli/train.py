@@ -61,9 +61,7 @@ def train(
                 assert resume is not None
                 result = training.resume(resume, runtime=runtime, offline=offline, listener=display)
     except training.Interrupted as stop:
-        console.note(
-            f"stopped; saved in {stop.run}\ngo on with: dl7 train --resume {shlex.quote(str(stop.run))}"
-        )
+        console.note(f"stopped; saved in {stop.run}\ngo on with: dl7 train --resume {shlex.quote(str(stop.run))}")
         raise typer.Exit(128 + stop.signal) from None
     print_result(result, as_json)
     console.note(_next_commands(result))

@@ -87,9 +87,7 @@ def translate(
         assert isinstance(task, Translation)
         width = task.recipe.decoding.beam if beam is None else beam
         if n_best > width:
-            raise UserError(
-                f"`--n-best {n_best}` is more than the beam of {width}", hint=f"add `--beam {n_best}`"
-            )
+            raise UserError(f"`--n-best {n_best}` is more than the beam of {width}", hint=f"add `--beam {n_best}`")
         translations: list[dict[str, Any]] = []
         to_standard_output = output is None and not as_json
         for batch in batches:
@@ -192,7 +190,7 @@ def open_input(path: Path) -> BufferedReader:
     try:
         return path.open("rb")
     except OSError as error:
-        raise UserError(f"`{path}` cannot be read: {error.strerror}") from None
+        raise UserError(f"`{path}` cannot be read: {console.reason(error)}") from None
 
 
 @contextlib.contextmanager
@@ -204,7 +202,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
     try:
         stream = written.open("w", encoding="utf-8", newline="\n")
     except OSError as error:
-        raise UserError(f"`{path}` cannot be written: {error.strerror}") from None
+        raise UserError(f"`{path}` cannot be written: {console.reason(error)}") from None
     try:
         with stream:
             yield stream
@@ -214,5 +212,5 @@ def replacing(path: Path) -> Iterator[TextIO]:
         if not in_place:
             written.unlink()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"`{path}` cannot be written: {error.strerror}") from None
+            raise UserError(f"`{path}` cannot be written: {console.reason(error)}") from None
         raise

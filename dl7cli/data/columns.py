@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -13,16 +16,16 @@ if TYPE_CHECKING:
 _LABEL_NAMES = ("label", "labels", "class", "target")
 _MOST_CLASSES = 1 << 16
 
-Encoded = Callable[[], Iterator[tuple[str, bytes | str | Path]]]
-"""Goes through images in order: where each is, for messages, and its file's content or its path."""
+Encoded = bytes | str | Path | npt.NDArray[np.uint8]
+"""An image as the content of a file, the path of one, or pixels (H, W, 3)."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split before decoding: the labels, and the images in the same order."""
+    """One split before decoding: the labels, and the images in the same order, each with where it is, for messages."""
 
     labels: list[int]
-    encoded: Encoded
+    encoded: Callable[[], Iterator[tuple[str, Encoded]]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def read(source: str, loaded: "dict[str, datasets.Dataset]", image: str | None, 
     for split, table in loaded.items():
         if missing := [name for name in (image, label) if name not in table.features]:
             raise UserError(f"split `{split}` of `{source}` has no column `{missing[0]}`, which `train` has")
-        values[split] = table.with_format("arrow").selectread_columns([label])[:].column(label).to_pylist()
+        values[split] = table.with_format("arrow").select_columns([label])[:].column(label).to_pylist()
         for row, value in enumerate(values[split], 1):
             if value is None:
                 raise UserError(f"row {row} of split `{split}` of `{source}` has no label (column `{label}`)")
@@ -135,10 +138,12 @@ def _plain(feature: Any) -> bool:
     return _kind(feature) in ("string", "bool") or _kind(feature).startswith(("int", "uint"))
 
 
-def _rows(source: str, split: str, table: "datasets.Dataset", image: str) -> Encoded:
-    def encoded() -> Iterator[tuple[str, bytes | str | Path]]:
+def _rows(
+    source: str, split: str, table: "datasets.Dataset", image: str
+) -> Callable[[], Iterator[tuple[str, Encoded]]]:
+    def encoded() -> Iterator[tuple[str, Encoded]]:
         row = 0
-        for batch in table.with_format("arrow").selectread_columns([image]).iter(batch_size=256):
+        for batch in table.with_format("arrow").select_columns([image]).iter(batch_size=256):
             for value in batch.column(image).to_pylist():
                 row += 1
                 where = f"the image in row {row} of split `{split}` of `{source}`"

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dl7cli.data import sources
-from dl7cli.data.columns import Content, Split
+from dl7cli.data.columns import Content, Encoded, Split
 from dl7cli.data.columns import read as read_columns
 from dl7cli.data.sources import Progress, silent
 from dl7cli.errors import UserError
@@ -70,10 +70,12 @@ def read_images(
     The first reading decodes and keeps arrays below the cache folder; later ones map those. They are made anew when
     the name, size or time of a file of the source changes. Raises UserError for a source or data that cannot be used.
     """
-    if sources.is_builtin(source):
-        return _builtin(source, image_size)
     mark = ""
-    if sources.is_local(source):
+    if sources.is_builtin(source):
+        if source != "builtin:shapes":
+            raise UserError(f"there are no built-in images `{source}`", hint="the built-in images are `builtin:shapes`")
+        mark = sources.fingerprint(Path(__file__).with_name("shapes.py"))[:12]
+    elif sources.is_local(source):
         mark = sources.fingerprint(sources.existing_path(source))[:12]
     options = hashlib.sha256(json.dumps([_FORMAT, image, label, image_size]).encode()).hexdigest()[:8]
     entry = f"{sources.cache_name(source)}-{options}-"
@@ -137,28 +139,23 @@ class _Seen:
     modes: set[str] = field(default_factory=set)
 
 
-def _builtin(source: str, image_size: int | None) -> Images:
-    if source != "builtin:shapes":
-        raise UserError(f"there are no built-in images `{source}`", hint="the built-in images are `builtin:shapes`")
+def _generated() -> Content:
+    """Take the built-in images as if they had been read."""
     from dl7cli.data import shapes
 
-    splits, notes = {}, []
+    splits = {}
     for split in ("train", "validation", "test"):
         images, labels = shapes.generate(split)
-        size = images.shape[1]
-        if image_size not in (None, size):
-            import PIL.Image
-
-            images = np.stack([np.asarray(_square(PIL.Image.fromarray(one), image_size)) for one in images])
-            notes = [f"images of {size}x{size} resized to {image_size}x{image_size}"]
-        splits[split] = ImageSet(images, labels)
-    return Images(splits, tuple(shapes.CLASSES), tuple(notes))
+        splits[split] = Split(labels.tolist(), lambda images=images: (("", one) for one in images))
+    return Content(splits, tuple(shapes.CLASSES))
 
 
 def _encoded(
     source: str, image: str | None, label: str | None, offline: bool, progress: Progress, working: Path
 ) -> Content:
     """Find the images of a source and their labels, not yet decoded."""
+    if sources.is_builtin(source):
+        return _generated()
     if sources.is_local(source):
         path = sources.existing_path(source)
         if path.is_dir() and (found := _image_folder(path)):
@@ -179,7 +176,7 @@ def _image_folder(path: Path) -> Content | None:
         return None
     names = sources.by_split((folder.name for folder in folders), str(path))
     splits = {split: _files_of_classes(path / name) for split, name in names.items()}
-    if not splits["train"]:
+    if not splits["train"] and sources.has_tables(path):
         return None
     classes = tuple(sorted(splits["train"]))
     for split, found in splits.items():
@@ -280,11 +277,16 @@ def _refuse_bombs() -> None:
     warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
 
 
-def _open(encoded: bytes | str | Path, where: str, seen: _Seen | None = None) -> "PIL.Image.Image":
+def _open(encoded: Encoded, where: str, seen: _Seen | None = None) -> "PIL.Image.Image":
     """Decode an image to RGB, upright as its EXIF data say; raise UserError saying where a bad one is."""
     import PIL.Image
     import PIL.ImageOps
 
+    if isinstance(encoded, np.ndarray):
+        image = PIL.Image.fromarray(encoded)
+        if seen is not None:
+            seen.sizes.add(image.size)
+        return image
     try:
         with PIL.Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS) as image:
             image.load()

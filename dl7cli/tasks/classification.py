@@ -1,6 +1,8 @@
 """Image classification: where a recipe meets images, a residual network, cross-entropy and accuracy."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +79,15 @@ class Classification:
     def splits(self) -> dict[str, int]:
         """Images in each split."""
         return {name: len(split.labels) for name, split in self._splits().items()}
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what is trained and chosen on: the images and labels of the training and validation splits."""
+        digest = hashlib.sha256()
+        for split in ("train", "validation"):
+            digest.update(np.ascontiguousarray(self._splits()[split].images).data)
+            digest.update(np.ascontiguousarray(self._splits()[split].labels).data)
+        return digest.hexdigest()
 
     def steps(self, epoch: int) -> int:
         """Batches of an epoch, counted from 0; the last one may be smaller."""

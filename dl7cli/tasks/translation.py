@@ -1,6 +1,8 @@
 """Translation: where a recipe meets sentence pairs, a vocabulary, a sequence-to-sequence model, search and BLEU."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +16,7 @@ from dl7cli.data.vocabulary import BOS, EOS, PAD, UNKNOWN, Vocabulary
 from dl7cli.device import Runtime, evaluation_mode, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, bleu
-from dl7cli.models.seq2seq import Seq2Seq
+from dl7cli.models.seq2seq import Seq2Seq, State
 from dl7cli.recipe import TranslationRecipe
 from dl7cli.search import Hypothesis, beam_search
 
@@ -101,6 +103,15 @@ class Translation:
         """Sentence pairs in each split."""
         return {name: len(pairs) for name, pairs in self._splits().items()}
 
+    @cached_property
+    def digest(self) -> str:
+        """Of what is trained and chosen on: the sentences of the training and validation splits."""
+        digest = hashlib.sha256()
+        for split in ("train", "validation"):
+            for pair in self._splits()[split]:
+                digest.update("\t".join((*pair, "\n")).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
     def steps(self, epoch: int) -> int:
         """Batches of an epoch, counted from 0."""
         return len(self._batch_plan(epoch))
@@ -171,10 +182,20 @@ class Translation:
     ) -> list[list[Hypothesis]]:
         """Beam search in float32 whatever the training precision, so that near ties do not depend on the batch."""
         source, lengths = self._padded([[*ids, EOS] for ids in sources])
+
+        def step(previous: Tensor, context: State, state: State) -> tuple[Tensor, State]:
+            log_probabilities, state = self.model.step(previous, context, state)
+            # A softmax over anything not finite is NaN in every place, so one of them tells.
+            if log_probabilities[:, 0].isnan().any():
+                raise UserError(
+                    "the model's output is not a number", hint="lower `--set optim.learning_rate=…` and train again"
+                )
+            return log_probabilities, state
+
         with evaluation_mode(self.model):
             context, state = self.model.encode(source, lengths)
             return beam_search(
-                self.model.step,
+                step,
                 context,
                 state,
                 beam=beam,

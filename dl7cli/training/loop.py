@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dl7cli.checkpoint import Progress
 from dl7cli.device import random_state, restore_random_state
@@ -85,7 +85,8 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
     steps = total_steps(task)
     progress = start
     loss = norm = torch.zeros(())
-    rate = 0.0
+    # A run may be resumed between the last step of an epoch and its validation, which then reports this.
+    rate = learning_rate(optim, max(progress.step - 1, 0), steps)
     for epoch in range(start.epoch, training.epochs):
         task.model.train()
         first = progress.batch
@@ -108,6 +109,7 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
             scaler.update()
             progress = progress._replace(batch=number, step=progress.step + 1)
             yield Report(progress, loss, norm, rate, examples)
+        check_weights(task.model, loss, norm, progress.step, rate)
         scores = task.validate()
         progress = progress._replace(epoch=epoch + 1, batch=0)
         if progress.best is None or scores.score > progress.best:
@@ -117,10 +119,21 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
 
 def check_finite(loss: Tensor, norm: Tensor, step: int, rate: float, *, scaled: bool = False) -> None:
     """Raise UserError where the loss, or a gradient that no scaler will mend, is NaN or infinite."""
-    if math.isfinite(loss.item()) and (scaled or math.isfinite(norm.item())):
-        return
-    raise UserError(
-        f"the loss is not finite at step {step}: loss {loss.item():.4g}, learning rate {rate:.4g}, "
-        f"gradient norm {norm.item():.4g}",
+    if not math.isfinite(loss.item()) or not (scaled or math.isfinite(norm.item())):
+        raise _diverged(f"the loss is not finite at step {step}", loss, norm, rate)
+
+
+def check_weights(model: nn.Module, loss: Tensor, norm: Tensor, step: int, rate: float) -> None:
+    """Raise UserError where a weight or a running statistic is NaN or infinite after step `step`, the one reported.
+
+    The last step before a checkpoint or a validation may have made them so, and no loss has been seen since.
+    """
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise _diverged(f"the weights are not finite after step {step}", loss, norm, rate)
+
+
+def _diverged(what: str, loss: Tensor, norm: Tensor, rate: float) -> UserError:
+    return UserError(
+        f"{what}: loss {loss.item():.4g}, learning rate {rate:.4g}, gradient norm {norm.item():.4g}",
         hint="lower `--set optim.learning_rate=…` or set `--set optim.clip_norm=1.0`",
     )

@@ -69,5 +69,5 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tenso
         _, number, name = key.split(".")
         parameter = parameters[int(number)]
         like = parameter if value.shape == parameter.shape else value
-        own = torch.empty_like(like, dtype=value.dtype, device=parameter.device, requires_grad=False)
+        own = torch.empty_like(like, dtype=value.dtype, device=parameter.device)
         optimiser.state[parameter][name] = own.copy_(value)

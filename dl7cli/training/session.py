@@ -1,5 +1,6 @@
 """A training in its run folder: what is written when, signals, resuming, and the final evaluation."""
 
+import math
 import os
 import signal
 import threading
@@ -9,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
 
 from dl7cli import checkpoint, runs, tasks
 from dl7cli.checkpoint import Checkpoint, Progress
@@ -21,7 +25,7 @@ from dl7cli.recipe import Recipe
 from dl7cli.runs import Run
 from dl7cli.tasks import Task
 from dl7cli.tasks.translation import Translation
-from dl7cli.training.loop import Report, Trainer, check_finite, fit, total_steps
+from dl7cli.training.loop import Report, Trainer, check_finite, check_weights, fit, total_steps
 
 SECONDS_BETWEEN_STEP_EVENTS = 0.25
 STEPS_BETWEEN_RECORDS = 50
@@ -103,8 +107,8 @@ def train(
     run = runs.create(recipe, recipe.name, out)
     with runs.lock(run):
         trainer = Trainer.of(task)
-        _save(run.last, task, trainer, Progress(), {})
-        return _run(run, task, trainer, Progress(), {}, steps, listener, begin)
+        _save(run.last, task, trainer.tensors(runtime.device), Progress(), {})
+        return _run(run, task, trainer, _Watch(task, steps, Progress(), {}), {}, listener, begin)
 
 
 def resume(run: str, *, runtime: Runtime, offline: bool = False, listener: Listener) -> dict[str, Any]:
@@ -122,11 +126,17 @@ def resume(run: str, *, runtime: Runtime, offline: bool = False, listener: Liste
                 f"{saved.assets['training_examples']:,}",
                 hint="resuming needs the same data; train anew instead",
             )
+        if task.digest != saved.assets["data_digest"]:
+            raise UserError(
+                f"`{task.data_name}` has changed since the run began",
+                hint="resuming needs the same data; train anew instead",
+            )
         tasks.restore(task, saved)
         trainer = Trainer.of(task)
         trainer.restore(saved.training, runtime.device)
         runs.trim_metrics(found, saved.progress.step)
-        return _run(found, task, trainer, saved.progress, saved.scores, total_steps(task), listener, begin)
+        watch = _Watch(task, total_steps(task), saved.progress, saved.training)
+        return _run(found, task, trainer, watch, saved.scores, listener, begin)
 
 
 def evaluate(
@@ -160,13 +170,12 @@ def _run(
     run: Run,
     task: Task,
     trainer: Trainer,
-    start: Progress,
+    watch: "_Watch",
     scores: dict[str, float],
-    steps: int,
     listener: Listener,
     begin: float,
 ) -> dict[str, Any]:
-    recipe, runtime = task.recipe, task.runtime
+    recipe, runtime, start = task.recipe, task.runtime, watch.start
     runs.write_environment(
         run, {"device": runtime.device_name, "precision": runtime.precision, "resumed_step": start.step}
     )
@@ -181,23 +190,28 @@ def _run(
             device=runtime.device_name,
             precision=runtime.precision,
             reason=runtime.reason,
-            steps=steps,
+            steps=watch.steps,
             epochs=recipe.training.epochs,
             resumed_step=start.step,
         )
     )
-    watch = _Watch(task, steps, start)
     progress = start
     saved_at = time.monotonic()
     with _signals() as received:
         for report in fit(task, trainer, start=start):
             watch.see(report)
             progress = report.progress._replace(seconds=start.seconds + watch.seconds)
+            stopping = bool(received)
+            due = time.monotonic() - saved_at > 60 * recipe.training.checkpoint_minutes
+            recorded = report.scores is not None or progress.step % STEPS_BETWEEN_RECORDS == 0
+            told = report.loss, report.gradient_norm, progress.step, report.learning_rate
+            if recorded or due or stopping:
+                check_finite(*told, scaled=True)
             if report.scores is not None:
                 scores = report.scores.values
                 best = progress.best_epoch == progress.epoch
                 if best:
-                    _save(run.best, task, None, progress, scores)
+                    _save(run.best, task, {}, progress, scores)
                 runs.append_metrics(
                     run,
                     {
@@ -208,14 +222,14 @@ def _run(
                     },
                 )
                 listener.epoch(Epoch(progress.epoch, report.scores, "validation", best, progress.seconds))
-            elif progress.step % STEPS_BETWEEN_RECORDS == 0:
+            elif recorded:
                 runs.append_metrics(run, watch.record(report))
-            due = time.monotonic() - saved_at > 60 * recipe.training.checkpoint_minutes
-            if report.scores is not None or due or received:
-                check_finite(report.loss, report.gradient_norm, progress.step, report.learning_rate, scaled=True)
-                _save(run.last, task, trainer, progress, scores)
+            if report.scores is not None or due or stopping:
+                check_weights(task.model, *told)
+                training = {**trainer.tensors(runtime.device), **watch.tensors()}
+                _save(run.last, task, training, progress, scores)
                 saved_at = time.monotonic()
-            if received:
+            if stopping:
                 raise Interrupted(run.folder, received[0])
             if watch.due():
                 listener.step(watch.step(report))
@@ -252,15 +266,15 @@ def _result(run: Run, task: Task, split: str, scores: Scores, seconds: float) ->
     }
 
 
-def _save(folder: Path, task: Task, trainer: Trainer | None, progress: Progress, scores: dict[str, float]) -> None:
-    """Write a checkpoint; without `trainer`, one to use and not to go on from."""
+def _save(folder: Path, task: Task, training: dict[str, Tensor], progress: Progress, scores: dict[str, float]) -> None:
+    """Write a checkpoint; with `training` empty, one to use and not to go on from."""
     checkpoint.save(
         folder,
         Checkpoint(
             recipe=task.recipe,
-            assets={**task.assets, "training_examples": task.splits()["train"]},
+            assets={**task.assets, "training_examples": task.splits()["train"], "data_digest": task.digest},
             weights=task.model.state_dict(),
-            training={} if trainer is None else trainer.tensors(task.runtime.device),
+            training=training,
             progress=progress,
             scores=scores,
         ),
@@ -268,19 +282,23 @@ def _save(folder: Path, task: Task, trainer: Trainer | None, progress: Progress,
 
 
 class _Watch:
-    """Clock and sums between reports: rate, time left, mean loss. Steps are timed apart from validation."""
+    """Clock and sums between reports: rate, time left, mean loss. Steps are timed apart from validation.
 
-    def __init__(self, task: Task, steps: int, start: Progress) -> None:
+    `saved` is what `tensors` gave when the run was saved, so that its records come out as if it had not stopped.
+    """
+
+    def __init__(self, task: Task, steps: int, start: Progress, saved: dict[str, Tensor]) -> None:
+        self.start = start
+        self.steps = steps
         self.seconds = 0.0
         self.rate = 0.0
         self._task = task
-        self._steps = steps
-        self._first = start.step
         self._timed_examples = 0
         self._timed_seconds = 0.0
         self._timed_steps = 0
         self._validation_seconds = 0.0
-        self._losses: list[Any] = []
+        self._losses = list(saved.get("watch.losses", torch.zeros(0)))
+        self._loss, self._norm = saved.get("watch.latest", torch.zeros(2))
         self._begin = self._previous = time.monotonic()
         self._shown = 0.0
 
@@ -290,9 +308,10 @@ class _Watch:
         if report.scores is not None:
             self._validation_seconds = now - self._previous
         else:
+            self._loss, self._norm = report.loss, report.gradient_norm
             self._losses.append(report.loss)
             # The first steps allocate memory and choose kernels.
-            if report.progress.step - self._first > STEPS_BEFORE_TIMING:
+            if report.progress.step - self.start.step > STEPS_BEFORE_TIMING:
                 self._timed_examples += report.examples
                 self._timed_seconds += now - self._previous
                 self._timed_steps += 1
@@ -304,14 +323,23 @@ class _Watch:
 
     def record(self, report: Report) -> dict[str, Any]:
         """A line for `metrics.jsonl`, with the mean loss since the one before."""
-        losses, self._losses = self._losses or [report.loss], []
+        losses, self._losses = self._losses or [self._loss], []
+        norm = self._norm.item()
         return {
             "step": report.progress.step,
             "epoch": report.progress.epoch,
             "loss": sum(loss.item() for loss in losses) / len(losses),
             "learning_rate": report.learning_rate,
-            "gradient_norm": report.gradient_norm.item(),
+            # In fp16 a gradient may overflow: that step is left out and the scale of the next ones lowered.
+            "gradient_norm": norm if math.isfinite(norm) else None,
             "rate": round(self.rate, 1),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the records after this moment need of the steps before it, by name, for a checkpoint."""
+        return {
+            "watch.losses": torch.tensor([loss.item() for loss in self._losses]),
+            "watch.latest": torch.tensor([self._loss.item(), self._norm.item()]),
         }
 
     def step(self, report: Report) -> Step:
@@ -319,12 +347,12 @@ class _Watch:
         progress = report.progress
         epochs = self._task.recipe.training.epochs
         per_step = self._timed_seconds / self._timed_steps if self._timed_steps else 0.0
-        steps_left, epochs_left = self._steps - progress.step, epochs - progress.epoch
+        steps_left, epochs_left = self.steps - progress.step, epochs - progress.epoch
         return Step(
             epoch=min(progress.epoch + 1, epochs),
             epochs=epochs,
             step=progress.step,
-            steps=self._steps,
+            steps=self.steps,
             loss=report.loss.item(),
             learning_rate=report.learning_rate,
             gradient_norm=report.gradient_norm.item(),

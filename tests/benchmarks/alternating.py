@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from dl7cli.checkpoint import Progress
 from dl7cli.device import Runtime
 from dl7cli.tasks import Task
-from dl7cli.training.loop import Progress, Trainer, fit
+from dl7cli.training.loop import Trainer, fit
 
 Loop = Iterator[int]
 """Trains one step per `next` and gives its examples; 0 is something else, such as validation, which is not timed."""

@@ -1,7 +1,8 @@
 """Images per second in training, data and augmentation included: dl7's loop against the loop as commonly written.
 
 The common one: float32, NCHW, a DataLoader (tried with no worker and with two; the faster is compared first) that
-crops, flips and normalises one image at a time as torchvision's transforms do, SGD with momentum, `loss.item()` every step.
+crops, flips and normalises one image at a time as torchvision's transforms do, SGD with momentum, `loss.item()` at
+every step.
 
     python tests/benchmarks/resnet_training.py --data FOLDER
 """

@@ -91,6 +91,7 @@ def usual_loop(pairs: list[Pair], vocabulary: int, recipe: TranslationRecipe, *,
     model.train()
     while True:
         for source, lengths, previous, target in loader:
+            tokens = int((target != PAD).sum())
             source, previous, target = source.to(on), previous.to(on), target.to(on)
             optimiser.zero_grad()
             logits = model(source, lengths, previous)
@@ -104,7 +105,7 @@ def usual_loop(pairs: list[Pair], vocabulary: int, recipe: TranslationRecipe, *,
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             running_loss += loss.item()
-            yield int((target != PAD).sum())
+            yield tokens
 
 
 def encoded_pairs(task: Translation) -> list[Pair]:

@@ -1,0 +1,649 @@
+"""The command line as its users meet it: exit codes, what is printed where, and every command on tiny data."""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import pytest
+import typer
+
+from dl7cli import __version__
+from dl7cli.cli import app, console, main
+from dl7cli.cli.progress import Plain
+from dl7cli.cli.translate import read
+from dl7cli.errors import UserError
+
+WORDS = {"red": "rot", "blue": "blau", "big": "groß", "small": "klein", "old": "alt", "new": "neu"}
+
+COMMON = "--device --gpus --precision --offline --json"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+SURFACE = {
+    "": "--version",
+    "train": f"RECIPE --data --set --seed --out --resume {COMMON}",
+    "eval": f"RUN --split --data --beam --length-penalty {COMMON}",
+    "translate": f"TEXT --run --input --output --beam --length-penalty --n-best {COMMON}",
+    "classify": f"IMAGE --run --top {COMMON}",
+    "recipes": "",
+    "recipes list": "--json",
+    "recipes show": "NAME --data --set --seed --json",
+    "recipes copy": "NAME FILE",
+    "runs": "",
+    "runs list": "--json",
+    "runs show": "RUN --json",
+    "data": "",
+    "data list": "--json",
+    "data get": "SOURCE --task --set --offline --json",
+    "data info": "SOURCE --task --set --offline --json",
+    "models": "--json",
+    "doctor": "--offline --json",
+}
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The one JSON object on standard output; `json.loads` refuses anything before or after it."""
+        value = json.loads(self.out)
+        assert isinstance(value, dict)
+        return value
+
+
+def dl7(*arguments: str, cwd: Path, stdin: bytes = b"", **environment: str) -> Outcome:
+    """Run `dl7` in this process, in the folder `cwd`."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    code: Any = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["dl7", *arguments])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as stop:
+                code = stop.code
+    printed = []
+    for stream in (out, err):
+        stream.flush()
+        printed.append(stream.buffer.getvalue().decode("utf-8"))  # type: ignore[attr-defined]
+    return Outcome(code or 0, *printed)
+
+
+def succeed(*arguments: str, cwd: Path, stdin: bytes = b"", **environment: str) -> Outcome:
+    outcome = dl7(*arguments, cwd=cwd, stdin=stdin, **environment)
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def commands(command: Any = None, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command and group with what is typed after `dl7` to get there."""
+    command = command or typer.main.get_command(app)
+    yield name, command
+    for inner, found in getattr(command, "commands", {}).items():
+        yield from commands(found, f"{name} {inner}".strip())
+
+
+def draw_images(folder: Path, splits: dict[str, int]) -> Path:
+    """Save images of 16x16 in two classes that differ in colour, below folders for splits."""
+    random = np.random.default_rng(0)
+    for split, count in splits.items():
+        for label, channel in (("red", 0), ("blue", 2)):
+            (folder / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 100, (16, 16, 3), dtype=np.uint8)
+                pixels[:, :, channel] += 150
+                PIL.Image.fromarray(pixels).save(folder / split / label / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_images(tmp_path_factory.mktemp("images"), {"train": 16, "test": 4})
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seventy-two sentence pairs that are translated word by word; the other splits are some of them."""
+    folder = tmp_path_factory.mktemp("pairs")
+    sentences = [" ".join(words) for words in list(itertools.permutations(WORDS, 4))[::6]] + [*WORDS] * 2
+    for split, chosen in (("train", sentences), ("validation", sentences[:12]), ("test", sentences[:6])):
+        translated = [" ".join(WORDS[word] for word in sentence.split()) for sentence in chosen]
+        (folder / f"{split}.en").write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
+        (folder / f"{split}.de").write_text("".join(f"{line}\n" for line in translated), encoding="utf-8")
+    return folder
+
+
+TINY_RESNET = ("--set", "model.depth=8", "--set", "training.batch_size=8", "--set", "data.crop_padding=1")
+TINY_SEQ2SEQ = (
+    *("--set", "model.embedding_width=32", "--set", "model.encoder_width=32", "--set", "model.decoder_width=32"),
+    *("--set", "data.vocabulary_size=48", "--set", "data.max_length=20", "--set", "training.batch_tokens=128"),
+    *("--set", "model.dropout=0.0", "--set", "optim.learning_rate=0.02"),
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, images: Path, pairs: Path) -> Path:
+    """A folder with `runs/resnet-1` and `runs/seq2seq-1`; what their training printed is beside them."""
+    work = tmp_path_factory.mktemp("work")
+    for name, *arguments in (
+        ("resnet", "--data", str(images), *TINY_RESNET, "--set", "training.epochs=2", "--json"),
+        ("seq2seq", "--data", str(pairs), *TINY_SEQ2SEQ, "--set", "training.epochs=30"),
+    ):
+        trained = succeed("train", name, *arguments, cwd=work)
+        (work / f"{name}.out").write_text(trained.out, encoding="utf-8")
+        (work / f"{name}.err").write_text(trained.err, encoding="utf-8")
+    return work
+
+
+# What every command is like
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands()))
+def test_help_ends_with_an_example_that_exists(name: str, command: Any, tmp_path: Path) -> None:
+    shown = succeed(*name.split(), "--help", cwd=tmp_path)
+    *_, last = shown.out.rstrip().splitlines()
+    _, separator, example = last.partition("Example: dl7 ")
+    assert separator, last
+    words = shlex.split(example)
+    if name:
+        assert words[: len(name.split())] == name.split()
+    flags = set(re.findall(r"--[a-z-]+", example))
+    assert flags <= {flag for _, found in commands() for parameter in found.params for flag in parameter.opts}
+
+
+def test_the_flags_are_these_and_no_others() -> None:
+    """A flag says where and how to run; what is trained belongs into the recipe."""
+    found = {}
+    for name, command in commands():
+        names = [
+            parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[0]
+            for parameter in command.params
+            if "completion" not in parameter.name
+        ]
+        found[name] = " ".join(names)
+    assert found == SURFACE
+
+
+def test_options_are_explained() -> None:
+    for name, command in commands():
+        for parameter in command.params:
+            assert parameter.help, f"{name} {parameter.name}"
+            assert parameter.help.endswith("."), f"{name} {parameter.name}"
+
+
+def test_version(tmp_path: Path) -> None:
+    assert succeed("--version", cwd=tmp_path).out == f"dl7 {__version__}\n"
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("train resnt", ["error: there is no recipe `resnt` (did you mean `resnet`?)", "hint: "]),
+        ("train ./missing.toml", ["error: there is no recipe file `./missing.toml`", "hint: "]),
+        ("train resnet --set model.depth", ["`--set model.depth` has no `=`"]),
+        (
+            "train resnet --set optim.learning_rat=1",
+            ["unknown key `optim.learning_rat` (did you mean"],
+        ),
+        ("train resnet --set model.depth=21", ["`model.depth` is `21`", "6n+2"]),
+        (
+            "train resnet --set model.dept=8 --set training.epochs=0",
+            ["recipe `resnet` has 2 mistakes", "`model.dept`", "`training.epochs` is `0`"],
+        ),
+        ("train resnet --data builtin:shapes --device cuda:99", ["error: there is no device `cuda:99`", "hint: "]),
+        ("train resnet --data builtin:shapes --device gpu", ["error: there is no device `gpu`", "hint: "]),
+        ("train resnet --data ./missing", ["error: there is no file or folder `./missing`", "hint: "]),
+        ("train resnet --data builtin:nothing", ["builtin:nothing"]),
+        ("train --resume runs/nothing", ["error: there is no run `runs/nothing`", "hint: "]),
+        ("eval", ["error: there is no run with a checkpoint under `runs`", "hint: `dl7 train resnet` makes one"]),
+        ("eval nothing", ["error: there is no run `nothing`", "hint: "]),
+        ("translate --run nothing hello", ["error: there is no run `nothing`", "hint: "]),
+        ("translate --input missing.txt", ["error: `missing.txt` cannot be read: no such file or directory"]),
+        ("translate --output missing/out.txt hello", ["missing/out.txt` cannot be written: no such file or directory"]),
+        ("classify cat.png", ["error: there is no classification run with a checkpoint under `runs`", "hint: "]),
+        ("recipes show seq2sec", ["error: there is no recipe `seq2sec` (did you mean `seq2seq`?)"]),
+        ("recipes copy resnet mine.txt", ["error: `mine.txt` does not end in `.toml`", "hint: "]),
+        ("runs show", ["error: there is no run with a checkpoint under `runs`"]),
+        ("data info ./missing", ["error: there is no file or folder `./missing`"]),
+        ("data get builtin:nothing", ["builtin:nothing"]),
+    ],
+)
+@pytest.mark.parametrize("flag", [(), ("--json",)])
+def test_mistakes_that_can_be_put_right(
+    arguments: str, expected: list[str], flag: tuple[str, ...], tmp_path: Path
+) -> None:
+    if "copy" in arguments and flag:
+        pytest.skip("`recipes copy` prints nothing that could be JSON")
+    failed = dl7(*shlex.split(arguments), *flag, cwd=tmp_path)
+    assert failed.code == 1
+    assert failed.out == ""
+    assert failed.err.startswith("error: ")
+    assert "Traceback" not in failed.err
+    for text in expected:
+        assert text in failed.err
+    assert not any(tmp_path.iterdir()), "a mistake leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("train", "give a RECIPE"),
+        ("train resnet --resume runs/x", "RECIPE cannot be given with it"),
+        ("train --resume runs/x --data d --set a=1 --seed 1 --out o", "--data, --set, --seed, --out cannot be given"),
+        ("train resnet --depth 20", "No such option: --depth"),
+        ("train resnet --precision fp8", "'fp8'"),
+        ("eval --split dev", "'dev'"),
+        ("eval --beam 0", "'--beam'"),
+        ("translate --input x.txt hello", "not both"),
+        ("translate --length-penalty -1 hello", "'--length-penalty'"),
+        ("classify", "IMAGE"),
+        ("classify --top 0 x.png", "'--top'"),
+        ("trian", "No such command 'trian'"),
+    ],
+)
+def test_wrong_usage(arguments: str, expected: str, tmp_path: Path) -> None:
+    failed = dl7(*shlex.split(arguments), cwd=tmp_path)
+    assert failed.code == 2
+    assert failed.out == ""
+    assert expected in failed.err
+
+
+def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when it looks like a missing file: only a `UserError` is for the user."""
+
+    def broken() -> list[str]:
+        raise FileNotFoundError("a bug")
+
+    monkeypatch.setattr("dl7cli.recipe.shipped", broken)
+    with pytest.raises(FileNotFoundError, match="a bug"):
+        dl7("recipes", "list", cwd=tmp_path)
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    for arguments in (["recipes", "list"], ["train", "--help"]):
+        with subprocess.Popen(
+            [sys.executable, "-m", "dl7cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
+        ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == b""
+
+
+# What is printed
+
+
+def test_control_characters_are_shown_and_not_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    console.write("\x1b]0;title\x07 [red]ß\u2028日本\t.")
+    console.row("a\tb\n", 1)
+    console.error(UserError("\x1b[2J", hint="two\nlines"))
+    printed = capsys.readouterr()
+    assert printed.out == "\\x1b]0;title\\x07 [red]ß\\u2028日本\t.\na\\tb\\n\t1\n"
+    assert printed.err == "error: \\x1b[2J\nhint: two\nlines\n"
+
+
+def test_json_holds_a_file_name_that_is_not_utf8(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    console.document({"name": "ü\udcff"})
+    assert json.loads(capsysbinary.readouterr().out) == {"name": "ü\udcff"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0s"), (89, "89s"), (90, "2m"), (1080, "18m"), (5399, "1h 30m"), (7500, "2h 05m"), (90000, "25h 00m")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert console.duration(seconds) == text
+
+
+def test_plain_progress_is_a_line_every_five_seconds_after_two(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    display = Plain(clock=lambda: now)
+    times = []
+    for tenth in range(200):
+        now = tenth / 10
+        display.progress("reading", tenth, 200)
+        if capsys.readouterr().err:
+            times.append(now)
+    assert times == [2.0, 7.0, 12.0, 17.0]
+    display.progress("decoding", 1, 2)
+    assert capsys.readouterr().err == "", "what is over within two seconds is not worth a line"
+
+
+# Training and what comes after it
+
+
+def test_train_prints_one_object_and_tells_the_rest_on_standard_error(work: Path, images: Path) -> None:
+    result = json.loads((work / "resnet.out").read_text(encoding="utf-8"))
+    assert set(result) == {
+        *("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "seconds"),
+        *("steps", "training_seconds", "best_epoch", "parameters", "device", "precision", "rate", "peak_memory_bytes"),
+    }
+    assert result["run"] == "runs/resnet-1"
+    assert (result["split"], result["examples"], result["primary"]) == ("test", 8, "accuracy")
+    assert 0 <= result["scores"]["accuracy"] <= 1
+    assert result["signature"] is None
+    told = (work / "resnet.err").read_text(encoding="utf-8")
+    assert f"{images}: 29 train, 3 validation, 8 test" in told
+    assert f"{result['parameters']:,} parameters (depth 8)" in told
+    assert "8 in 2 epochs, seed 1" in told
+    assert re.search(r"^epoch 1  validation accuracy [01]\.\d{4}  \(best\)$", told, re.MULTILINE)
+    assert "dl7 eval runs/resnet-1" in told
+    assert "dl7 classify --run runs/resnet-1 IMAGE" in told
+
+
+def test_train_names_score_split_and_data(work: Path, pairs: Path) -> None:
+    score, signature = (work / "seq2seq.out").read_text(encoding="utf-8").splitlines()
+    assert re.fullmatch(rf"BLEU \d+\.\d\d on the test split of {pairs} \(6 sentence pairs, \d+s\)", score)
+    assert re.fullmatch(r"signature nrefs:1\|.*version:.*", signature)
+    assert 'dl7 translate --run runs/seq2seq-1 --beam 5 "…"' in (work / "seq2seq.err").read_text(encoding="utf-8")
+
+
+def test_eval_gives_the_score_of_training(work: Path) -> None:
+    trained = json.loads((work / "resnet.out").read_text(encoding="utf-8"))
+    result = succeed("eval", "runs/resnet-1", "--json", cwd=work).document
+    assert set(result) == {
+        *("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "seconds")
+    }
+    assert {**result, "seconds": 0} == {key: trained[key] for key in result} | {"seconds": 0}
+    shown = succeed("eval", "runs/resnet-1", "--split", "validation", cwd=work).out
+    assert re.fullmatch(r"accuracy \d\.\d{4} on the validation split of .* \(3 images, \d+s\)\n", shown)
+
+
+def test_eval_on_other_data(work: Path, tmp_path: Path) -> None:
+    other = draw_images(tmp_path / "other", {"train": 2, "test": 1})
+    result = succeed("eval", "runs/resnet-1", "--data", str(other), "--json", cwd=work).document
+    assert (result["data"], result["examples"]) == (str(other), 2)
+
+
+def test_eval_of_translation_takes_a_beam(work: Path) -> None:
+    result = succeed("eval", "runs/seq2seq-1", "--beam", "2", "--length-penalty", "0.5", "--json", cwd=work).document
+    assert result["primary"] == "bleu"
+    assert result["signature"].startswith("nrefs:1|")
+    failed = dl7("eval", "runs/resnet-1", "--beam", "2", cwd=work)
+    assert (failed.code, failed.out) == (1, "")
+    assert "classifier" in failed.err
+
+
+def test_classify(work: Path, images: Path) -> None:
+    files = [str(images / "test" / label / "0.png") for label in ("red", "blue")]
+    rows = [line.split("\t") for line in succeed("classify", *files, cwd=work).out.splitlines()]
+    assert [row[0] for row in rows] == [files[0], files[0], files[1], files[1]]
+    for first, second in (rows[:2], rows[2:]):
+        assert {first[1], second[1]} == {"red", "blue"}
+        assert float(first[2]) >= float(second[2])
+        assert float(first[2]) + float(second[2]) == pytest.approx(1, abs=1e-4)
+    document = succeed("classify", *files, "--run", "runs/resnet-1/best", "--top", "1", "--json", cwd=work).document
+    assert document["run"] == "runs/resnet-1"
+    assert [image["classes"][0]["class"] for image in document["images"]] == [rows[0][1], rows[2][1]]
+    assert [len(image["classes"]) for image in document["images"]] == [1, 1]
+
+
+def test_classify_names_a_file_that_is_no_image(work: Path, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no image", encoding="utf-8")
+    failed = dl7("classify", str(images / "test/red/0.png"), str(tmp_path / "text.png"), cwd=work)
+    assert (failed.code, failed.out) == (1, "")
+    assert "text.png" in failed.err
+
+
+def test_translate_one_line_in_one_line_out(work: Path, tmp_path: Path) -> None:
+    sentences = ["red blue big small", "", "old new small red", "  ", "big old blue new"]
+    alone = [succeed("translate", sentence, cwd=work).out for sentence in sentences]
+    assert [line.count("\n") for line in alone] == [1] * 5
+    assert alone[1] == alone[3] == "\n"
+    assert len(set(alone)) == 4, "that lines are in order is seen only where they differ"
+    expected = "".join(alone)
+    assert succeed("translate", *sentences, cwd=work).out == expected
+    text = "\n".join(sentences)
+    for data in (text.encode(), f"{text}\n".encode(), f"\ufeff{text}".replace("\n", "\r\n").encode()):
+        assert succeed("translate", cwd=work, stdin=data).out == expected
+    (tmp_path / "in.txt").write_text(text, encoding="utf-8")
+    written = succeed("translate", "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.txt"), cwd=work)
+    assert written.out == ""
+    assert (tmp_path / "out.txt").read_text(encoding="utf-8") == expected
+    assert succeed("translate", cwd=work, stdin=b"").out == ""
+
+
+def test_translate_gives_several(work: Path) -> None:
+    sentences = ("red blue big small", "", "old new small red")
+    shown = succeed("translate", *sentences, "--n-best", "3", "--beam", "4", cwd=work).out
+    rows = [line.split("\t") for line in shown.splitlines()]
+    assert [row[0] for row in rows] == ["1", "1", "1", "2", "3", "3", "3"]
+    best = succeed("translate", *sentences, "--beam", "4", cwd=work).out.splitlines()
+    assert [rows[0][2], rows[3][2], rows[4][2]] == best
+    scores = [float(row[1]) for row in rows]
+    assert scores[:3] == sorted(scores[:3], reverse=True)
+    failed = dl7("translate", "old", "--n-best", "3", "--beam", "2", cwd=work)
+    assert (failed.code, failed.out) == (1, "")
+    assert "hint: add `--beam 3`" in failed.err
+
+
+def test_translate_to_json(work: Path) -> None:
+    document = succeed("translate", "red blue big small", "", "--n-best", "2", "--json", cwd=work).document
+    assert document["run"] == "runs/seq2seq-1"
+    first, blank = document["translations"]
+    assert first["source"] == "red blue big small"
+    assert first["text"] == succeed("translate", "red blue big small", cwd=work).out.removesuffix("\n")
+    assert first["alternatives"][0] == {"text": first["text"], "score": first["score"]}
+    assert len(first["alternatives"]) == 2
+    assert (blank["source"], blank["text"], blank["alternatives"]) == ("", "", [])
+
+
+def test_translate_warns_of_a_line_that_is_cut(work: Path) -> None:
+    done = succeed("translate", cwd=work, stdin=b"red\n" + b"red " * 30 + b"\nblue\n")
+    assert done.out.count("\n") == 3
+    assert done.err == "warning: line 2 is longer than 20 subwords and was cut\n"
+
+
+def test_translate_leaves_nothing_half_written(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes(b"red\nblue\nna\xefve\n")
+    (tmp_path / "out.txt").write_text("as it was", encoding="utf-8")
+    command = ("translate", "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.txt"))
+    failed = dl7(*command, cwd=work)
+    assert failed.code == 1
+    assert failed.err.startswith(f"error: {tmp_path}/in.txt: line 3 is not UTF-8 (byte 3 is 0xef)\nhint: ")
+    assert (tmp_path / "out.txt").read_text(encoding="utf-8") == "as it was"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.txt"]
+
+
+class Dribble(io.BytesIO):
+    """A pipe that has these chunks, one at each reading."""
+
+    def __init__(self, *chunks: bytes) -> None:
+        super().__init__()
+        self.chunks = list(chunks)
+
+    def read1(self, size: int | None = -1, /) -> bytes:
+        return self.chunks.pop(0) if self.chunks else b""
+
+
+def test_lines_are_read_as_they_come_and_never_too_many_at_once() -> None:
+    stream: Any = Dribble(b"one\ntw", b"o\n\n", b"three" + b"\n" * 300, b"last")
+    batches = list(read(stream, "pipe"))
+    assert [[line.text for line in batch] for batch in batches[:2]] == [["one"], ["two", ""]]
+    assert max(map(len, batches)) <= 256
+    assert [line.number for batch in batches for line in batch] == list(range(1, 305))
+    assert batches[-1][-1].text == "last"
+
+
+def test_runs(work: Path, images: Path) -> None:
+    header, first, second = succeed("runs", "list", cwd=work).out.splitlines()
+    assert header.split() == ["RUN", "RECIPE", "DATA", "STATE", "EPOCHS", "VALIDATION", "TEST"]
+    assert first.split()[:5] == ["runs/resnet-1", "resnet", str(images), "finished", "2"]
+    assert second.startswith("runs/seq2seq-1")
+    listed = succeed("runs", "list", "--json", cwd=work).document["runs"]
+    assert [run["name"] for run in listed] == ["resnet-1", "seq2seq-1"]
+    before = succeed("runs", "show", "runs/resnet-1", "--json", cwd=work).document
+    succeed("eval", "runs/resnet-1", cwd=work)
+    after = succeed("runs", "show", "runs/resnet-1", "--json", cwd=work).document
+    assert after["readings"]["test"] == before["readings"]["test"] + 1
+    assert (after["epochs"], after["epochs_planned"]) == (2, 2)
+    shown = succeed("runs", "show", "runs/resnet-1", cwd=work).out
+    assert re.search(rf"^test +read {after['readings']['test']} times; newest: accuracy ", shown, re.MULTILINE)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(images: Path, tmp_path: Path) -> None:
+    arguments = [
+        "train",
+        "resnet",
+        "--data",
+        str(images),
+        *TINY_RESNET,
+        "--set",
+        "training.epochs=5000",
+        "--out",
+        "my run",
+    ]
+    command = [sys.executable, "-m", "dl7cli", *arguments]
+    for wanted, number in ((130, signal.SIGINT), (143, signal.SIGTERM)):
+        with subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
+            assert process.stderr is not None
+            while not (line := process.stderr.readline()).startswith("epoch "):
+                assert line, "training ended before its first epoch"
+            process.send_signal(number)
+            out, err = process.communicate(timeout=100)
+        assert process.returncode == wanted
+        assert out == ""
+        assert err.endswith("stopped; saved in my run\ngo on with: dl7 train --resume 'my run'\n")
+        command = [sys.executable, "-m", "dl7cli", "train", "--resume", "my run"]
+
+
+# Data
+
+
+def test_the_built_in_set_stands_in_and_that_is_said(tmp_path: Path, images: Path) -> None:
+    """A recipe whose own data are on a hub that cannot be reached, and which names a small folder for that case."""
+    recipe = succeed("recipes", "show", "resnet", cwd=tmp_path).out
+    (tmp_path / "mine.toml").write_text(f'{recipe}\n[fallback]\n"data.source" = "{images}"\n', encoding="utf-8")
+    arguments = ("train", "mine.toml", *TINY_RESNET, "--set", "training.epochs=1", "--json")
+    for flags, environment, said in (
+        ((), {"HF_ENDPOINT": "http://127.0.0.1:9"}, "neither on disk nor reachable"),
+        (("--offline",), {}, "neither on disk nor looked for, being offline"),
+    ):
+        begin = time.monotonic()
+        trained = succeed(*arguments, *flags, cwd=tmp_path, **environment)
+        assert trained.document["data"] == str(images)
+        first, second, *_ = trained.err.splitlines()
+        assert first == f"the data uoft-cs/cifar10 is {said}: training on the built-in set {images} instead"
+        assert second == "  for scores on the real data: dl7 train mine.toml --data FOLDER"
+        assert time.monotonic() - begin < 120
+    asked = dl7(*arguments, "--data", "uoft-cs/cifar10", "--offline", cwd=tmp_path)
+    assert (asked.code, asked.out) == (1, ""), "data asked for by name are not replaced"
+    assert "uoft-cs/cifar10" in asked.err
+
+
+def test_shipped_recipes_fall_back_on_built_in_sets(tmp_path: Path) -> None:
+    from dl7cli.cli.train import choose
+
+    for name, source in (("resnet", "builtin:shapes"), ("seq2seq", "builtin:phrases")):
+        assert choose(name, [], data=None, seed=None, offline=True).data.source == source
+
+
+def test_data_list_looks_at_the_disk_only(tmp_path: Path) -> None:
+    document = succeed("data", "list", "--json", cwd=tmp_path).document
+    states = {entry["source"]: entry["state"] for entry in document["sources"]}
+    assert states["builtin:shapes"] == states["builtin:phrases"] == "built in"
+    assert states["uoft-cs/cifar10"] == states["bentrevett/multi30k"] == "not on disk"
+    shown = succeed("data", "list", cwd=tmp_path).out.splitlines()
+    assert len(shown) == 1 + len(states)
+
+
+def test_data_info_finds_out_what_the_data_are(images: Path, pairs: Path, tmp_path: Path) -> None:
+    about = succeed("data", "info", str(images), "--json", cwd=tmp_path).document
+    assert about["task"] == "classification"
+    assert about["classes"] == {"blue": 16, "red": 16}
+    assert about["splits"] == {"train": 32, "test": 8}
+    about = succeed("data", "info", str(pairs), "--json", cwd=tmp_path).document
+    assert about["task"] == "translation"
+    assert (about["from"], about["to"], about["splits"]["train"]) == ("en", "de", 72)
+    assert about["examples"][1] == ["red blue old big", "rot blau alt groß"]
+    reversed_languages = ("--set", "data.source_language=de", "--set", "data.target_language=en")
+    about = succeed("data", "info", str(pairs), *reversed_languages, "--json", cwd=tmp_path).document
+    assert about["examples"][1] == ["rot blau alt groß", "red blue old big"]
+    shown = succeed("data", "info", str(pairs), cwd=tmp_path).out
+    assert "red blue old big → rot blau alt groß" in shown
+
+
+def test_data_get(images: Path, tmp_path: Path) -> None:
+    assert succeed("data", "get", str(images), cwd=tmp_path).out == f"{images}: 32 train, 8 test\n"
+    assert succeed("data", "get", str(images), "--json", cwd=tmp_path).document["splits"] == {"train": 32, "test": 8}
+    failed = dl7("data", "get", str(images), "--task", "translation", cwd=tmp_path)
+    assert (failed.code, failed.out) == (1, "")
+
+
+# Recipes, models, doctor
+
+
+def test_recipes_show_prints_a_recipe_that_can_be_trained(tmp_path: Path) -> None:
+    from dl7cli.recipe import resolve
+
+    arguments = ("seq2seq", "--set", "model.dropout=0.25", "--seed", "7")
+    shown = succeed("recipes", "show", *arguments, cwd=tmp_path)
+    assert shown.out.startswith("# ")
+    (tmp_path / "shown.toml").write_text(shown.out, encoding="utf-8")
+    expected = resolve("seq2seq", ["model.dropout=0.25"], seed=7).recipe
+    assert resolve(str(tmp_path / "shown.toml")).recipe == expected
+    document = succeed("recipes", "show", *arguments, "--json", cwd=tmp_path).document
+    assert document["recipe"]["model"]["dropout"] == 0.25
+    assert document["fallback"]["data"]["source"] == "builtin:phrases"
+
+
+def test_recipes_list_and_copy(tmp_path: Path) -> None:
+    names = [recipe["name"] for recipe in succeed("recipes", "list", "--json", cwd=tmp_path).document["recipes"]]
+    lines = succeed("recipes", "list", cwd=tmp_path).out.splitlines()
+    assert [line.split()[0] for line in lines] == ["RECIPE", *names]
+    copied = succeed("recipes", "copy", "resnet", cwd=tmp_path)
+    assert copied.out == ""
+    assert "dl7 train resnet.toml" in copied.err
+    (tmp_path / "resnet.toml").write_text("mine", encoding="utf-8")
+    failed = dl7("recipes", "copy", "resnet", cwd=tmp_path)
+    assert failed.code == 1
+    assert (tmp_path / "resnet.toml").read_text(encoding="utf-8") == "mine"
+
+
+def test_models_are_those_of_the_paper(tmp_path: Path) -> None:
+    """He et al. 2015, table 6: ResNet-20 has 0.27M parameters; and 41M multiply-adds, as its shapes give by hand."""
+    listed = {model["recipe"]: model for model in succeed("models", "--json", cwd=tmp_path).document["models"]}
+    resnet = listed["resnet"]
+    assert resnet["depth"] == 20
+    assert round(resnet["parameters"] / 1e6, 2) == 0.27
+    stages = (
+        32 * 32 * 9 * (3 * 16 + 6 * 16 * 16),
+        16 * 16 * 9 * (16 * 32 + 5 * 32 * 32),
+        8 * 8 * 9 * (32 * 64 + 5 * 64 * 64),
+    )
+    assert resnet["multiply_adds"] == sum(stages) + 64 * 10
+    assert listed["seq2seq"]["multiply_adds"] is None
+    assert f"{resnet['parameters']:,}" in succeed("models", cwd=tmp_path).out
+
+
+def test_doctor(tmp_path: Path) -> None:
+    report = succeed("doctor", "--offline", "--json", cwd=tmp_path).document
+    assert report["dl7"] == __version__
+    assert report["chosen"]["reason"]
+    assert report["data"]["builtin:shapes"] is True
+    assert report["data"]["uoft-cs/cifar10"] is False
+    shown = succeed("doctor", "--offline", cwd=tmp_path).out
+    assert report["chosen"]["reason"] in shown
