@@ -94,7 +94,7 @@ class ImageTraining(Training):
 
 class PairTraining(Training):
     batch_tokens: Annotated[int, Field(ge=16)] = 2048
-    """Target subwords in a batch, padding included."""
+    """Most subwords in a batch, of source or of target, padding included."""
 
 
 class Optim(Section):
@@ -168,7 +168,7 @@ def resolve(name: str, overrides: Sequence[str] = (), *, data: str | None = None
     document = _read(path)
     document.setdefault("name", path.stem)
     fallback = dict(_flat(document.pop("fallback", {})))
-    mistakes: list[str] = []
+    mistakes: list[str] = ["`fallback` must be a table of keys"] if "" in fallback else []
     changes: list[tuple[list[str], Any]] = []
     if data is not None:
         changes.append((["data", "source"], data))

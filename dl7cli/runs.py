@@ -106,6 +106,14 @@ def create(recipe: Recipe, name: str, out: Path | None) -> Run:
     return run
 
 
+def refuse_occupied(out: Path) -> None:
+    """Raise UserError where `create` would: `out` is a file or a folder that holds anything."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"`{out}` is a file", hint="`--out` takes a folder that is new or empty")
+    if out.exists() and any(out.iterdir()):
+        raise _occupied(Run(out))
+
+
 def find(run: str | None, *, task: str | None = None) -> tuple[Run, Path]:
     """The run that a RUN argument means, and the checkpoint in it to read: the best one, or else the last.
 
@@ -238,11 +246,8 @@ def _numbered(name: str) -> Path:
 
 
 def _claimed(out: Path) -> Path:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"`{out}` is a file", hint="`--out` takes a folder that is new or empty")
+    refuse_occupied(out)
     out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        raise _occupied(Run(out))
     return out
 
 
@@ -252,7 +257,8 @@ def _occupied(run: Run) -> UserError:
 
 
 def _newest(task: str | None) -> tuple[Run, Path]:
-    for run in sorted(_runs(), key=_written, reverse=True):
+    # A run that has just begun has only untrained weights.
+    for run in sorted(_runs(), key=lambda run: (_holds(run.best), _written(run)), reverse=True):
         checkpoint = _checkpoint(run)
         if checkpoint is not None and task in (None, _task(run)):
             return run, checkpoint

@@ -65,7 +65,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             Image.fromarray(pixels).save(file)
     (folder / "pairs").mkdir()
     for split, count in (("train", 40), ("validation", 5), ("test", 6)):
-        lines = ["".join(map(str, random.integers(0, 10, random.integers(2, 7)))) for _ in range(count)]
+        lines = [" ".join(map(str, random.integers(0, 10, random.integers(4, 8)))) for _ in range(count)]
         (folder / "pairs" / f"{split}.en").write_text("".join(f"{line}\n" for line in lines))
         (folder / "pairs" / f"{split}.de").write_text("".join(f"{line[::-1]}\n" for line in lines))
     images, pairs = folder / "resnet.toml", folder / "seq2seq.toml"

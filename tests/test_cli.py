@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,13 @@ SURFACE = {
 }
 
 
+class TerminalText(io.TextIOWrapper):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 class Outcome(NamedTuple):
     code: int
     out: str
@@ -65,14 +73,15 @@ class Outcome(NamedTuple):
         return value
 
 
-def dl7(*arguments: str, cwd: Path, stdin: bytes = b"", **environment: str) -> Outcome:
-    """Run `dl7` in this process, in the folder `cwd`."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+def dl7(*arguments: str, cwd: Path, stdin: bytes = b"", terminal: bool = False, **environment: str) -> Outcome:
+    """Run `dl7` in this process, in the folder `cwd`; `terminal` is for all but standard output."""
+    out = io.TextIOWrapper(io.BytesIO())
+    err = (TerminalText if terminal else io.TextIOWrapper)(io.BytesIO())
     code: Any = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(sys, "argv", ["dl7", *arguments])
-        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        patch.setattr(sys, "stdin", (TerminalText if terminal else io.TextIOWrapper)(io.BytesIO(stdin)))
         for name, value in environment.items():
             patch.setenv(name, value)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -87,10 +96,17 @@ def dl7(*arguments: str, cwd: Path, stdin: bytes = b"", **environment: str) -> O
     return Outcome(code or 0, *printed)
 
 
-def succeed(*arguments: str, cwd: Path, stdin: bytes = b"", **environment: str) -> Outcome:
-    outcome = dl7(*arguments, cwd=cwd, stdin=stdin, **environment)
+def succeed(*arguments: str, cwd: Path, stdin: bytes = b"", terminal: bool = False, **environment: str) -> Outcome:
+    outcome = dl7(*arguments, cwd=cwd, stdin=stdin, terminal=terminal, **environment)
     assert outcome.code == 0, outcome.err
     return outcome
+
+
+def start(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
+    """Start `dl7` in a process of its own."""
+    command = [sys.executable, "-m", "dl7cli", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=cwd, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT)
 
 
 def commands(command: Any = None, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -282,13 +298,11 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     for arguments in (["recipes", "list"], ["train", "--help"]):
-        with subprocess.Popen(
-            [sys.executable, "-m", "dl7cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
-        ) as process:
+        with start(*arguments, cwd=tmp_path) as process:
             assert process.stdout is not None
             assert process.stderr is not None
             process.stdout.close()
-            assert process.stderr.read() == b""
+            assert process.stderr.read() == ""
 
 
 # What is printed
@@ -328,6 +342,23 @@ def test_plain_progress_is_a_line_every_five_seconds_after_two(capsys: pytest.Ca
     assert times == [2.0, 7.0, 12.0, 17.0]
     display.progress("decoding", 1, 2)
     assert capsys.readouterr().err == "", "what is over within two seconds is not worth a line"
+
+
+def test_on_a_terminal_there_is_a_bar_and_standard_output_is_for_data(tmp_path: Path, images: Path) -> None:
+    arguments = ("--data", str(images), *TINY_RESNET, "--set", "training.epochs=1", "--out", "[red]x", "--json")
+    trained = succeed("train", "resnet", *arguments, cwd=tmp_path, terminal=True, TERM="xterm", COLUMNS="120")
+    assert trained.document["run"] == "[red]x"
+    assert "  run        [red]x" in trained.err, "names are not markup"
+    assert "━" in trained.err
+    assert trained.err.count("\x1b[?25l") == trained.err.count("\x1b[?25h"), "the cursor comes back"
+    assert re.search(r"epoch 1  validation accuracy [01]\.\d{4}  \(best\)", trained.err)
+
+
+def test_errors_are_coloured_on_a_terminal_unless_unwanted(tmp_path: Path) -> None:
+    coloured = dl7("recipes", "show", "x", cwd=tmp_path, terminal=True, TERM="xterm", NO_COLOR="")
+    assert coloured.err.startswith("\x1b[31m\x1b[1merror:\x1b[0m there is no recipe `x`\n")
+    plain = dl7("recipes", "show", "x", cwd=tmp_path, terminal=True, TERM="xterm", NO_COLOR="1")
+    assert plain.err.startswith("error: there is no recipe `x`\n")
 
 
 # Training and what comes after it
@@ -466,6 +497,13 @@ def test_translate_leaves_nothing_half_written(work: Path, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.txt"]
 
 
+def test_translate_prompts_at_a_terminal(work: Path) -> None:
+    typed = b"red blue big small\nold new small red\n"
+    shown = succeed("translate", cwd=work, stdin=typed, terminal=True, TERM="xterm")
+    assert shown.out == succeed("translate", cwd=work, stdin=typed).out
+    assert shown.err == "one line in, one line out; Ctrl-D ends\n> > \n"
+
+
 class Dribble(io.BytesIO):
     """A pipe that has these chunks, one at each reading."""
 
@@ -502,32 +540,32 @@ def test_runs(work: Path, images: Path) -> None:
     assert re.search(rf"^test +read {after['readings']['test']} times; newest: accuracy ", shown, re.MULTILINE)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(images: Path, tmp_path: Path) -> None:
-    arguments = [
-        "train",
-        "resnet",
-        "--data",
-        str(images),
-        *TINY_RESNET,
-        "--set",
-        "training.epochs=5000",
-        "--out",
-        "my run",
-    ]
-    command = [sys.executable, "-m", "dl7cli", *arguments]
-    for wanted, number in ((130, signal.SIGINT), (143, signal.SIGTERM)):
-        with subprocess.Popen(
-            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        ) as process:
-            assert process.stderr is not None
-            while not (line := process.stderr.readline()).startswith("epoch "):
-                assert line, "training ended before its first epoch"
-            process.send_signal(number)
-            out, err = process.communicate(timeout=100)
-        assert process.returncode == wanted
-        assert out == ""
-        assert err.endswith("stopped; saved in my run\ngo on with: dl7 train --resume 'my run'\n")
-        command = [sys.executable, "-m", "dl7cli", "train", "--resume", "my run"]
+def interrupt_once_it_grows(file: Path, number: int) -> None:
+    """Send this process a signal when a line is added to the file."""
+    size = file.stat().st_size if file.exists() else 0
+
+    def watch() -> None:
+        end = time.monotonic() + 300
+        while time.monotonic() < end:
+            if file.exists() and file.stat().st_size > size:
+                os.kill(os.getpid(), number)
+                return
+            time.sleep(0.01)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(number: int, code: int, images: Path, tmp_path: Path) -> None:
+    endless = ("--data", str(images), *TINY_RESNET, "--set", "training.epochs=5000", "--out", "my run")
+    metrics = tmp_path / "my run" / "metrics.jsonl"
+    for arguments in (("resnet", *endless), ("--resume", "my run")):
+        interrupt_once_it_grows(metrics, number)
+        stopped = dl7("train", *arguments, "--json", cwd=tmp_path)
+        assert stopped.code == code
+        assert stopped.out == ""
+        assert stopped.err.endswith("stopped; saved in my run\ngo on with: dl7 train --resume 'my run'\n")
+    assert "  resumed    after step " in stopped.err
 
 
 # Data

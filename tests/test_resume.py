@@ -1,4 +1,4 @@
-"""Stopping and going on: by request, by a kill at any moment, by a full disk. The result is that of a run never stopped."""
+"""Stopping (by request, by a kill at any moment, by a full disk) and going on, to the result of a run never stopped."""
 
 import json
 import os
@@ -293,7 +293,7 @@ def test_an_epoch_whose_end_was_recorded_and_not_saved_is_recorded_once(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text + "12345\n", "now has 41 training examples; the run began with 40"),
+        (lambda text: text + "1 2 3 4 5\n", "now has 41 training examples; the run began with 40"),
         (lambda text: "0" + text[1:] if text[0] != "0" else "1" + text[1:], "has changed since the run began"),
     ],
 )
@@ -408,7 +408,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     step = random.Random(kind).choice([2, 3, 5, 6, 7])
     run = Run(tmp_path / "run")
     command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tiny[kind]), str(run.folder), str(step)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment())
     assert done.returncode == 0, done.stderr
     attempts = [json.loads(line) for line in done.stdout.splitlines()]
     status, epoch, batch, saved_step = attempts[0]
@@ -437,7 +437,7 @@ def trained(recipe: Path, run: Run) -> Iterator[subprocess.Popen[str]]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -453,7 +453,7 @@ def step_of(run: Run) -> int:
 
 def assert_ended(process: subprocess.Popen[str], code: int) -> str:
     """The process ends with this code and leaves no other behind; returns what it wrote for eyes."""
-    output, text = process.communicate(timeout=60)
+    output, text = process.communicate(timeout=300)
     assert process.returncode == code, text
     assert output == ""
     assert "Traceback" not in text
@@ -476,8 +476,8 @@ def test_a_signal_saves_ends_and_says_how_to_go_on(
     with pytest.raises(training.Interrupted):
         training.resume(str(run.folder), runtime=CPU, listener=Stopping())
     assert checkpoint.load(run.last).progress.step in (saved + 1, saved + 2)  # an epoch's end is a report, too
-    steps = [record["step"] for record in runs.metrics(run)]
-    assert steps == sorted(set(steps)) or steps[-1] % 50 == 0
+    epochs = [record["epoch"] for record in runs.metrics(run) if "scores" in record]
+    assert epochs == list(range(1, len(epochs) + 1)), "none twice and none left out"
 
 
 def test_a_second_training_in_a_folder_is_refused_and_a_full_disk_keeps_the_checkpoint(
@@ -515,7 +515,7 @@ SLEEPING = """
         def step(self, step): pass
         def epoch(self, epoch):
             print("sleeping", flush=True)
-            time.sleep(300)
+            time.sleep(900)
         def note(self, text): pass
         def progress(self, what, done, total): pass
 
@@ -534,7 +534,7 @@ def test_a_second_interrupt_ends_at_once(tiny: dict[str, Path], tmp_path: Path) 
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(timeout=1)
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=60) == 130
+            assert process.wait(timeout=300) == 130
         finally:
             process.kill()
     assert checkpoint.load(tmp_path / "run" / "last", training=True).progress.step >= 1

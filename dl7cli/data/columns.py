@@ -19,13 +19,16 @@ _MOST_CLASSES = 1 << 16
 Encoded = bytes | str | Path | npt.NDArray[np.uint8]
 """An image as the content of a file, the path of one, or pixels (H, W, 3)."""
 
+Rows = Iterator[tuple[str, Encoded]]
+"""Images in order, each with where it is, for messages."""
+
 
 @dataclass(frozen=True)
 class Split:
-    """One split before decoding: the labels, and the images in the same order, each with where it is, for messages."""
+    """One split before decoding: the labels, and the images in the same order."""
 
     labels: list[int]
-    encoded: Callable[[], Iterator[tuple[str, Encoded]]]
+    encoded: Callable[[], Rows]
 
 
 @dataclass(frozen=True)
@@ -138,10 +141,8 @@ def _plain(feature: Any) -> bool:
     return _kind(feature) in ("string", "bool") or _kind(feature).startswith(("int", "uint"))
 
 
-def _rows(
-    source: str, split: str, table: "datasets.Dataset", image: str
-) -> Callable[[], Iterator[tuple[str, Encoded]]]:
-    def encoded() -> Iterator[tuple[str, Encoded]]:
+def _rows(source: str, split: str, table: "datasets.Dataset", image: str) -> Callable[[], Rows]:
+    def encoded() -> Rows:
         row = 0
         for batch in table.with_format("arrow").select_columns([image]).iter(batch_size=256):
             for value in batch.column(image).to_pylist():

@@ -1,8 +1,10 @@
 """Labelled images from any source, as uint8 arrays that are decoded once and then mapped from disk."""
 
 import contextlib
+import functools
 import hashlib
 import io
+import itertools
 import json
 import shutil
 import struct
@@ -146,7 +148,7 @@ def _generated() -> Content:
     splits = {}
     for split in ("train", "validation", "test"):
         images, labels = shapes.generate(split)
-        splits[split] = Split(labels.tolist(), lambda images=images: (("", one) for one in images))
+        splits[split] = Split(labels.tolist(), functools.partial(zip, itertools.repeat(split), images))
     return Content(splits, tuple(shapes.CLASSES))
 
 

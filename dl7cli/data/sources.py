@@ -363,8 +363,8 @@ def _load_error(source: str, error: Exception) -> UserError:
 
 def _parquet_damage(file: Path) -> str | None:
     """Read a parquet file through; return what is wrong with it, if anything."""
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         for _ in pyarrow.parquet.ParquetFile(file).iter_batches(256):

@@ -1,4 +1,4 @@
-"""Attention of decoder states over encoder outputs. All functions of what is passed in; nothing is kept between calls.
+"""Attention of decoder states over encoder outputs. Nothing is kept between calls.
 
 Letters in shapes: B sentences, Q queries a sentence (target steps in training, beams in search), S source steps.
 """

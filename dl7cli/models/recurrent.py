@@ -16,6 +16,21 @@ def reverse(x: Tensor, lengths: Tensor) -> Tensor:
     return x.gather(1, index[:, :, None].expand_as(x))
 
 
+def run(lstm: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Run an LSTM over x (B, S, W) from `state` (zeros if not given) → outputs (B, S, H), state after the last step.
+
+    On CUDA always in float32: autocast gives cuDNN's recurrent kernels float16 even where bfloat16 was asked for, and
+    float16 gradients underflow.
+    """
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        with torch.autocast("cuda", enabled=False):
+            state = None if state is None else (state[0].float(), state[1].float())
+            outputs, after = lstm(x.float(), state)
+    else:
+        outputs, after = lstm(x, state)
+    return outputs, after
+
+
 class BidirectionalLSTM(nn.Module):
     """Two LSTMs (Hochreiter & Schmidhuber 1997), one reading each way (Schuster & Paliwal 1997), in one or more layers.
 
@@ -38,10 +53,12 @@ class BidirectionalLSTM(nn.Module):
         """
         last = (lengths - 1)[:, None, None]
         for layer, (ahead, back) in enumerate(zip(self.forwards, self.backwards, strict=True)):
+            assert isinstance(ahead, nn.LSTM)
+            assert isinstance(back, nn.LSTM)
             if layer > 0:
                 x = functional.dropout(x, self.dropout, self.training)
-            read_ahead, _ = ahead(x)
-            read_back, _ = back(reverse(x, lengths))
+            read_ahead, _ = run(ahead, x)
+            read_back, _ = run(back, reverse(x, lengths))
             end_ahead = read_ahead.gather(1, last.expand(-1, 1, read_ahead.size(2)))
             read_back = reverse(read_back, lengths)
             x = torch.cat([read_ahead, read_back], dim=2)

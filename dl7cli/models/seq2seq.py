@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dl7cli.models.attention import GeneralAttention
-from dl7cli.models.recurrent import BidirectionalLSTM
+from dl7cli.models.recurrent import BidirectionalLSTM, run
 
 State = tuple[Tensor, ...]
 
@@ -69,11 +69,13 @@ class Seq2Seq(nn.Module):
         """
         memory, keys, mask = context
         embedded = functional.dropout(self.embedding(previous), self.dropout, self.training)
-        asked, (lower, lower_cell) = self.lower(embedded, (state[0][None], state[1][None]))
+        asked, (lower, lower_cell) = run(self.lower, embedded, (state[0][None], state[1][None]))
         asked = functional.dropout(asked, self.dropout, self.training)
         queries = asked.reshape(memory.size(0), -1, asked.size(2))
         found = self.attention(queries, keys, memory, mask)[0].reshape(*asked.shape[:2], memory.size(2))
-        answered, (upper, upper_cell) = self.upper(torch.cat([asked, found], dim=2), (state[2][None], state[3][None]))
+        answered, (upper, upper_cell) = run(
+            self.upper, torch.cat([asked, found], dim=2), (state[2][None], state[3][None])
+        )
         answered = functional.dropout(answered, self.dropout, self.training)
         readout = torch.tanh(self.readout(torch.cat([answered, found, embedded], dim=2)))
         readout = functional.dropout(readout, self.dropout, self.training)

@@ -8,7 +8,7 @@ from dl7cli.checkpoint import Checkpoint
 from dl7cli.data.sources import Progress, silent
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
-from dl7cli.recipe import ClassificationRecipe, Recipe, TranslationRecipe
+from dl7cli.recipe import ClassificationRecipe, ImageData, Recipe, TranslationRecipe
 from dl7cli.tasks.classification import Classification
 from dl7cli.tasks.translation import Translation
 
@@ -49,7 +49,9 @@ def load(
     saved = checkpoint.load(folder)
     recipe = saved.recipe
     if data is not None:
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": data})})
+        # The other source has columns of its own.
+        other = {"source": data, **({"image": None, "label": None} if isinstance(recipe.data, ImageData) else {})}
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=other)})
     task = build(recipe, saved.assets, runtime=runtime, offline=offline, progress=progress)
     restore(task, saved)
     return task

@@ -135,7 +135,7 @@ class Classification:
         """For each image file the `top` most probable classes with their probabilities, best first."""
         answers = []
         for path in paths:
-            image = torch.from_numpy(read_image_file(path, self.assets["image_size"])[None])
+            image = torch.from_numpy(np.array(read_image_file(path, self.assets["image_size"]))[None])
             probabilities = self._scores(image.to(self.runtime.device))[0].softmax(dim=0)
             best = probabilities.topk(min(top, len(probabilities)))
             answers.append(
@@ -174,7 +174,9 @@ class Classification:
 
     def _splits(self) -> dict[str, ImageSet]:
         if self._data is None:
-            splits, classes = self._read(self.assets["image_size"])
+            splits, classes = self._read(self.recipe.data.image_size)
+            if splits["train"].images.shape[1] != self.assets["image_size"]:
+                splits, classes = self._read(self.assets["image_size"])
             if list(classes) != self.assets["classes"]:
                 raise UserError(
                     f"`{self.data_name}` has other classes than the model was trained on",
@@ -187,8 +189,10 @@ class Classification:
         """A split's images and labels as tensors on the device, copied there once."""
         if split not in self._on_device:
             data = self._splits()[split]
-            images, labels = torch.from_numpy(np.array(data.images)), torch.from_numpy(np.array(data.labels))
-            self._on_device[split] = images.to(self.runtime.device), labels.to(self.runtime.device)
+            # What is mapped from disk is read-only, which tensors cannot be.
+            images, labels = (np.require(array, requirements="W") for array in (data.images, data.labels))
+            device = self.runtime.device
+            self._on_device[split] = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
         return self._on_device[split]
 
 

@@ -20,8 +20,8 @@ from dl7cli.models.seq2seq import Seq2Seq, State
 from dl7cli.recipe import TranslationRecipe
 from dl7cli.search import Hypothesis, beam_search
 
-TRANSLATION_BATCH = 128
-"""Sentences translated at once."""
+HYPOTHESES_AT_ONCE = 640
+"""Sentences searched at once times the beam."""
 
 
 class PairBatch(NamedTuple):
@@ -68,6 +68,7 @@ class Translation:
         self._pairs: dict[str, list[tuple[str, str]]] | None = None
         self._encoded: list[tuple[list[int], list[int]]] | None = None
         self._plan: tuple[int, list[np.ndarray]] | None = None
+        self._steps: dict[int, int] = {}
         if assets is None:
             train = self._splits()["train"]
             progress("learning the vocabulary", 0, 1)
@@ -114,7 +115,9 @@ class Translation:
 
     def steps(self, epoch: int) -> int:
         """Batches of an epoch, counted from 0."""
-        return len(self._batch_plan(epoch))
+        if epoch not in self._steps:
+            self._steps[epoch] = len(self._batch_plan(epoch))
+        return self._steps[epoch]
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[PairBatch]:
         """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
@@ -155,25 +158,30 @@ class Translation:
     ) -> list[TranslatedLine]:
         """Translate each line; a blank one stays blank. Beam and length penalty are the recipe's where not given.
 
-        Lines of like length are searched together, which changes no result, only the time.
+        Lines of like length are searched together, which changes no result, only the time. Raises UserError where
+        `n_best` is more than the beam.
         """
         decoding = self.recipe.decoding
+        beam = decoding.beam if beam is None else beam
+        if n_best > beam:
+            raise UserError(f"a beam of {beam} cannot give the {n_best} best", hint=f"use `--beam {n_best}` or more")
         limit = self.recipe.data.max_length
-        encoded = [ids[:limit] for ids in self.vocabulary.encode_all([line.strip() for line in lines])]
+        encoded = self.vocabulary.encode_all([line.strip() for line in lines])
         answers = [TranslatedLine("", 0.0, [], False)] * len(lines)
         order = sorted((at for at, ids in enumerate(encoded) if ids), key=lambda at: len(encoded[at]))
-        for begin in range(0, len(order), TRANSLATION_BATCH):
-            chosen = order[begin : begin + TRANSLATION_BATCH]
+        size = max(1, HYPOTHESES_AT_ONCE // beam)
+        for begin in range(0, len(order), size):
+            chosen = order[begin : begin + size]
             found = self._search(
-                [encoded[at] for at in chosen],
-                beam=max(decoding.beam if beam is None else beam, n_best),
+                [encoded[at][:limit] for at in chosen],
+                beam=beam,
                 length_penalty=decoding.length_penalty if length_penalty is None else length_penalty,
                 n_best=n_best,
             )
             for at, hypotheses in zip(chosen, found, strict=True):
                 texts = [(self.vocabulary.decode(one.ids), one.score) for one in hypotheses]
-                cut = len(self.vocabulary.encode(lines[at].strip())) > limit
-                answers[at] = TranslatedLine(texts[0][0], texts[0][1], texts, cut)
+                text, score = texts[0] if texts else ("", 0.0)
+                answers[at] = TranslatedLine(text, score, texts, len(encoded[at]) > limit)
             self._progress("translating", begin + len(chosen), len(order))
         return answers
 
@@ -248,15 +256,16 @@ class Translation:
         return self._encoded
 
     def _batch_plan(self, epoch: int) -> list[np.ndarray]:
-        """The pairs of each batch: of like length, at most `batch_tokens` padded target steps, in random order."""
+        """The pairs of each batch: of like length, at most `batch_tokens` padded steps a side, in random order."""
         if self._plan is None or self._plan[0] != epoch:
             pairs = self._training_pairs()
             random = np.random.default_rng([self.recipe.training.seed, epoch])
             targets = np.array([len(target) + 1 for _, target in pairs])
             sources = np.array([len(source) + 1 for source, _ in pairs])
             # The noise lets pairs meet other partners in every epoch.
-            order = np.lexsort((sources + random.random(len(pairs)), targets + 2 * random.random(len(pairs)) // 1))
-            batches = _fill(order, targets, self.recipe.training.batch_tokens)
+            noise = random.integers(0, 2, len(pairs))
+            order = np.lexsort((sources + random.random(len(pairs)), targets + noise))
+            batches = _fill(order, np.maximum(sources, targets), self.recipe.training.batch_tokens)
             self._plan = epoch, [batches[index] for index in random.permutation(len(batches))]
         return self._plan[1]
 

@@ -102,6 +102,8 @@ def train(
     after a SIGINT or SIGTERM, when the run can be resumed.
     """
     begin = time.monotonic()
+    if out is not None:
+        runs.refuse_occupied(out)
     task = tasks.build(recipe, runtime=runtime, offline=offline, progress=listener.progress)
     steps = total_steps(task)
     run = runs.create(recipe, recipe.name, out)
@@ -117,6 +119,8 @@ def resume(run: str, *, runtime: Runtime, offline: bool = False, listener: Liste
     found, _ = runs.find(run)
     with runs.lock(found):
         saved = checkpoint.load(found.last, training=True)
+        if not saved.training:
+            raise UserError(f"checkpoint `{found.last}` is one to use, not to go on from", hint="train anew instead")
         if saved.progress.epoch >= saved.recipe.training.epochs and (found.folder / "result.json").exists():
             raise UserError(f"run `{found.folder}` is finished", hint=f"`dl7 eval {found.folder}` evaluates it")
         task = tasks.build(saved.recipe, saved.assets, runtime=runtime, offline=offline, progress=listener.progress)
@@ -233,6 +237,9 @@ def _run(
                 raise Interrupted(run.folder, received[0])
             if watch.due():
                 listener.step(watch.step(report))
+            watch.go_on()
+        if received:
+            raise Interrupted(run.folder, received[0])
     tasks.restore(task, checkpoint.load(run.best))
     split = "test" if "test" in task.splits() else "validation"
     result = _result(run, task, split, task.evaluate(split), time.monotonic() - begin)
@@ -316,6 +323,9 @@ class _Watch:
                 self._timed_seconds += now - self._previous
                 self._timed_steps += 1
                 self.rate = self._timed_examples / self._timed_seconds
+
+    def go_on(self) -> None:
+        """Leave what was done since `see`, such as saving, out of the next step's time."""
         self._previous = time.monotonic()
 
     def due(self) -> bool:
@@ -364,13 +374,16 @@ class _Watch:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of stopping at once; a second one ends the process at once."""
+    """Collect SIGINT and SIGTERM instead of stopping at once; a second one does stop at once."""
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
         if received:
-            os._exit(128 + number)
+            # Unwinds, so that the terminal is left as it was found; a checkpoint half-written does no harm.
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         received.append(number)
+        # Not by print, which may be what the signal has interrupted.
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -1,0 +1,227 @@
+"""Devices and precisions: what is chosen, why, and what is said of those that are not to be had."""
+
+import json
+import os
+from contextlib import suppress
+
+import pytest
+import torch
+
+from dl7cli import device
+from dl7cli.device import Runtime, choose, evaluation_mode, random_state, restore_random_state
+from dl7cli.errors import UserError
+
+
+class Machine:
+    """What torch and the kernel say of a machine; a test changes what it needs changed."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch = patch
+        self.has(flags=set(), gpus=[])
+
+    def has(
+        self, *, flags: set[str] | None = None, gpus: list[tuple[int, int]] | None = None, mps: bool = False
+    ) -> None:
+        """CPU flags; the compute capability of each GPU; Apple's GPU."""
+        if flags is not None:
+            self.patch.setattr(device, "_cpu_flags", lambda: flags)
+        if gpus is not None:
+            self.patch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+            self.patch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+            names = {index: f"GPU {index}" for index in range(len(gpus))}
+            names |= {torch.device("cuda", index): name for index, name in names.items()}
+            self.patch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+            self.patch.setattr(torch.cuda, "get_device_capability", lambda which: gpus[torch.device(which).index])
+        self.patch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def chosen(runtime: Runtime) -> tuple[str, str]:
+    return str(runtime.device), runtime.precision
+
+
+def test_auto_is_the_cpu_where_there_is_no_gpu(machine: Machine) -> None:
+    runtime = choose()
+    assert chosen(runtime) == ("cpu", "fp32")
+    assert runtime.reason == "the CPU, as no CUDA GPU was seen; fp32 because this hardware has no fast bf16"
+    assert runtime.device_name.startswith("cpu (")
+    threads = torch.get_num_threads()
+    assert runtime.device_name.endswith(f" {threads} thread)" if threads == 1 else f" {threads} threads)")
+
+
+def test_auto_is_the_first_gpu(machine: Machine) -> None:
+    machine.has(gpus=[(8, 0), (9, 0)])
+    runtime = choose()
+    assert chosen(runtime) == ("cuda:0", "bf16")
+    assert runtime.reason == "the first CUDA GPU; bf16 because the GPU has compute capability 8.0"
+    assert runtime.device_name == "cuda:0 (GPU 0)"
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision", "reason"),
+    [
+        ({"avx512f", "avx512_bf16"}, "bf16", "the CPU has AVX512-BF16"),
+        ({"avx512f", "amx_bf16", "avx512_bf16"}, "bf16", "the CPU has AMX"),
+        ({"avx2", "avx512f"}, "fp32", "this hardware has no fast bf16"),
+        (set(), "fp32", "this hardware has no fast bf16"),
+    ],
+)
+def test_auto_precision_on_a_cpu(machine: Machine, flags: set[str], precision: str, reason: str) -> None:
+    machine.has(flags=flags)
+    runtime = choose("cpu")
+    assert chosen(runtime) == ("cpu", precision)
+    assert runtime.reason == f"cpu as asked; {precision} because {reason}"
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"), [((6, 1), "fp32"), ((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")]
+)
+def test_auto_precision_on_a_gpu(machine: Machine, capability: tuple[int, int], precision: str) -> None:
+    machine.has(flags={"amx_bf16"}, gpus=[(8, 0), capability])
+    assert chosen(choose("cuda:1")) == ("cuda:1", precision)
+
+
+def test_auto_precision_on_mps(machine: Machine) -> None:
+    machine.has(flags={"amx_bf16"}, mps=True)
+    assert chosen(choose("mps")) == ("mps", "fp32")
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_a_precision_asked_for_is_used(machine: Machine, name: str) -> None:
+    machine.has(gpus=[(7, 0)])
+    runtime = choose("cuda", name)
+    assert chosen(runtime) == ("cuda:0", name)
+    assert runtime.reason == f"cuda as asked; {name} as asked"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpus", "device_chosen"),
+    [
+        (("auto", "auto", "1"), [(8, 0), (8, 0)], "cuda:1"),
+        (("cuda", "auto", "0"), [(8, 0), (8, 0)], "cuda:0"),
+        (("auto", "auto", "all"), [(8, 0)], "cuda:0"),
+        (("cuda:1", "auto"), [(8, 0), (8, 0)], "cuda:1"),
+    ],
+)
+def test_a_gpu_asked_for_is_used(
+    machine: Machine, arguments: tuple[str, ...], gpus: list[tuple[int, int]], device_chosen: str
+) -> None:
+    machine.has(gpus=gpus)
+    assert chosen(choose(*arguments)) == (device_chosen, "bf16")
+
+
+NONE = "no CUDA GPU"
+TWO = "cuda:0 (GPU 0), cuda:1 (GPU 1)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpus", "message", "hint"),
+    [
+        (("gpu",), 0, "there is no device `gpu`", "choose one of auto, cpu, cuda, cuda:N, mps"),
+        (("",), 0, "there is no device ``", "choose one of auto, cpu, cuda, cuda:N, mps"),
+        (("cpu:0",), 0, "there is no device `cpu:0`", "choose one of auto, cpu, cuda, cuda:N, mps"),
+        (("cuda:",), 1, "there is no device `cuda:`", "choose one of auto, cpu, cuda, cuda:N, mps"),
+        (("cuda:-1",), 1, "there is no device `cuda:-1`", "choose one of auto, cpu, cuda, cuda:N, mps"),
+        (("cuda:²",), 1, "there is no device `cuda:²`", "choose one of auto, cpu, cuda, cuda:N, mps"),
+        (("cuda",), 0, f"there is no device `cuda`; seen here: {NONE}", "use `--device cpu`"),
+        (("cuda:2",), 2, f"there is no device `cuda:2`; seen here: {TWO}", "use `--device cpu`"),
+        (("cuda:99999999999999999999",), 0, "there is no device `cuda:99999999999999999999`", "use `--device cpu`"),
+        (("mps",), 0, "there is no device `mps` on this machine", "use `--device cpu`"),
+        (("cpu", "fp8"), 0, "there is no precision `fp8`", "choose one of auto, fp32, bf16, fp16"),
+        (("cpu", "fp16"), 0, "the CPU cannot train in fp16", "use `--precision bf16` or `--precision fp32`"),
+        (("auto", "fp16"), 0, "the CPU cannot train in fp16", "use `--precision bf16` or `--precision fp32`"),
+        (("auto", "auto", "0"), 0, f"there is no device `cuda:0`; seen here: {NONE}", "use `--device cpu`"),
+        (("auto", "auto", "2"), 2, f"there is no device `cuda:2`; seen here: {TWO}", "use `--device cpu`"),
+        (
+            ("auto", "auto", "all"),
+            0,
+            f"`--gpus all`: this version trains on one GPU at a time; seen here: {NONE}",
+            "give",
+        ),
+        (
+            ("auto", "auto", "all"),
+            2,
+            f"`--gpus all`: this version trains on one GPU at a time; seen here: {TWO}",
+            "give",
+        ),
+        (
+            ("auto", "auto", "0,1"),
+            2,
+            f"`--gpus 0,1`: this version trains on one GPU at a time; seen here: {TWO}",
+            "give",
+        ),
+        (("auto", "auto", ""), 2, "`--gpus `: this version trains on one GPU at a time", "give one number"),
+        (("auto", "auto", "²"), 2, "`--gpus ²`: this version trains on one GPU at a time", "give one number"),
+        (("cpu", "auto", "0"), 2, "`--gpus 0` and `--device cpu` contradict each other", "give one of them"),
+        (("cuda:0", "auto", "0"), 2, "`--gpus 0` and `--device cuda:0` contradict each other", "give one of them"),
+    ],
+)
+def test_what_is_not_to_be_had_is_refused(
+    machine: Machine, arguments: tuple[str, ...], gpus: int, message: str, hint: str
+) -> None:
+    machine.has(gpus=[(8, 0)] * gpus)
+    with pytest.raises(UserError) as refused:
+        choose(*arguments)
+    assert refused.value.message.startswith(message)
+    assert refused.value.hint is not None
+    assert refused.value.hint.startswith(hint)
+
+
+def test_this_machine_is_reported_in_plain_json() -> None:
+    told = device.report()
+    assert json.loads(json.dumps(told)) == told
+    assert told["torch"] == torch.__version__
+    assert (told["cpu"]["cores"], told["cpu"]["threads"]) == (os.cpu_count(), torch.get_num_threads())
+    assert len(told["gpus"]) == torch.cuda.device_count()
+    runtime = choose()
+    assert told["chosen"] == {
+        "device": runtime.device_name,
+        "precision": runtime.precision,
+        "reason": runtime.reason,
+    }
+
+
+def test_products_are_made_in_the_precision_and_stored_in_float32() -> None:
+    cpu = torch.device("cpu")
+    layer = torch.nn.Linear(4, 4)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with Runtime(cpu, precision, "", "").autocast():
+            assert layer(torch.ones(1, 4)).dtype == dtype
+    assert layer.weight.dtype == torch.float32
+
+
+def test_random_streams_go_on_where_they_were() -> None:
+    device.seed_everything(7)
+    torch.rand(3)
+    state = random_state(torch.device("cpu"))
+    expected = torch.rand(5)
+    device.seed_everything(8)
+    restore_random_state(state, torch.device("cpu"))
+    assert torch.equal(torch.rand(5), expected)
+
+
+def test_evaluation_is_a_mode_that_passes() -> None:
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(4))
+    mean = model[1].running_mean.clone()
+    for before in (True, False):
+        model.train(before)
+        with evaluation_mode(model):
+            assert not model.training
+            assert not model(torch.ones(3, 4)).requires_grad
+        assert model.training is before
+        with suppress(ZeroDivisionError), evaluation_mode(model):
+            raise ZeroDivisionError
+        assert model.training is before
+    assert torch.equal(model[1].running_mean, mean)
+
+
+def test_the_peak_of_memory_is_in_bytes() -> None:
+    before = device.peak_memory_bytes(torch.device("cpu"))
+    assert before > 50e6, "importing torch takes as much"
+    block = torch.zeros(64_000_000, dtype=torch.uint8) + 1
+    assert before < 64e9
+    assert device.peak_memory_bytes(torch.device("cpu")) >= max(before, len(block))

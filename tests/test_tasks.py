@@ -1,0 +1,489 @@
+"""Tasks: batches, losses and scores against slow answers made from the same numbers one example at a time."""
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dl7cli import checkpoint, tasks
+from dl7cli.checkpoint import Checkpoint, Progress
+from dl7cli.data import augmentation
+from dl7cli.data.images import ImageSet
+from dl7cli.data.vocabulary import BOS, EOS, PAD
+from dl7cli.device import Runtime
+from dl7cli.errors import UserError
+from dl7cli.metrics import bleu
+from dl7cli.recipe import resolve
+from dl7cli.tasks import Task, classification, translation
+from dl7cli.tasks.classification import Classification
+from dl7cli.tasks.translation import Translation
+
+CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
+KINDS = ("resnet", "seq2seq")
+
+
+@pytest.fixture
+def build(tiny: dict[str, Path]) -> Callable[..., Any]:
+    """`build(kind, *overrides)` is a task of a tiny recipe."""
+
+    def make(kind: str, *overrides: str, seed: int | None = None) -> Task:
+        return tasks.build(resolve(str(tiny[kind]), overrides, seed=seed).recipe, runtime=CPU)
+
+    return make
+
+
+def save(task: Task, folder: Path) -> Path:
+    checkpoint.save(folder, Checkpoint(task.recipe, task.assets, task.model.state_dict(), {}, Progress(), {}))
+    return folder
+
+
+def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(first, second) for first, second in zip(one, other, strict=True))
+
+
+# Batches of both
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_depend_on_seed_and_epoch_alone(kind: str, build: Callable[..., Any]) -> None:
+    task, other = build(kind), build(kind)
+    first = list(task.batches(1))
+    assert len(first) == task.steps(1) > 2
+    torch.rand(100)
+    list(other.batches(0)), other.validate()  # what came before makes no difference
+    assert all(same(one, two) for one, two in zip(first, other.batches(1), strict=True))
+    epochs_and_seeds = [task.batches(0), task.batches(2), build(kind, seed=2).batches(1)]
+    for others in epochs_and_seeds:
+        assert not all(one[0].shape == two[0].shape and same(one, two) for one, two in zip(first, others, strict=False))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_from_a_number_on_are_the_rest(kind: str, build: Callable[..., Any]) -> None:
+    every = list(build(kind).batches(2))
+    for start in range(len(every) + 1):
+        rest = list(build(kind).batches(2, start))
+        assert len(rest) == len(every) - start
+        assert all(same(one, two) for one, two in zip(rest, every[start:], strict=True))
+
+
+def test_every_image_is_used_once_an_epoch(build: Callable[..., Any], tiny: dict[str, Path]) -> None:
+    task = build("resnet", "data.crop_padding=0", "data.flip=false")
+    mean, deviation = np.array(task.assets["mean"]), np.array(task.assets["deviation"])
+    files = (tiny["resnet"].parent / "images" / "train").rglob("*.png")
+    wanted = Counter(
+        (np.asarray(Image.open(file)).tobytes(), task.assets["classes"].index(file.parent.name)) for file in files
+    )
+    for epoch in (0, 1):
+        seen: Counter[Any] = Counter()
+        for batch in task.batches(epoch):
+            assert len(batch.images) <= 8
+            pixels = (batch.images.permute(0, 2, 3, 1).numpy() * deviation + mean) * 255
+            assert np.abs(pixels - pixels.round()).max() < 1e-3
+            for image, label in zip(pixels.round().astype(np.uint8), batch.labels.tolist(), strict=True):
+                seen[image.tobytes(), label] += 1
+        assert seen == wanted
+
+
+def test_every_pair_is_used_once_an_epoch_and_batches_are_bounded(build: Callable[..., Any]) -> None:
+    task = build("seq2seq", "training.batch_tokens=40")
+    wanted = Counter(
+        (tuple(task.vocabulary.encode(source)), tuple(task.vocabulary.encode(target)))
+        for source, target in task._splits()["train"]
+    )
+    for epoch in (0, 1):
+        seen: Counter[Any] = Counter()
+        for batch in task.batches(epoch):
+            assert batch.target.numel() <= 40
+            assert batch.source.shape[1] == batch.lengths.max()
+            for source, length, previous, target in zip(*batch, strict=True):
+                words = target[target != PAD].tolist()
+                assert source[length - 1] == EOS == words[-1]
+                assert not source[length:].any()
+                assert previous[: len(words)].tolist() == [BOS, *words[:-1]]
+                assert not previous[len(words) :].any()
+                seen[tuple(source[: length - 1].tolist()), tuple(words[:-1])] += 1
+        assert seen == wanted
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 16, 50, 10_000])
+def test_batches_are_filled_as_far_as_they_may_be(tokens: int) -> None:
+    random = np.random.default_rng(tokens)
+    lengths = random.integers(1, 20, 60)
+    order = random.permutation(60)
+    batches = translation._fill(order, lengths, tokens)
+    assert np.concatenate(batches).tolist() == order.tolist()
+    for number, batch in enumerate(batches):
+        assert len(batch) == 1 or lengths[batch].max() * len(batch) <= tokens
+        if number + 1 < len(batches):  # the next one did not fit in
+            more = np.append(batch, batches[number + 1][0])
+            assert lengths[more].max() * len(more) > tokens
+
+
+def test_pairs_beyond_the_limit_are_left_out_and_counted(build: Callable[..., Any]) -> None:
+    task = build("seq2seq", "data.max_length=8")
+    list(task.batches(0))
+    assert task.notes == []  # no more than seven digits
+    task.recipe = task.recipe.model_copy(update={"data": task.recipe.data.model_copy(update={"max_length": 4})})
+    task._encoded = None
+    short = [pair for pair in task._splits()["train"] if max(len(task.vocabulary.encode(side)) for side in pair) <= 4]
+    assert sum(len(batch.lengths) for batch in task.batches(1)) == len(short) < 40
+    assert task.notes == [f"{40 - len(short)} training pairs longer than 4 subwords are left out"]
+    task.recipe = task.recipe.model_copy(update={"data": task.recipe.data.model_copy(update={"max_length": 0})})
+    task._encoded = None
+    with pytest.raises(UserError, match="is within 0 subwords"):
+        task.steps(2)
+
+
+# Validation kept back
+
+
+@pytest.mark.parametrize(("count", "fraction", "kept"), [(40, 0.05, 2), (40, 0.001, 1), (2, 0.6, 1), (50, 0.1, 5)])
+def test_what_is_kept_for_validation_is_not_trained_on(count: int, fraction: float, kept: int) -> None:
+    pairs = [(f"source {n}", f"target {n}") for n in range(count)]
+    images = ImageSet(np.arange(count * 12, dtype=np.uint8).reshape(count, 2, 2, 3), np.arange(count))
+    rest, first = translation._carve(pairs, fraction)
+    assert len(first) == kept
+    assert sorted(rest + first) == sorted(pairs)
+    other_rest, other = classification._carve(images, fraction)
+    assert len(other.labels) == kept
+    assert sorted([*other.labels, *other_rest.labels]) == list(range(count))
+    for part in (other_rest, other):
+        assert np.array_equal(part.images, images.images[part.labels])
+    assert sorted(pairs[label] for label in other.labels) == sorted(first)
+
+
+def test_no_pair_or_image_is_left_to_train_on() -> None:
+    with pytest.raises(UserError, match="1 training pairs are too few"):
+        translation._carve([("a", "b")], 0.1)
+    with pytest.raises(UserError, match="2 training images are too few"):
+        classification._carve(ImageSet(np.zeros((2, 2, 2, 3), np.uint8), np.zeros(2, np.int64)), 0.9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_validation_set_is_the_same_for_every_seed(kind: str, tiny: dict[str, Path], tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    source = tiny[kind].parent / {"resnet": "images", "seq2seq": "pairs"}[kind]
+    shutil.copytree(source, data, ignore=lambda _, names: [name for name in names if name.startswith("validation")])
+    recipes = [resolve(str(tiny[kind]), data=str(data), seed=seed).recipe for seed in (1, 2)]
+    one, two = (tasks.build(recipe, runtime=CPU) for recipe in recipes)
+    total, kept = {"resnet": (26, 3), "seq2seq": (40, 2)}[kind]
+    assert one.splits() == two.splits() == {"train": total - kept, "validation": kept, "test": one.splits()["test"]}
+    assert one.digest == two.digest
+    what = {"resnet": "images", "seq2seq": "pairs"}[kind]
+    assert f"{kept} {what} of train are kept for validation" in one.notes
+
+
+# Changing images
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("padding", [0, 1, 3])
+def test_images_are_shifted_and_mirrored_one_by_one(padding: int, flip: bool) -> None:
+    images = torch.randint(256, (40, 6, 6, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    fill = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(5)
+    changed = augmentation.shift_and_flip(images, generator, padding=padding, flip=flip, fill=fill)
+
+    generator.manual_seed(5)
+    down = torch.randint(2 * padding + 1, (40, 1), generator=generator).flatten().tolist()
+    right = torch.randint(2 * padding + 1, (40, 1), generator=generator).flatten().tolist()
+    mirrored = (torch.rand((40, 1), generator=generator).flatten() < 0.5).tolist()
+    for number in range(40):
+        canvas = np.empty((6 + 2 * padding, 6 + 2 * padding, 3), np.uint8)
+        canvas[:] = (1, 2, 3)
+        canvas[padding : padding + 6, padding : padding + 6] = images[number].numpy()
+        cut = canvas[down[number] : down[number] + 6, right[number] : right[number] + 6]
+        expected = cut[:, ::-1] if flip and mirrored[number] else cut
+        assert np.array_equal(changed[number].numpy(), expected)
+    if padding:
+        assert set(down) == set(right) == set(range(2 * padding + 1)), "every shift is drawn"
+    assert {True, False} == set(mirrored)
+
+
+def test_training_batches_are_changed_and_evaluation_is_not(build: Callable[..., Any]) -> None:
+    plain = build("resnet", "data.crop_padding=0", "data.flip=false")
+    changing = build("resnet")
+    pairs = list(zip(plain.batches(0), changing.batches(0), strict=True))
+    assert all(torch.equal(one.labels, two.labels) for one, two in pairs)
+    assert not any(torch.equal(one.images, two.images) for one, two in pairs)
+    assert plain.evaluate("test") == changing.evaluate("test")
+
+
+def test_images_are_normalised() -> None:
+    images = torch.randint(256, (5, 4, 3, 3), dtype=torch.uint8)
+    mean, deviation = (0.2, 0.5, 0.7), (0.3, 0.1, 0.25)
+    found = augmentation.normalise(images, mean, deviation)
+    expected = (images.numpy().astype(np.float64) / 255 - mean) / deviation
+    assert found.dtype == torch.float32
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert np.abs(found.permute(0, 2, 3, 1).numpy() - expected).max() < 1e-5
+
+
+def test_training_images_have_mean_zero_and_deviation_one(build: Callable[..., Any]) -> None:
+    task = build("resnet", "data.crop_padding=0", "data.flip=false")
+    images = torch.cat([batch.images for batch in task.batches(0)])
+    assert images.mean(dim=(0, 2, 3)).abs().max() < 1e-5
+    assert (images.std(dim=(0, 2, 3), correction=0) - 1).abs().max() < 1e-4
+
+
+# Losses
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_is_cross_entropy_summed(smoothing: float, build: Callable[..., Any]) -> None:
+    task = build("resnet", f"training.label_smoothing={smoothing}")
+    batch = next(task.batches(0))
+    task.model.eval()
+    total, count = task.loss(batch)
+    assert count == 8
+    expected = 0.0
+    for image, label in zip(batch.images, batch.labels.tolist(), strict=True):
+        scores = task.model(image[None])[0].double().log_softmax(0)
+        expected -= ((1 - smoothing) * scores[label] + smoothing * scores.mean()).item()
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_padding_does_not_change_a_sentences_loss(smoothing: float, build: Callable[..., Any]) -> None:
+    task = build("seq2seq", f"training.label_smoothing={smoothing}", "training.batch_tokens=400")
+    task.model.eval()
+    ids = [([5], [6, 7, 8, 9]), ([5, 6, 7, 8, 9, 10, 11], [4]), ([9, 4], [7, 7])]
+    total, count = task.loss(task._batch(ids))
+    singles = [task.loss(task._batch([pair])) for pair in ids]
+    assert count == sum(number for _, number in singles) == 5 + 2 + 3
+    assert total.item() == pytest.approx(sum(loss.item() for loss, _ in singles), rel=1e-5)
+    expected = 0.0
+    for source, target in ids:  # and word by word
+        context, state = task.model.encode(torch.tensor([[*source, EOS]]), torch.tensor([len(source) + 1]))
+        for previous, word in zip([BOS, *target], [*target, EOS], strict=True):
+            scores, state = task.model.step(torch.tensor([previous]), context, state)
+            expected -= ((1 - smoothing) * scores[0, word] + smoothing * scores[0].mean()).item()
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_half_batches_make_the_gradient_of_the_whole(kind: str, build: Callable[..., Any]) -> None:
+    task = build(kind)
+    task.model.double().eval()  # statistics of a batch and dropout do depend on how it is cut
+    batch = next(task.batches(0))
+    if kind == "resnet":
+        batch = batch._replace(images=batch.images.double())
+    halves = [type(batch)(*(part[side] for part in batch)) for side in (slice(0, 3), slice(3, None))]
+
+    def gradients(parts: list[Any]) -> list[Tensor]:
+        task.model.zero_grad()
+        count = sum(task.loss(part)[1] for part in parts)
+        for part in parts:
+            (task.loss(part)[0].double() / count).backward()
+        return [parameter.grad.clone() for parameter in task.model.parameters() if parameter.grad is not None]
+
+    for one, two in zip(gradients([batch]), gradients(halves), strict=True):
+        # The loss itself is taken in float32.
+        assert torch.allclose(one, two, rtol=1e-4, atol=1e-6)
+
+
+# Classifying
+
+
+def test_accuracy_is_the_share_of_images_whose_greatest_score_is_their_label(build: Callable[..., Any]) -> None:
+    task = build("resnet")
+    for _ in range(3):  # so that running statistics are not those of the start
+        for batch in task.batches(0):
+            task.model.train()(batch.images)
+    data = task._splits()["test"]
+    task.model.eval()
+    right = 0
+    for image, label in zip(data.images, data.labels, strict=True):
+        pixels = (torch.tensor(image) / 255 - torch.tensor(task.assets["mean"])) / torch.tensor(
+            task.assets["deviation"]
+        )
+        right += int(task.model(pixels.permute(2, 0, 1)[None]).argmax()) == label
+    task.model.train()
+    scores = task.evaluate("test")
+    assert (scores.primary, scores.examples, scores.signature) == ("accuracy", 7, None)
+    assert scores.score == right / 7
+    assert task.model.training, "the mode is what it was"
+
+
+def test_evaluation_does_not_depend_on_its_batches(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    task = build("resnet")
+    whole = task.evaluate("train")
+    monkeypatch.setattr(classification, "EVALUATION_BATCH", 3)
+    assert task.evaluate("train") == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_split_that_is_not_there_is_an_error(kind: str, build: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="has no split `valid`") as refused:
+        build(kind).evaluate("valid")
+    assert refused.value.hint == "it has train, validation, test"
+
+
+def test_images_are_classified_without_the_data(tiny: dict[str, Path], tmp_path: Path) -> None:
+    data = tmp_path / "images"
+    shutil.copytree(tiny["resnet"].parent / "images", data)
+    recipe = resolve(str(tiny["resnet"]), data=str(data)).recipe
+    task = tasks.build(recipe, runtime=CPU)
+    assert isinstance(task, Classification)
+    folder = save(task, tmp_path / "checkpoint")
+    shutil.rmtree(data)
+    files = sorted((tiny["resnet"].parent / "images" / "test").rglob("*.png"))
+    found = tasks.load(folder, runtime=CPU)
+    assert isinstance(found, Classification)
+    answers = found.classify(files, 2)
+    assert len(answers) == len(files) == 7
+    for answer, file in zip(answers, files, strict=True):
+        image = torch.from_numpy(np.array(Image.open(file)))[None]
+        task.model.eval()
+        mean, deviation = task.assets["mean"], task.assets["deviation"]
+        scores = task.model(augmentation.normalise(image, mean, deviation))[0].double().softmax(0)
+        assert [value for _, value in answer] == pytest.approx(scores.sort(descending=True).values[:2].tolist())
+        assert task.assets["classes"].index(answer[0][0]) == int(scores.argmax())
+    assert [len(answer) for answer in found.classify(files[:1], 99)] == [3], "no more than there are"
+    assert sum(value for _, value in found.classify(files[:1], 99)[0]) == pytest.approx(1)
+    with pytest.raises(UserError, match="there is no file or folder"):
+        found.evaluate("test")
+
+
+# Translating
+
+
+def confident(task: Translation) -> Translation:
+    """A model whose answers differ from sentence to sentence; one fresh from its seed says nearly nothing."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        task.model.embedding.weight[PAD] = 0
+        task.model.output_bias[EOS] -= 4
+    return task
+
+
+LINES = ["1 2 3 4 5", "7", "", "0 0", "  9 8 1  ", "   ", "4 4 4 4", "1 3 5 7 9 2 4 6", "2", "5 6"]
+
+
+@pytest.mark.parametrize(("beam", "n_best"), [(1, 1), (3, 1), (3, 3)])
+def test_a_translation_does_not_depend_on_its_neighbours(
+    beam: int, n_best: int, build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = confident(build("seq2seq"))
+
+    def translate(lines: list[str]) -> list[translation.TranslatedLine]:
+        found = task.translate(lines, beam=beam, length_penalty=0.6, n_best=n_best)
+        return [
+            line._replace(score=round(line.score, 4), alternatives=[(text, round(score, 4)) for text, score in rest])
+            for line, rest in ((line, line.alternatives) for line in found)
+        ]
+
+    together = translate(LINES)
+    assert len({line.text for line in together}) > 5
+    assert together == [translate([line])[0] for line in LINES]
+    order = np.random.default_rng(0).permutation(len(LINES)).tolist()
+    assert translate([LINES[at] for at in order]) == [together[at] for at in order]
+    monkeypatch.setattr(translation, "TRANSLATION_BATCH", 3)
+    assert translate(LINES) == together
+    for line, source in zip(together, LINES, strict=True):
+        if not source.strip():
+            assert line == ("", 0.0, [], False)
+            continue
+        assert (line.text, line.score) == line.alternatives[0]
+        assert len(line.alternatives) == n_best
+        scores = [score for _, score in line.alternatives]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_no_line_and_only_blank_lines(build: Callable[..., Any]) -> None:
+    task = build("seq2seq")
+    assert task.translate([]) == []
+    assert task.translate(["", "\t "]) == [("", 0.0, [], False)] * 2
+
+
+def test_a_line_too_long_is_cut_and_said_to_be(build: Callable[..., Any]) -> None:
+    task = confident(build("seq2seq", "data.max_length=8"))
+    pieces = task.vocabulary.encode("1 2 3 4 5 6 7 8 9 0 1 2 3")
+    assert len(pieces) > 8
+    within, beyond = task.translate(["1 2 3", "1 2 3 4 5 6 7 8 9 0 1 2 3"])
+    assert (within.cut, beyond.cut) == (False, True)
+    start = task.vocabulary.decode(pieces[:8])
+    assert task.vocabulary.encode(start) == pieces[:8]
+    assert beyond.text == task.translate([start])[0].text
+
+
+def test_the_score_is_that_of_teacher_forcing(build: Callable[..., Any]) -> None:
+    task = confident(build("seq2seq"))
+    task.model.eval()
+    found = task._search(
+        [task.vocabulary.encode(line) for line in ("1 2 3 4 5", "7")], beam=4, length_penalty=0.6, n_best=4
+    )
+    for line, hypotheses in zip(("1 2 3 4 5", "7"), found, strict=True):
+        for one in hypotheses:
+            batch = task._batch([(task.vocabulary.encode(line), list(one.ids))])
+            readout = task.model(batch.source, batch.lengths, batch.previous)
+            scores = task.model.logits(readout).log_softmax(-1)[0]
+            total = scores.gather(1, batch.target[0][:, None]).sum().item()
+            assert one.log_probability == pytest.approx(total, abs=1e-4)
+            assert one.score == pytest.approx(total / ((5 + len(one.ids) + 1) / 6) ** 0.6, abs=1e-4)
+    lines = task.translate(["1 2 3 4 5", "7"], beam=4, length_penalty=0.6)
+    assert [line.score for line in lines] == pytest.approx([hypotheses[0].score for hypotheses in found], abs=1e-4)
+
+
+def test_bleu_is_of_the_translations(build: Callable[..., Any]) -> None:
+    task = confident(build("seq2seq"))
+    pairs = task._splits()["test"]
+    texts = [task.translate([source], beam=3, length_penalty=1.0)[0].text for source, _ in pairs]
+    assert task.evaluate("test", beam=3, length_penalty=1.0) == bleu(texts, [target for _, target in pairs])
+    greedy = [line.text for line in task.translate([source for source, _ in task._splits()["validation"]], beam=1)]
+    assert task.validate() == bleu(greedy, [target for _, target in task._splits()["validation"]])
+    own = [(source, line.text) for (source, _), line in zip(pairs, task.translate([s for s, _ in pairs]), strict=True)]
+    task._splits()["test"][:] = own
+    assert task.evaluate("test").score == pytest.approx(100)
+
+
+def test_text_is_translated_without_the_data_and_scored_on_other_data(tiny: dict[str, Path], tmp_path: Path) -> None:
+    data = tmp_path / "pairs"
+    shutil.copytree(tiny["seq2seq"].parent / "pairs", data)
+    task = tasks.build(resolve(str(tiny["seq2seq"]), data=str(data)).recipe, runtime=CPU)
+    assert isinstance(task, Translation)
+    folder = save(confident(task), tmp_path / "checkpoint")
+    expected = task.translate(LINES)
+    shutil.rmtree(data)
+    found = tasks.load(folder, runtime=CPU)
+    assert isinstance(found, Translation)
+    assert found.translate(LINES) == expected
+    with pytest.raises(UserError, match="there is no file or folder"):
+        found.evaluate("test")
+    other = tiny["seq2seq"].parent / "pairs"
+    elsewhere = tasks.load(folder, runtime=CPU, data=str(other))
+    assert elsewhere.data_name == str(other)
+    sources, targets = zip(*elsewhere._splits()["test"], strict=True)
+    assert elsewhere.evaluate("test") == bleu([line.text for line in task.translate(sources)], targets)
+
+
+def test_weights_of_another_model_are_refused(build: Callable[..., Any]) -> None:
+    small, deep = build("resnet"), build("resnet", "model.depth=14")
+    saved = Checkpoint(deep.recipe, deep.assets, deep.model.state_dict(), {}, Progress(), {})
+    with pytest.raises(UserError, match="do not fit its recipe"):
+        tasks.restore(small, saved)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_is_a_function_of_the_seed(kind: str, build: Callable[..., Any]) -> None:
+    one, same_seed, other = (build(kind, seed=seed).model.state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same_seed[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_diverged_translator_says_so(build: Callable[..., Any]) -> None:
+    task = build("seq2seq")
+    with torch.no_grad():
+        task.model.output_bias[7] = math.inf
+    with pytest.raises(UserError, match="the model's output is not a number"):
+        task.translate(["1 2 3"])
