@@ -221,6 +221,11 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(exclude_none=True)
 
 
+def unset_keys(recipe: Recipe) -> list[str]:
+    """The keys that have no value, which TOML cannot write down."""
+    return [key for key, value in _flat(recipe.model_dump()) if value is None]
+
+
 def to_toml(recipe: Recipe) -> str:
     """The recipe with every key, as a TOML file that `resolve` reads back to the same recipe."""
     return tomli_w.dumps(to_document(recipe))

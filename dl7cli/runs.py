@@ -229,6 +229,11 @@ def write_environment(run: Run, extra: dict[str, Any]) -> None:
     _replace(run.folder / _ENVIRONMENT, _pretty(document))
 
 
+def environment(run: Run) -> dict[str, Any]:
+    """What `write_environment` wrote last; empty where nothing can be read."""
+    return _document(run.folder / _ENVIRONMENT) or {}
+
+
 def _numbered(name: str) -> Path:
     stem = re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run"
     RUNS.mkdir(parents=True, exist_ok=True)

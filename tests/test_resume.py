@@ -504,28 +504,21 @@ def test_a_second_training_in_a_folder_is_refused_and_a_full_disk_keeps_the_chec
 
 SLEEPING = """
     import sys, time
-    from pathlib import Path
-    import torch
-    from dl7cli import training
-    from dl7cli.device import Runtime
-    from dl7cli.recipe import resolve
+    from dl7cli.cli import main, progress
 
-    class Listener:
-        def plan(self, plan): pass
-        def step(self, step): pass
+    class Sleeping(progress.Plain):
         def epoch(self, epoch):
             print("sleeping", flush=True)
             time.sleep(900)
-        def note(self, text): pass
-        def progress(self, what, done, total): pass
 
-    runtime = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
-    training.train(resolve(sys.argv[1]).recipe, out=Path(sys.argv[2]), runtime=runtime, listener=Listener())
+    progress.Plain = Sleeping
+    main()
 """
 
 
 def test_a_second_interrupt_ends_at_once(tiny: dict[str, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(SLEEPING), str(tiny["resnet"]), str(tmp_path / "run")]
+    flags = ["--out", str(tmp_path / "run"), "--device", "cpu"]
+    command = [sys.executable, "-c", textwrap.dedent(SLEEPING), "train", str(tiny["resnet"]), *flags]
     with subprocess.Popen(command, stdout=PIPE, text=True, env=environment()) as process:
         try:
             assert process.stdout is not None

@@ -101,7 +101,7 @@ def test_every_pair_is_used_once_an_epoch_and_batches_are_bounded(build: Callabl
     for epoch in (0, 1):
         seen: Counter[Any] = Counter()
         for batch in task.batches(epoch):
-            assert batch.target.numel() <= 40
+            assert max(batch.source.numel(), batch.target.numel()) <= 40
             assert batch.source.shape[1] == batch.lengths.max()
             for source, length, previous, target in zip(*batch, strict=True):
                 words = target[target != PAD].tolist()
@@ -388,7 +388,7 @@ def test_a_translation_does_not_depend_on_its_neighbours(
     assert together == [translate([line])[0] for line in LINES]
     order = np.random.default_rng(0).permutation(len(LINES)).tolist()
     assert translate([LINES[at] for at in order]) == [together[at] for at in order]
-    monkeypatch.setattr(translation, "TRANSLATION_BATCH", 3)
+    monkeypatch.setattr(translation, "HYPOTHESES_AT_ONCE", 3 * beam)
     assert translate(LINES) == together
     for line, source in zip(together, LINES, strict=True):
         if not source.strip():
@@ -404,6 +404,14 @@ def test_no_line_and_only_blank_lines(build: Callable[..., Any]) -> None:
     task = build("seq2seq")
     assert task.translate([]) == []
     assert task.translate(["", "\t "]) == [("", 0.0, [], False)] * 2
+
+
+def test_more_translations_than_the_beam_are_refused(build: Callable[..., Any]) -> None:
+    task = build("seq2seq")
+    with pytest.raises(UserError, match="a beam of 2 cannot give the 3 best"):
+        task.translate(["1 2 3"], n_best=3)
+    with pytest.raises(UserError, match="a beam of 4 cannot give the 5 best"):
+        task.translate(["1 2 3"], beam=4, n_best=5)
 
 
 def test_a_line_too_long_is_cut_and_said_to_be(build: Callable[..., Any]) -> None:

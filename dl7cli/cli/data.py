@@ -23,7 +23,6 @@ Source = Annotated[
 ]
 
 _RECIPE = {"classification": "resnet", "translation": "seq2seq"}
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 _TABLE_SUFFIXES = (".parquet", ".arrow")
 _EXAMPLES = 3
 
@@ -138,7 +137,7 @@ def _guess(source: str, offline: bool, progress: "Progress") -> str:
         path = sources.existing_path(source)
         files = [path] if path.is_file() else sources.files_below(path)
         suffixes = {file.suffix.lower() for file in files}
-        if suffixes.intersection(_IMAGE_SUFFIXES):
+        if suffixes.intersection(SUFFIXES):
             return "classification"
         if not suffixes.intersection(_TABLE_SUFFIXES):
             return "translation"

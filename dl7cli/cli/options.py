@@ -12,7 +12,7 @@ Device = Annotated[
 ]
 Gpus = Annotated[
     str | None,
-    typer.Option("--gpus", metavar="LIST", help="Several GPUs: their numbers (0,1) or all."),
+    typer.Option("--gpus", metavar="N", help="Which GPU to use: its number, as in --device cuda:N."),
 ]
 Precision = Annotated[
     PrecisionName,

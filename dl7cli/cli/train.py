@@ -50,8 +50,11 @@ def train(
     if name is not None:
         recipe = choose(name, overrides or [], data=data, seed=seed, offline=offline)
     from dl7cli import device as devices
-    from dl7cli import training
+    from dl7cli import runs, training
 
+    if resume is not None and precision == "auto":
+        # Another precision than it began with would make it another run.
+        precision = runs.environment(runs.find(resume)[0]).get("precision", precision)
     runtime = devices.choose(device, precision, gpus)
     try:
         with console.display() as display:
@@ -94,4 +97,5 @@ def _next_commands(result: dict[str, Any]) -> str:
         if result["task"] == "classification"
         else f'dl7 translate --run {run} --beam 5 "…"'
     )
-    return f"next: dl7 eval {run}\n      {use}"
+    split = "" if result["split"] == "test" else f" --split {result['split']}"
+    return f"next: dl7 eval {run}{split}\n      {use}"

@@ -1,0 +1,467 @@
+"""Training: the rate of each step, the optimisers, what is saved as best, what is written, and what stops it."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dl7cli import checkpoint, runs, tasks, training
+from dl7cli.checkpoint import Progress
+from dl7cli.device import Runtime
+from dl7cli.errors import UserError
+from dl7cli.metrics import Scores
+from dl7cli.recipe import Optim, resolve, to_document
+from dl7cli.runs import Run
+from dl7cli.tasks.classification import Classification
+from dl7cli.tasks.translation import Translation
+from dl7cli.training import session
+from dl7cli.training.loop import Report, Trainer, check_finite, fit
+from dl7cli.training.optimisation import build_optimiser, learning_rate, optimiser_tensors, restore_optimiser
+
+CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
+KINDS = ("resnet", "seq2seq")
+
+
+class Heard:
+    """A listener that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.plans: list[training.Plan] = []
+        self.steps: list[training.Step] = []
+        self.epochs: list[training.Epoch] = []
+        self.notes: list[str] = []
+
+    def plan(self, plan: training.Plan) -> None:
+        self.plans.append(plan)
+
+    def step(self, step: training.Step) -> None:
+        self.steps.append(step)
+
+    def epoch(self, epoch: training.Epoch) -> None:
+        self.epochs.append(epoch)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to be in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def train(tiny: dict[str, Path]) -> Callable[..., tuple[Run, dict[str, Any], Heard]]:
+    """`train(kind, *overrides)` trains a tiny recipe; with what `--json` prints, and what was heard of it."""
+
+    def run(kind: str, *overrides: str) -> tuple[Run, dict[str, Any], Heard]:
+        heard = Heard()
+        recipe = resolve(str(tiny[kind]), overrides).recipe
+        result = training.train(recipe, out=Path("run"), runtime=CPU, listener=heard)
+        return Run(Path("run")), result, heard
+
+    return run
+
+
+# The learning rate
+
+
+def optim(**changes: Any) -> Optim:
+    return Optim.model_validate({"name": "sgd", "learning_rate": 2.0, "warmup": 0.2, **changes})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [  # of ten steps the first two rise; of the other eight the first is at the top
+        ("constant", [1, 2, 2, 2, 2, 2, 2, 2, 2, 2]),
+        ("linear", [1, 2, 2, 1.75, 1.5, 1.25, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [1, 2, 2, *(1 + math.cos(math.radians(angle)) for angle in np.arange(22.5, 180, 22.5))]),
+    ],
+)
+def test_the_rate_rises_and_falls(schedule: str, rates: list[float]) -> None:
+    found = [learning_rate(optim(schedule=schedule), step, 10) for step in range(10)]
+    assert found == pytest.approx(rates, abs=1e-12)
+    backwards = [learning_rate(optim(schedule=schedule), step, 10) for step in reversed(range(10))]
+    assert backwards[::-1] == found, "a function of the step alone"
+
+
+def test_the_rate_at_the_edges() -> None:
+    assert learning_rate(optim(warmup=0.0), 0, 10) == 2, "no rise"
+    assert [learning_rate(optim(warmup=0.99), step, 3) for step in range(3)] == pytest.approx([2 / 3, 4 / 3, 2])
+    assert learning_rate(optim(), 0, 1) == 2, "a single step"
+    for schedule in ("linear", "cosine"):
+        assert 0 < learning_rate(optim(schedule=schedule), 9999, 10_000) < 1e-3, "it ends beside zero"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_step_has_its_rate(kind: str, tiny: dict[str, Path]) -> None:
+    task = tasks.build(resolve(str(tiny[kind])).recipe, runtime=CPU)
+    trainer = Trainer.of(task)
+    steps = sum(task.steps(epoch) for epoch in range(3))
+    seen = []
+    for report in fit(task, trainer, start=Progress()):
+        if report.scores is None:
+            expected = learning_rate(task.recipe.optim, report.progress.step - 1, steps)
+            assert report.learning_rate == expected
+            assert [group["lr"] for group in trainer.optimiser.param_groups] == [expected] * 2
+            seen.append(report.progress.step)
+    assert seen == list(range(1, steps + 1))
+
+
+# The optimisers
+
+
+def test_weight_decay_spares_vectors() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2), nn.Embedding(5, 2))
+    for name in ("sgd", "adamw"):
+        before = {key: value.clone() for key, value in model.named_parameters()}
+        optimiser = build_optimiser(model, optim(name=name, learning_rate=0.5, weight_decay=0.1, momentum=0.0))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+        for key, value in model.named_parameters():
+            factor = 0.95 if value.ndim > 1 else 1
+            assert torch.allclose(value, factor * before[key]), (name, key)
+
+
+def trajectory(name: str, changes: dict[str, float]) -> list[float]:
+    """A weight from 1 on after each of five steps down the slope of sin."""
+    weight = nn.Parameter(torch.tensor([[1.0]], dtype=torch.float64))
+    module = nn.Module()
+    module.register_parameter("weight", weight)
+    optimiser = build_optimiser(module, optim(name=name, learning_rate=0.1, **changes))
+    places = []
+    for _ in range(5):
+        weight.grad = weight.detach().cos()
+        optimiser.step()
+        places.append(weight.item())
+    return places
+
+
+def test_sgd_is_with_nesterov_momentum() -> None:
+    for momentum in (0.9, 0.0):
+        weight, speed, places = 1.0, 0.0, []
+        for _ in range(5):
+            gradient = math.cos(weight) + 0.01 * weight
+            speed = momentum * speed + gradient
+            weight -= 0.1 * (gradient + momentum * speed)
+            places.append(weight)
+        assert trajectory("sgd", {"momentum": momentum, "weight_decay": 0.01}) == pytest.approx(places, rel=1e-12)
+
+
+def test_adamw_is_with_decoupled_decay() -> None:
+    weight, first, second, places = 1.0, 0.0, 0.0, []
+    for step in range(1, 6):
+        gradient = math.cos(weight)
+        weight -= 0.1 * 0.01 * weight
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.98 * second + 0.02 * gradient**2
+        weight -= 0.1 * first / (1 - 0.9**step) / (math.sqrt(second / (1 - 0.98**step)) + 1e-8)
+        places.append(weight)
+    assert trajectory("adamw", {"momentum": 0.9, "weight_decay": 0.01}) == pytest.approx(places, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_optimisers_tensors_go_where_the_parameters_are(name: str) -> None:
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimiser = build_optimiser(model, optim(name=name))
+    model(torch.ones(1, 3, 8, 8)).sum().backward()
+    optimiser.step()
+    tensors = {
+        key: value.clone(memory_format=torch.contiguous_format) for key, value in optimiser_tensors(optimiser).items()
+    }
+    assert {key.split(".")[2] for key in tensors} == (
+        {"momentum_buffer"} if name == "sgd" else {"step", "exp_avg", "exp_avg_sq"}
+    )
+    for device in ("cpu", "meta"):
+        other = nn.Conv2d(3, 4, 3, device=device).to(memory_format=torch.channels_last)
+        follower = torch.optim.AdamW([other.weight, other.bias])
+        restore_optimiser(follower, {**tensors, "random.cpu": torch.zeros(1)})
+        for parameter in other.parameters():
+            assert follower.state[parameter].keys() == {key.split(".")[2] for key in tensors}
+            for value in follower.state[parameter].values():
+                assert value.device.type == device
+                assert value.ndim == 0 or value.stride() == parameter.stride()
+
+
+@pytest.mark.parametrize(("clip", "overrides"), [(True, ["optim.clip_norm=0.01"]), (False, [])])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_the_rate_times_the_gradient_clipped(
+    kind: str, clip: bool, overrides: list[str], tiny: dict[str, Path]
+) -> None:
+    plain = ["optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.schedule=constant", "optim.warmup=0"]
+    rate = ["optim.learning_rate=0.5", "optim.clip_norm=0"]
+    task = tasks.build(resolve(str(tiny[kind]), [*plain, *rate, *overrides]).recipe, runtime=CPU)
+    before = [parameter.detach().clone() for parameter in task.model.parameters()]
+    report = next(fit(task, Trainer.of(task), start=Progress()))
+    moved = sum((new - old).double().pow(2).sum() for new, old in zip(task.model.parameters(), before, strict=True))
+    norm = report.gradient_norm.item()
+    assert norm > 0.02
+    assert math.sqrt(moved.item()) == pytest.approx(0.5 * (0.01 if clip else norm), rel=1e-3)
+    assert (report.progress.step, report.progress.batch, report.learning_rate) == (1, 1, 0.5)
+
+
+def test_the_reported_loss_is_a_mean_over_examples(tiny: dict[str, Path]) -> None:
+    task = tasks.build(resolve(str(tiny["seq2seq"]), ["model.dropout=0"]).recipe, runtime=CPU)
+    total, words = task.loss(next(task.batches(0)))
+    report = next(fit(task, Trainer.of(task), start=Progress()))
+    assert report.loss.item() == pytest.approx(total.item() / words)
+    assert report.examples == words
+    assert report.loss.item() == pytest.approx(math.log(len(task.vocabulary)), rel=0.2), "nothing is learnt yet"
+
+
+# What is best
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"), [([0.2, 0.9, 0.5], 2), ([0.3, 0.2, 0.1], 1), ([0.1, 0.2, 0.3], 3), ([0.0, 0.7, 0.7], 2)]
+)
+def test_the_best_epoch_is_that_of_validation(
+    scores: list[float], best: int, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: list[dict[str, Tensor]] = []
+    evaluated: list[str] = []
+    evaluate = Classification.evaluate
+
+    def validate(task: Classification) -> Scores:
+        weights.append({name: value.clone() for name, value in task.model.state_dict().items()})
+        return Scores("accuracy", {"accuracy": scores[len(weights) - 1]}, 7)
+
+    def counted(task: Classification, split: str) -> Scores:
+        evaluated.append(split)
+        return evaluate(task, split)
+
+    monkeypatch.setattr(Classification, "validate", validate)
+    monkeypatch.setattr(Classification, "evaluate", counted)
+    run, result, heard = train("resnet")
+    assert evaluated == ["test"], "the test split is read once, and not to choose by"
+    assert result["best_epoch"] == best
+    kept = checkpoint.load(run.best)
+    assert (kept.progress.epoch, kept.progress.best, kept.scores) == (best, max(scores), {"accuracy": max(scores)})
+    assert all(torch.equal(kept.weights[name], value) for name, value in weights[best - 1].items())
+    last = checkpoint.load(run.last).weights
+    assert all(torch.equal(last[name], value) for name, value in weights[-1].items())
+    firsts = [scores[number] > max(scores[:number], default=-1) for number in range(3)]
+    assert [epoch.best for epoch in heard.epochs] == firsts
+    task = tasks.load(run.best, runtime=CPU)
+    assert result["scores"] == evaluate(task, "test").values, "what is evaluated is the best epoch"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_test_split_is_read_once(kind: str, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Classification if kind == "resnet" else Translation
+    evaluated: list[str] = []
+    evaluate = kept.evaluate
+
+    def counted(task: Any, split: str, **settings: Any) -> Scores:
+        evaluated.append(split)
+        return evaluate(task, split, **settings)
+
+    monkeypatch.setattr(kept, "evaluate", counted)
+    run, result, _ = train(kind)
+    assert evaluated == ["validation"] * 3 + ["test"]
+    lines = runs.evaluations(run)
+    assert len(lines) == 1
+    assert {key: lines[0][key] for key in result} == result
+    assert lines[0]["split"] == "test"
+
+
+def test_without_a_test_split_the_score_is_of_validation(tiny: dict[str, Path], tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.tsv"
+    sources = (tiny["seq2seq"].parent / "pairs" / "train.en").read_text().splitlines()
+    pairs.write_text("".join(f"{source}\t{source[::-1]}\n" for source in sources))
+    recipe = resolve(str(tiny["seq2seq"]), data=str(pairs)).recipe
+    heard = Heard()
+    result = training.train(recipe, out=Path("run"), runtime=CPU, listener=heard)
+    assert (result["split"], result["examples"]) == ("validation", 2)
+    assert heard.plans[0].splits == {"train": 38, "validation": 2}
+    assert "2 pairs of train are kept for validation" in heard.plans[0].notes
+
+
+# What diverges
+
+
+@pytest.mark.parametrize("overrides", [[], ["training.batch_size=100"]])
+@pytest.mark.parametrize("rate", ["1e30", "1e39"])
+def test_an_image_training_that_diverges_stops(rate: str, overrides: list[str], train: Callable[..., Any]) -> None:
+    check_diverged(lambda: train("resnet", f"optim.learning_rate={rate}", "optim.warmup=0", *overrides))
+
+
+@pytest.mark.parametrize("overrides", [[], ["training.batch_tokens=10000"]])
+@pytest.mark.parametrize("rate", ["1e30", "1e39"])
+def test_a_translation_training_that_diverges_stops(rate: str, overrides: list[str], train: Callable[..., Any]) -> None:
+    check_diverged(lambda: train("seq2seq", f"optim.learning_rate={rate}", "optim.warmup=0", *overrides))
+
+
+def check_diverged(action: Callable[[], Any]) -> None:
+    """It ends with what a user needs to know, and what was saved last can be gone on with."""
+    with pytest.raises(UserError) as stopped:
+        action()
+    print("MESSAGE", stopped.value.message)
+    if stopped.value.message != "the model's output is not a number":
+        wanted = r"not finite (at|after) step [1-9]\d*: loss \S+, learning rate \S+e\+\d\d, gradient norm \S+"
+        assert re.search(wanted, stopped.value.message)
+    assert stopped.value.hint is not None
+    assert "optim.learning_rate" in stopped.value.hint
+    for folder in (Path("run/last"), Path("run/best")):
+        if folder.exists():
+            saved = checkpoint.load(folder, training=True)
+            assert all(value.isfinite().all() for value in saved.weights.values())
+
+
+def test_a_gradient_that_a_scaler_mends_is_no_reason_to_stop() -> None:
+    loss, infinite = torch.tensor(1.5), torch.tensor(math.inf)
+    check_finite(loss, infinite, 3, 0.1, scaled=True)
+    with pytest.raises(UserError) as stopped:
+        check_finite(loss, infinite, 3, 0.1)
+    assert stopped.value.message == "the loss is not finite at step 3: loss 1.5, learning rate 0.1, gradient norm inf"
+    with pytest.raises(UserError, match="loss nan, learning rate"):
+        check_finite(torch.tensor(math.nan), loss, 3, 0.1, scaled=True)
+
+
+def test_a_record_of_an_overflown_gradient_is_json(tiny: dict[str, Path]) -> None:
+    task = tasks.build(resolve(str(tiny["resnet"])).recipe, runtime=CPU)
+    watch = session._Watch(task, 12, Progress(), {})
+    for loss, norm in ((1.0, 2.0), (3.0, math.inf)):
+        watch.see(Report(Progress(step=1), torch.tensor(loss), torch.tensor(norm), 0.1, 8))
+    record = watch.record(Report(Progress(step=2), torch.tensor(3.0), torch.tensor(math.inf), 0.1, 8))
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert (record["loss"], record["gradient_norm"]) == (2.0, None)
+
+
+# What is written
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_folder_tells_all(kind: str, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "SECONDS_BETWEEN_STEP_EVENTS", -1)
+    monkeypatch.setattr(session, "STEPS_BETWEEN_RECORDS", 5)
+    run, result, heard = train(kind)
+    task = tasks.load(run.best, runtime=CPU)
+    steps = sum(task.steps(epoch) for epoch in range(3))
+
+    assert set(result) == {
+        *("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "seconds", "steps"),
+        *("training_seconds", "best_epoch", "parameters", "device", "precision", "rate", "peak_memory_bytes"),
+    }
+    assert (result["run"], result["recipe"], result["split"]) == ("run", kind, "test")
+    assert (result["task"], result["primary"]) == (
+        ("classification", "accuracy") if kind == "resnet" else ("translation", "bleu")
+    )
+    assert result["data"] == task.data_name
+    assert result["examples"] == task.splits()["test"]
+    assert result["parameters"] == sum(parameter.numel() for parameter in task.model.parameters())
+    assert (result["steps"], result["device"], result["precision"]) == (steps, "cpu", "fp32")
+    assert 0 < result["training_seconds"] < result["seconds"]
+    assert result["rate"] > 0
+    assert (result["signature"] is None) == (kind == "resnet")
+    assert result["scores"] == task.evaluate("test").values
+    assert json.loads((run.folder / "result.json").read_text()) == result
+
+    assert resolve(str(run.recipe_file)).recipe == task.recipe == heard.plans[0].recipe
+    environment = json.loads((run.folder / "environment.json").read_text())
+    for key in ("started", "command", "dl7", "python", "packages", "platform", "cpu", "cores", "device", "precision"):
+        assert environment[key]
+    assert environment["resumed_step"] == 0
+    assert "earlier" not in environment
+
+    records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    between = [record["step"] for record in records if "scores" not in record]
+    assert between == list(range(5, steps + 1, 5))
+    closing = [record for record in records if "scores" in record]
+    per_epoch = [task.steps(epoch) for epoch in range(3)]
+    assert [record["epoch"] for record in closing] == [1, 2, 3]
+    assert [record["step"] for record in closing] == np.cumsum(per_epoch).tolist()
+    order = [(record["step"], "scores" in record) for record in records]
+    assert order == sorted(order)
+    for record in records:
+        assert record["loss"] > 0
+        assert record["gradient_norm"] > 0
+        expected = learning_rate(task.recipe.optim, record["step"] - 1, steps)
+        assert record["learning_rate"] == expected
+    assert [record["scores"] for record in closing] == [epoch.scores.values for epoch in heard.epochs]
+
+    assert len(heard.plans) == 1
+    plan = heard.plans[0]
+    assert (plan.run, plan.steps, plan.epochs, plan.resumed_step) == (Path("run"), steps, 3, 0)
+    assert (plan.parameters, plan.splits, plan.data) == (result["parameters"], task.splits(), task.data_name)
+    assert [step.step for step in heard.steps if step.step] == sorted(step.step for step in heard.steps)
+    assert {step.step for step in heard.steps} == set(range(1, steps + 1))
+    assert heard.steps[-1].remaining_seconds == 0
+    assert all(math.isfinite(step.loss) and step.remaining_seconds >= 0 for step in heard.steps)
+    assert {step.unit for step in heard.steps} == {"images" if kind == "resnet" else "target tokens"}
+
+
+def test_the_loss_recorded_is_the_mean_since_the_record_before(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "SECONDS_BETWEEN_STEP_EVENTS", -1)
+    run, _, heard = train("resnet")
+    losses = {step.step: step.loss for step in heard.steps}
+    for record in runs.metrics(run):
+        since = [losses[step] for step in range(record["step"] - 3, record["step"] + 1)]
+        assert record["loss"] == pytest.approx(sum(since) / 4)
+
+
+def test_runs_without_a_folder_are_numbered_and_mistakes_make_none(tiny: dict[str, Path]) -> None:
+    recipe = resolve(str(tiny["resnet"]), ["training.epochs=1"]).recipe
+    result = training.train(recipe, runtime=CPU, listener=Heard())
+    assert result["run"] == "runs/resnet-1"
+    missing = resolve(str(tiny["resnet"]), data="nowhere/at/all").recipe
+    with pytest.raises(UserError, match="there is no file or folder"):
+        training.train(missing, runtime=CPU, listener=Heard())
+    assert [path.name for path in Path("runs").iterdir()] == ["resnet-1"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_trainings_with_one_seed_are_the_same_and_with_two_differ(kind: str, tiny: dict[str, Path]) -> None:
+    weights = []
+    for number, seed in enumerate((1, 1, 2)):
+        recipe = resolve(str(tiny[kind]), ["training.epochs=1"], seed=seed).recipe
+        torch.rand(number)
+        training.train(recipe, out=Path(str(number)), runtime=CPU, listener=Heard())
+        weights.append(checkpoint.load(Path(str(number), "last")).weights)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+
+
+# Evaluating
+
+
+def test_each_evaluation_is_a_line(train: Callable[..., Any], tiny: dict[str, Path]) -> None:
+    run, result, _ = train("seq2seq")
+    again = training.evaluate("run", runtime=CPU)
+    keys = ("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "seconds")
+    assert tuple(again) == keys
+    assert {key: again[key] for key in keys[:-1]} == {key: result[key] for key in keys[:-1]}
+    other = training.evaluate("run/last", split="validation", beam=1, length_penalty=0.5, runtime=CPU)
+    assert (other["split"], other["examples"]) == ("validation", 5)
+    elsewhere = training.evaluate("run", data=str(tiny["seq2seq"].parent / "pairs"), split="train", runtime=CPU)
+    assert elsewhere["examples"] == 40
+    lines = runs.evaluations(run)
+    assert [line["split"] for line in lines] == ["test", "test", "validation", "train"]
+    assert (lines[2]["beam"], lines[2]["length_penalty"], lines[2]["checkpoint"]) == (1, 0.5, "last")
+    assert lines[1]["checkpoint"] == "best"
+    assert all(line["time"] for line in lines)
+
+
+def test_a_classifier_has_no_beam_and_a_missing_split_is_named(train: Callable[..., Any]) -> None:
+    run, result, _ = train("resnet", "training.epochs=1")
+    with pytest.raises(UserError, match="is a classifier: it has no beam"):
+        training.evaluate("run", beam=5, runtime=CPU)
+    with pytest.raises(UserError, match="has no split `dev`"):
+        training.evaluate("run", split="dev", runtime=CPU)
+    assert len(runs.evaluations(run)) == 1, "what failed is no reading"
+    assert training.evaluate(None if Path("runs").exists() else "run", runtime=CPU)["scores"] == result["scores"]
+    assert to_document(checkpoint.load(run.best).recipe) == to_document(resolve(str(run.recipe_file)).recipe)
