@@ -308,7 +308,6 @@ def check_diverged(action: Callable[[], Any]) -> None:
     """It ends with what a user needs to know, and what was saved last can be gone on with."""
     with pytest.raises(UserError) as stopped:
         action()
-    print("MESSAGE", stopped.value.message)
     if stopped.value.message != "the model's output is not a number":
         wanted = r"not finite (at|after) step [1-9]\d*: loss \S+, learning rate \S+e\+\d\d, gradient norm \S+"
         assert re.search(wanted, stopped.value.message)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
 _FORMAT = 1
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 # Named, so that no file is ever handed to a plug-in that starts other programs (EPS does).
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000")
 _DEFAULT_SIZE = 32
@@ -197,7 +197,7 @@ def _files_of_classes(folder: Path) -> dict[str, list[Path]]:
     found = {}
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.name.startswith("."):
-            files = sorted(file for file in sources.files_below(entry) if file.suffix.lower() in SUFFIXES)
+            files = sorted(file for file in sources.files_below(entry) if file.suffix.lower() in IMAGE_SUFFIXES)
             # Such as macOS leaves beside the real files.
             if files := [file for file in files if not file.name.startswith(".")]:
                 found[entry.name] = files
