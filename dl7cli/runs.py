@@ -185,9 +185,16 @@ def metrics(run: Run) -> list[dict[str, Any]]:
     return _records(run.folder / _METRICS)
 
 
-def trim_metrics(run: Run, step: int) -> None:
-    """Drop the records after optimiser step `step`, from which a run is resumed: they will be made again."""
-    kept = [record for record in metrics(run) if record.get("step", 0) <= step]
+def trim_metrics(run: Run, step: int, epochs: int) -> None:
+    """Drop the records after optimiser step `step` and `epochs` finished epochs, from which a run is resumed.
+
+    They will be made again. The end of an epoch has the step of its last batch, so that the step alone does not tell.
+    """
+    kept = [
+        record
+        for record in metrics(run)
+        if record.get("step", 0) <= step and not ("scores" in record and record.get("epoch", 0) > epochs)
+    ]
     if (run.folder / _METRICS).exists():
         _replace(run.folder / _METRICS, b"".join(map(_line, kept)))
 

@@ -452,18 +452,18 @@ def test_what_json_does_not_know_is_never_written(value: float) -> None:
 
 def test_resuming_drops_what_comes_after_the_step() -> None:
     run = runs.create(SEQ2SEQ, "seq2seq", None)
-    runs.trim_metrics(run, 5)
+    runs.trim_metrics(run, 5, 9)
     assert not (run.folder / "metrics.jsonl").exists()
     for step in range(1, 9):
         runs.append_metrics(run, {"step": step, "loss": step / 3})
     with (run.folder / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 9, "lo')
-    runs.trim_metrics(run, 5)
+    runs.trim_metrics(run, 5, 9)
     expected = [{"step": step, "loss": step / 3} for step in range(1, 6)]
     assert runs.metrics(run) == expected
     runs.append_metrics(run, {"step": 6})
     assert runs.metrics(run) == [*expected, {"step": 6}]
-    runs.trim_metrics(run, 0)
+    runs.trim_metrics(run, 0, 9)
     assert runs.metrics(run) == []
     assert sorted(os.listdir(run.folder)) == ["metrics.jsonl", "recipe.toml"]
 

@@ -291,14 +291,16 @@ def test_without_a_test_split_the_score_is_of_validation(tiny: dict[str, Path], 
 
 # What diverges
 
+SELDOM = "training.checkpoint_minutes=1000"
 
-@pytest.mark.parametrize("overrides", [[], ["training.batch_size=100"]])
+
+@pytest.mark.parametrize("overrides", [[], ["training.batch_size=100"], ["training.batch_size=100", SELDOM]])
 @pytest.mark.parametrize("rate", ["1e30", "1e39"])
 def test_an_image_training_that_diverges_stops(rate: str, overrides: list[str], train: Callable[..., Any]) -> None:
     check_diverged(lambda: train("resnet", f"optim.learning_rate={rate}", "optim.warmup=0", *overrides))
 
 
-@pytest.mark.parametrize("overrides", [[], ["training.batch_tokens=10000"]])
+@pytest.mark.parametrize("overrides", [[], ["training.batch_tokens=10000"], ["training.batch_tokens=10000", SELDOM]])
 @pytest.mark.parametrize("rate", ["1e30", "1e39"])
 def test_a_translation_training_that_diverges_stops(rate: str, overrides: list[str], train: Callable[..., Any]) -> None:
     check_diverged(lambda: train("seq2seq", f"optim.learning_rate={rate}", "optim.warmup=0", *overrides))

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -138,7 +138,7 @@ def resume(run: str, *, runtime: Runtime, offline: bool = False, listener: Liste
         tasks.restore(task, saved)
         trainer = Trainer.of(task)
         trainer.restore(saved.training, runtime.device)
-        runs.trim_metrics(found, saved.progress.step)
+        runs.trim_metrics(found, saved.progress.step, saved.progress.epoch)
         watch = _Watch(task, total_steps(task), saved.progress, saved.training)
         return _run(found, task, trainer, watch, saved.scores, listener, begin)
 
@@ -382,8 +382,9 @@ def _signals() -> Iterator[list[int]]:
             # Unwinds, so that the terminal is left as it was found; a checkpoint half-written does no harm.
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         received.append(number)
-        # Not by print, which may be what the signal has interrupted.
-        os.write(2, b"\nstopping after this step; once more stops at once\n")
+        # Not by print, which may be what the signal has interrupted. Ctrl-C ends what reads a pipe, such as tee, too.
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield received
