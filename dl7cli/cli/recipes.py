@@ -45,7 +45,8 @@ def show(
     for line in [*(f"# {line}".rstrip() for line in header), *recipes.to_toml(resolved.recipe).splitlines()]:
         console.write(line)
     if unset := recipes.unset_keys(resolved.recipe):
-        console.write(f"\n# not set: {', '.join(unset)}")
+        console.write("")
+        console.write(f"# not set: {', '.join(unset)}")
 
 
 @app.command(epilog="Example: dl7 recipes copy resnet mine.toml && dl7 train mine.toml")
