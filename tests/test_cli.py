@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
+import pyarrow.parquet
 import pytest
 import typer
 
@@ -622,6 +623,17 @@ def test_data_info_finds_out_what_the_data_are(images: Path, pairs: Path, tmp_pa
     assert about["examples"][1] == ["rot blau alt groß", "red blue old big"]
     shown = succeed("data", "info", str(pairs), cwd=tmp_path).out
     assert "red blue old big → rot blau alt groß" in shown
+
+
+def test_finding_out_what_the_data_are_leaves_nothing_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("DL7_CACHE", str(cache))
+    pyarrow.parquet.write_table(pyarrow.table({"en": ["one"], "de": ["eins"]}), tmp_path / "train.parquet")
+    about = succeed("data", "info", str(tmp_path / "train.parquet"), "--json", cwd=tmp_path).document
+    assert (about["task"], about["splits"]) == ("translation", {"train": 1})
+    assert list(cache.iterdir()) == []
 
 
 def test_data_get(images: Path, tmp_path: Path) -> None:

@@ -95,11 +95,19 @@ def test_an_image_folder_gives_the_same_as_a_table(tmp_path: Path) -> None:
     )
     (tmp_path / "set" / "train" / "cat" / "Thumbs.db").write_text("not an image")
     (tmp_path / "set" / "train" / ".cache").mkdir()
+    write_image_folder(tmp_path / "set", {"train/cat/.ipynb_checkpoints/1-checkpoint.png": train[3]})
     read = read_images(source)
     assert read.classes == ("bee", "cat")
     assert arrays(read) == (train[[2, 0, 1]].tolist(), [0, 1, 1])
     assert arrays(read, "validation") == (train[[3]].tolist(), [0])
     assert arrays(read, "test") == (train[[3]].tolist(), [1])
+
+
+def test_tables_beside_other_images_are_read(tmp_path: Path) -> None:
+    rows = {"image": [{"bytes": png(pixels(1)[0])}], "label": [0]}
+    write_parquet(tmp_path / "data", labelled(["a"]), train=rows, test=rows)
+    source = write_image_folder(tmp_path, {"assets/figures/plot.png": pixels(1)[0], "test/a/1.png": pixels(1)[0]})
+    assert arrays(read_images(source)) == (pixels(1).tolist(), [0])
 
 
 def test_the_second_reading_maps_arrays_and_imports_nothing_slow(tmp_path: Path) -> None:
@@ -222,6 +230,12 @@ def test_images_of_any_mode_come_out_in_three_channels(tmp_path: Path, image: PI
         read_image_file(tmp_path / "set" / "train" / "a" / "1.png", 2).tolist()
         == read.splits["train"].images[0].tolist()
     )
+
+
+@pytest.mark.parametrize("scale", [1, 256])
+def test_32_bits_hold_8_or_16(tmp_path: Path, scale: int) -> None:
+    PIL.Image.fromarray(GREY.astype(np.int32) * scale).save(tmp_path / "1.tif")
+    assert read_image_file(tmp_path / "1.tif", 2)[:, :, 0].tolist() == GREY.tolist()
 
 
 def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:

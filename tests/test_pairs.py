@@ -263,6 +263,13 @@ def test_bad_rows_of_tables_are_named(tmp_path: Path, columns: dict[str, list[An
         read(tmp_path / "set")
 
 
+def test_words_that_pandas_takes_for_missing_are_words(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", "en,de\nNA,null\nnone,keine\n,leer\n")
+    found = read(tmp_path)
+    assert found.splits == {"train": [("NA", "null"), ("none", "keine")]}
+    assert found.notes == ("1 of 3 pairs of the train split left out: a side is empty",)
+
+
 def test_sources_that_cannot_be_read_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no file or folder"):
         read(tmp_path / "absent")

@@ -1,5 +1,6 @@
 """Where data come from: names, splits, the cache, and the hub: here a closed port or a tiny server."""
 
+import errno
 import http.server
 import os
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 
 from dl7cli.data import sources
@@ -145,6 +147,36 @@ def test_the_fingerprint_follows_names_sizes_and_times(tmp_path: Path) -> None:
     assert sources.fingerprint(tmp_path) == marks[-1]
 
 
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".#lock").symlink_to("user@host.1:2")
+    sources.fingerprint(tmp_path)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"`.*gone` cannot be read: No such file"):
+        sources.fingerprint(tmp_path)
+
+
+def test_links_in_a_circle_are_followed_once_and_hidden_folders_not(tmp_path: Path) -> None:
+    (tmp_path / "a" / ".git").mkdir(parents=True)
+    (tmp_path / "a" / ".git" / "index").write_text("x")
+    (tmp_path / "a" / "file").write_text("x")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    assert list(sources.files_below(tmp_path)) == [tmp_path / "a" / "file"]
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, scandir = tmp_path / "closed", os.scandir
+    closed.mkdir()
+
+    def refuse(path: str) -> object:
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"`.*closed` cannot be read: Permission denied"):
+        sources.fingerprint(tmp_path)
+
+
 def test_a_folder_of_parquet_is_loaded_and_nothing_is_printed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +227,50 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
         sources.load_splits(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "damage"),
+    [
+        ("test.csv", b"", "it is empty"),
+        ("test.csv", b"en,de\na,b\nc,\xe4\n", r"line 3 is not UTF-8 \(byte 0xe4\)"),
+        ("test.csv", b"en,de\na,b\nc,d,e\n", "Error tokenizing data.* line 3"),
+        ("test.jsonl", b'{"en": "a"}\n{"en":\n', "line 2 is not JSON: Expecting value"),
+    ],
+)
+def test_a_damaged_text_table_is_named_with_line(tmp_path: Path, name: str, content: bytes, damage: str) -> None:
+    good = {"test.csv": "en,de\na,b\n", "test.jsonl": '{"en": "a"}\n'}[name]
+    (tmp_path / name.replace("test", "train")).write_text(good)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"`.*{name}` cannot be read: {damage}"):
+        sources.load_splits(str(tmp_path))
+
+
+def test_a_table_without_rows_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set")
+    file = folder / "validation-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(file).slice(0, 0), file)
+    with pytest.raises(UserError, match=r"validation-00000-of-00001\.parquet` cannot be read: it has no rows"):
+        sources.load_splits(str(folder))
+
+
+def test_where_no_file_is_known_to_be_bad_all_are_named(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("en,de\na,b\n")
+    (tmp_path / "test.csv").write_text("en,fr\na,b\n")
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        sources.load_splits(str(tmp_path))
+    assert caught.value.hint == f"look into `{tmp_path / 'test.csv'}`, `{tmp_path / 'train.csv'}`"
+
+
+@pytest.mark.parametrize(("name", "fence"), [("README.md", "---\n"), (".huggingface.yaml", "")])
+def test_a_local_folder_may_not_name_data_elsewhere(tmp_path: Path, name: str, fence: str) -> None:
+    (tmp_path / "train.csv").write_text("en,de\na,b\n")
+    (tmp_path / name).write_text(f"{fence}homepage: https://hub.invalid\n{fence}")
+    assert len(sources.load_splits(str(tmp_path))["train"]) == 1
+    config = f"configs:\n- config_name: x\n  data_files: {CLOSED}/train.csv\n"
+    (tmp_path / name).write_text(f"{fence}{config}{fence}")
+    with pytest.raises(UserError, match=f"`.*{name}` names data that are not on this machine"):
+        sources.load_splits(str(tmp_path))
+
+
 def test_what_is_local_or_built_in_is_available_without_a_network(tmp_path: Path) -> None:
     assert sources.available("builtin:shapes", offline=False)
     assert not sources.available("builtin:nothing", offline=False)
@@ -229,14 +305,15 @@ def test_a_look_up_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     released.set()
 
 
-@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize(
+    ("offline", "reason"),
+    [(False, "the hub at .* cannot be reached"), (True, "it was not kept from the hub, which may not be asked")],
+)
 def test_a_hub_out_of_reach_is_said_without_retries(
-    offline: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    offline: bool, reason: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", CLOSED)
-    with pytest.raises(
-        UserError, match=r"`owner/name` is no file or folder here, and the hub .* cannot be reached"
-    ) as it:
+    with pytest.raises(UserError, match=f"`owner/name` is no file or folder here, and {reason}") as it:
         sources.load_splits("owner/name", offline=offline)
     assert "--data FOLDER" in (it.value.hint or "")
     assert "builtin:shapes" in (it.value.hint or "")
@@ -294,7 +371,7 @@ print(pairs.splits)
     file.write_text('{"de": "eins", "en": "one"}\n')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DL7_CACHE", str(tmp_path / "dl7"))
-        with pytest.raises(UserError, match="cannot be reached"):
+        with pytest.raises(UserError, match="may not be asked"):
             read_pairs("owner/name", source_language="de", target_language="en", offline=True)
 
 
@@ -305,3 +382,24 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         sources.working_folder(tmp_path / "file" / "below"),
     ):
         pass
+
+
+def test_errors_in_the_working_folder_blame_what_they_concern(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"`.*absent` cannot be read"), sources.working_folder(cache):
+        (tmp_path / "absent").read_bytes()
+    with (
+        pytest.raises(UserError, match=r"the cache folder `.*` cannot be written"),
+        sources.working_folder(cache) as it,
+    ):
+        (it / "absent" / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="No space left"), sources.working_folder(cache):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(ConnectionResetError), sources.working_folder(cache):
+        raise ConnectionResetError
+    assert list(cache.iterdir()) == []
+
+
+def test_a_working_folder_of_another_process_may_go_while_looked_at(cache: Path) -> None:
+    (cache / ".new-gone").symlink_to(cache / "nowhere")
+    with sources.working_folder(cache) as working:
+        assert working.is_dir()

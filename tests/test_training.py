@@ -17,7 +17,7 @@ from dl7cli.checkpoint import Progress
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
-from dl7cli.recipe import Optim, resolve, to_document
+from dl7cli.recipe import Optim, resolve
 from dl7cli.runs import Run
 from dl7cli.tasks.classification import Classification
 from dl7cli.tasks.translation import Translation
@@ -464,5 +464,4 @@ def test_a_classifier_has_no_beam_and_a_missing_split_is_named(train: Callable[.
     with pytest.raises(UserError, match="has no split `dev`"):
         training.evaluate("run", split="dev", runtime=CPU)
     assert len(runs.evaluations(run)) == 1, "what failed is no reading"
-    assert training.evaluate(None if Path("runs").exists() else "run", runtime=CPU)["scores"] == result["scores"]
-    assert to_document(checkpoint.load(run.best).recipe) == to_document(resolve(str(run.recipe_file)).recipe)
+    assert training.evaluate("run", runtime=CPU)["scores"] == result["scores"]

@@ -142,10 +142,11 @@ def _guess(source: str, offline: bool, progress: "Progress") -> str:
             return "classification"
         if not suffixes.intersection(_TABLE_SUFFIXES):
             return "translation"
-    splits = sources.load_splits(source, offline=offline, progress=progress)
-    import datasets
+    with sources.working_folder(sources.cache_folder()) as working:
+        splits = sources.load_splits(source, offline=offline, progress=progress, working=working)
+        import datasets
 
-    images = [column for column in splits["train"].features.values() if isinstance(column, datasets.Image)]
+        images = [column for column in splits["train"].features.values() if isinstance(column, datasets.Image)]
     return "classification" if images else "translation"
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _LABEL_NAMES = ("label", "labels", "class", "target")
 _MOST_CLASSES = 1 << 16
+# Each may be a photograph of many megabytes.
+_ROWS_AT_ONCE = 16
 
 Encoded = bytes | str | Path | npt.NDArray[np.uint8]
 """An image as the content of a file, the path of one, or pixels (H, W, 3)."""
@@ -144,7 +146,7 @@ def _plain(feature: Any) -> bool:
 def _rows(source: str, split: str, table: "datasets.Dataset", image: str) -> Callable[[], Rows]:
     def encoded() -> Rows:
         row = 0
-        for batch in table.with_format("arrow").select_columns([image]).iter(batch_size=256):
+        for batch in table.with_format("arrow").select_columns([image]).iter(batch_size=_ROWS_AT_ONCE):
             for value in batch.column(image).to_pylist():
                 row += 1
                 where = f"the image in row {row} of split `{split}` of `{source}`"

@@ -172,14 +172,13 @@ def _encoded(
 
 def _image_folder(path: Path) -> Content | None:
     """Read the layout `train/<class>/*.png`; None where it is another layout."""
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    splits: dict[str, dict[str, list[Path]]] = {}
-    if not any(_files_of_classes(folder) for folder in folders):
+    folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    images = {name: _files_of_classes(path / name) for name in folders if sources.split_name(name)}
+    trained = any(found and sources.split_name(name) == "train" for name, found in images.items())
+    if not any(images.values()) or (not trained and sources.has_tables(path)):
         return None
-    names = sources.by_split((folder.name for folder in folders), str(path))
-    splits = {split: _files_of_classes(path / name) for split, name in names.items()}
-    if not splits["train"] and sources.has_tables(path):
-        return None
+    names = sources.by_split(folders, str(path))
+    splits = {split: images[name] for split, name in names.items()}
     classes = tuple(sorted(splits["train"]))
     for split, found in splits.items():
         if unknown := sorted(set(found) - set(classes)):
@@ -196,11 +195,10 @@ def _files_of_classes(folder: Path) -> dict[str, list[Path]]:
     """Map each class, a folder in this one, to its image files at any depth, in order; empty classes left out."""
     found = {}
     for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and not entry.name.startswith("."):
-            files = sorted(file for file in sources.files_below(entry) if file.suffix.lower() in IMAGE_SUFFIXES)
-            # Such as macOS leaves beside the real files.
-            if files := [file for file in files if not file.name.startswith(".")]:
-                found[entry.name] = files
+        if not entry.is_dir() or entry.name.startswith("."):
+            continue
+        if files := sorted(file for file in sources.files_below(entry) if file.suffix.lower() in IMAGE_SUFFIXES):
+            found[entry.name] = files
     return found
 
 
@@ -316,13 +314,18 @@ def _open(encoded: Encoded, where: str, seen: _Seen | None = None) -> "PIL.Image
 
 
 def _colour(image: "PIL.Image.Image") -> "PIL.Image.Image":
-    """Convert any mode to RGB: 16 bits to 8 by their upper half, transparent parts laid on white."""
+    """Convert any mode to RGB: 16 bits to 8 by their upper half, transparent parts laid on white.
+
+    32 bits (mode `I`) may hold either: they count as 16 where a value needs more than 8.
+    """
     import PIL.Image
 
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
-        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        if image.mode != "I" or grey.max() > 255:
+            grey >>= 8
         return PIL.Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range")

@@ -4,9 +4,12 @@ A source is a string: `builtin:shapes`, a path, or a hub id such as `uoft-cs/cif
 folder has several configurations, one is chosen after a colon: `wmt/wmt14:de-en`.
 """
 
+import codecs
 import contextlib
+import errno
 import hashlib
 import http.client
+import json
 import logging
 import os
 import re
@@ -46,6 +49,7 @@ _SPLITS = {
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?(:[\w.-]+)?", re.ASCII)
 _TEXT_SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".txt")
 _TABLE_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _TRUE = ("1", "ON", "YES", "TRUE")
 
 
@@ -79,20 +83,36 @@ def working_folder(parent: Path) -> Iterator[Path]:
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for old in parent.glob(".new-*"):
-            # Left by a process that was killed.
+        folder = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
+    except OSError as error:
+        raise _cache_error(parent, error) from error
+    for old in parent.glob(".new-*"):
+        # Left by a process that was killed; another one may rename or delete its own meanwhile.
+        with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > 86400:
                 shutil.rmtree(old, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
     except OSError as error:
-        raise UserError(
-            f"the cache folder `{parent}` cannot be written: {error.strerror or error}",
-            hint="make room, or set `DL7_CACHE` to another folder",
-        ) from error
+        file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+        if error.errno in _NO_ROOM or (file and file.absolute().is_relative_to(parent.absolute())):
+            raise _cache_error(parent, error) from error
+        if file:
+            raise _unreadable(file, error) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cache_error(parent: Path, error: OSError) -> UserError:
+    return UserError(
+        f"the cache folder `{parent}` cannot be written: {error.strerror or error}",
+        hint="make room, or set `DL7_CACHE` to another folder",
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"`{path}` cannot be read: {error.strerror or error}")
 
 
 def is_builtin(source: str) -> bool:
@@ -122,16 +142,26 @@ def existing_path(source: str) -> Path:
     path = local_path(source)
     if not path.exists():
         raise UserError(f"there is no file or folder `{source}`", hint="check the path given as the data source")
-    if path.is_dir() and not any(path.iterdir()):
+    try:
+        empty = path.is_dir() and not any(path.iterdir())
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if empty:
         raise UserError(f"the folder `{path}` is empty", hint="check the path given as the data source")
     return path
 
 
 def fingerprint(path: Path) -> str:
-    """Return a hash of the names, sizes and modification times of a file or of all files below a folder."""
+    """Return a hash of the names, sizes and modification times of a file or of all files below a folder.
+
+    Raises UserError for a file that is not there any more or a link that leads nowhere.
+    """
     entries = []
     for file in [path] if path.is_file() else files_below(path):
-        status = file.stat()
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise _unreadable(file, error) from error
         name = "" if file == path else file.relative_to(path).as_posix()
         entries.append(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n")
     return hashlib.sha256("".join(sorted(entries)).encode("utf-8", "surrogateescape")).hexdigest()
@@ -197,7 +227,8 @@ def load_splits(
         raise UserError(f"`{source}` is generated and not loaded", hint=f"built-in sets are {_listed(BUILTIN)}")
     path, configuration = _split_configuration(source)
     arguments: dict[str, Any] = {"name": configuration}
-    if is_local(source):
+    local = is_local(source)
+    if local:
         offline = True
         folder = existing_path(source)
         arguments["cache_dir"] = str(working or cache_folder() / "datasets")
@@ -214,17 +245,32 @@ def load_splits(
                     hint="a folder needs parquet or JSON lines files, or a README.md with `configs`",
                 )
     else:
-        offline = is_offline(offline) or not _reachable(source)
+        forbidden = is_offline(offline)
+        offline = forbidden or not _reachable(source)
         if offline and not _in_hub_cache(source):
+            reason = (
+                "it was not kept from the hub, which may not be asked (`--offline` or `HF_HUB_OFFLINE`)"
+                if forbidden
+                else f"the hub at {_endpoint()} cannot be reached"
+            )
             raise UserError(
-                f"`{source}` is no file or folder here, and the hub at {_endpoint()} cannot be reached",
+                f"`{source}` is no file or folder here, and {reason}",
                 hint="give the data with `--data FOLDER`, or use `--data builtin:shapes` or `builtin:phrases`",
             )
     what = f"loading {source}"
     progress(what, 0, 1)
     with _datasets_quiet(offline) as library:
         try:
+            if local and Path(path).is_dir():
+                _refuse_remote(Path(path))
+                if any(file.suffix in (".csv", ".tsv") for file in files_below(Path(path))):
+                    builder = library.load_dataset_builder(path, **arguments)
+                    if hasattr(builder.config, "keep_default_na"):
+                        # `null` and `NA` are words like any others.
+                        arguments["keep_default_na"] = False
             loaded = library.load_dataset(path, **arguments)
+        except UserError:
+            raise
         # The data and the hub are foreign: datasets lets errors of pyarrow, yaml, httpx and its own come through.
         except Exception as error:
             raise _load_error(source, error) from error
@@ -241,9 +287,25 @@ def _split_configuration(source: str) -> tuple[str, str | None]:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield all files below a folder, also through links to folders."""
-    for parent, _, names in os.walk(folder, followlinks=True):
-        yield from (Path(parent, name) for name in names)
+    """Yield all files below a folder, also through links to folders (each only once), but for what is hidden.
+
+    Raises UserError where a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(Path(error.filename), error) from error
+
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        try:
+            status = os.stat(parent)
+        except OSError as error:
+            raise _unreadable(Path(parent), error) from error
+        place = (status.st_dev, status.st_ino)
+        folders[:] = [] if place in seen else sorted(name for name in folders if not name.startswith("."))
+        if place not in seen:
+            seen.add(place)
+            yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
 def has_tables(folder: Path) -> bool:
@@ -252,6 +314,20 @@ def has_tables(folder: Path) -> bool:
     if readme.is_file() and re.search(rb"^configs:", readme.read_bytes(), re.MULTILINE):
         return True
     return any(file.suffix in _TABLE_SUFFIXES for file in files_below(folder))
+
+
+def _refuse_remote(folder: Path) -> None:
+    """Raise UserError if what configures a local folder names data elsewhere: they would be fetched."""
+    from huggingface_hub import DatasetCard
+
+    for file, fence in ((folder / "README.md", ""), (folder / ".huggingface.yaml", "---\n")):
+        if file.is_file():
+            card = DatasetCard(f"{fence}{file.read_text(encoding='utf-8')}\n{fence}", ignore_metadata_errors=True)
+            if "://" in str(card.data.get("configs")):
+                raise UserError(
+                    f"`{file}` names data that are not on this machine (`://` below `configs`)",
+                    hint="fetch them into the folder and give their path in it",
+                )
 
 
 def _endpoint() -> str:
@@ -355,23 +431,61 @@ def _load_error(source: str, error: Exception) -> UserError:
         return UserError(f"the hub has no data set `{source}` that is open to you", hint="check its name")
     if is_local(source):
         place = local_path(source)
-        for file in sorted([place] if place.is_file() else files_below(place)):
-            if file.suffix == ".parquet" and (damage := _parquet_damage(file)):
-                return UserError(f"`{file}` cannot be read: {damage}", hint="fetch or write the file again")
+        files = sorted([place] if place.is_file() else files_below(place))
+        tables = [file for file in files if file.suffix in (*_TABLE_SUFFIXES, ".tsv")]
+        for find in (_damage, _emptiness):
+            for file in tables:
+                if found := find(file):
+                    return UserError(f"`{file}` cannot be read: {found}", hint="fetch or write the file again")
+        meant = [file for file in (place / "README.md", *tables) if file.is_file()]
+        more = " and others" if len(meant) > 10 else ""
+        hint = f"look into {_listed(map(str, meant[:10]))}{more}" if meant else None
+        return UserError(f"`{source}` cannot be loaded: {lines[0]}", hint=hint)
     return UserError(f"`{source}` cannot be loaded: {lines[0]}")
 
 
-def _parquet_damage(file: Path) -> str | None:
-    """Read a parquet file through; return what is wrong with it, if anything."""
+def _damage(file: Path) -> str | None:
+    """Read a table through; return what is wrong with it, if that can be found out."""
+    import pandas  # type: ignore[import-untyped]
     import pyarrow
     import pyarrow.parquet
 
     try:
-        for _ in pyarrow.parquet.ParquetFile(file).iter_batches(256):
-            pass
-    except (pyarrow.ArrowException, OSError) as error:
+        if file.suffix == ".parquet":
+            for _ in pyarrow.parquet.ParquetFile(file).iter_batches(256):
+                pass
+        elif file.suffix != ".arrow":
+            if file.stat().st_size == 0:
+                return "it is empty"
+            with file.open("rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    if found := _line_damage(line.removeprefix(codecs.BOM_UTF8), file.suffix == ".jsonl"):
+                        return f"line {number} {found}"
+            if file.suffix == ".csv":
+                for _ in pandas.read_csv(file, chunksize=10_000):
+                    pass
+    except (pyarrow.ArrowException, OSError, pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
         return str(error).splitlines()[0]
     return None
+
+
+def _line_damage(line: bytes, is_json: bool) -> str | None:
+    try:
+        text = line.decode("utf-8")
+        if is_json and text.strip():
+            json.loads(text)
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 (byte 0x{line[error.start]:02x})"
+    except (ValueError, RecursionError) as error:
+        return f"is not JSON: {error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__}"
+    return None
+
+
+def _emptiness(file: Path) -> str | None:
+    """Say of a parquet file without rows that it has none."""
+    import pyarrow.parquet
+
+    return "it has no rows" if file.suffix == ".parquet" and not pyarrow.parquet.read_metadata(file).num_rows else None
 
 
 def _listed(names: Iterable[str]) -> str:
