@@ -40,9 +40,10 @@ class Block(nn.Module):
         self.normalisation2 = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = functional.relu(self.normalisation1(self.convolution1(x)))
+        # In place where no gradient needs what is overwritten: these layers are bound by memory.
+        residual = functional.relu(self.normalisation1(self.convolution1(x)), inplace=True)
         residual = self.normalisation2(self.convolution2(residual))
-        return functional.relu(self.shortcut(x) + residual)
+        return functional.relu(residual.add_(self.shortcut(x)), inplace=True)
 
     def shortcut(self, x: Tensor) -> Tensor:
         if self.stride == 1 and self.new_channels == 0:
@@ -78,7 +79,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        x = functional.relu(self.normalisation(self.convolution(images)))
+        x = functional.relu(self.normalisation(self.convolution(images)), inplace=True)
         x = self.blocks(x)
         scores: Tensor = self.classifier(x.mean(dim=(2, 3)))
         return scores
