@@ -9,7 +9,7 @@ from PIL import Image
 
 from dl7cli import tasks
 from dl7cli.checkpoint import Progress
-from dl7cli.device import Runtime
+from dl7cli.device import Runtime, choose
 from dl7cli.recipe import resolve
 from dl7cli.tasks import Task
 from dl7cli.tasks.translation import Translation
@@ -78,3 +78,15 @@ def test_a_translator_learns_lines_by_heart(pairs: Path, precision: str) -> None
     right = sum(line.text == target for line, (_, target) in zip(found, known, strict=True))
     assert right / len(known) > 0.9
     assert task.evaluate("train", beam=3).score > 90
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "least"), [("resnet", 0.95), ("seq2seq", 85.0)])
+def test_the_default_recipe_learns_the_built_in_set(name: str, least: float) -> None:
+    """What `make demo` trains: accuracy above 95 %, BLEU above 85, on test sentences that training has not seen."""
+    recipe = resolve(name).fallback
+    assert recipe is not None
+    task = tasks.build(recipe, runtime=choose())
+    for _ in fit(task, Trainer.of(task), start=Progress()):
+        pass
+    assert task.evaluate("test").score > least
