@@ -1,7 +1,7 @@
 """Recipes: what is trained, as TOML files checked against a schema. Knows no torch and no data.
 
-A recipe has five sections: `data`, `model`, `training`, `optim` and, for translation, `decoding`. A sixth table of the
-file, `fallback`, holds the keys that change when the built-in set stands in for the recipe's own data.
+A recipe has five sections: `data`, `model`, `training`, `optim`, and `evaluation` or, for translation, `decoding`. A
+sixth table of the file, `fallback`, holds the keys that change when the built-in set stands in for the recipe's data.
 """
 
 import difflib
@@ -40,8 +40,12 @@ class ImageData(Section):
     """Part of the training images kept for validation where the data has no such split."""
     crop_padding: Annotated[int, Field(ge=0, le=64)] = 4
     """Most pixels a training image is shifted in each direction."""
-    flip: bool = True
-    """Whether training images are mirrored at random."""
+    flip: Literal["none", "random", "alternating"] = "random"
+    """How training images are mirrored; `alternating`: half of them in one epoch, the other half in the next."""
+    cutout: Annotated[int, Field(ge=0, le=512)] = 0
+    """Side in pixels of a square blotted out of every training image; 0: none."""
+    random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability that a rectangle of a training image is filled with noise."""
 
 
 class PairData(Section):
@@ -70,6 +74,16 @@ class ResNetModel(Section):
     """Layers with weights: 6n+2 (He et al. 2015, §4.2)."""
 
 
+class FastResNetModel(Section):
+    kind: Literal["fast_resnet"]
+    widths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1, max_length=3)] = (
+        64,
+        256,
+        256,
+    )
+    """Channels of the stages."""
+
+
 class Seq2SeqModel(Section):
     kind: Literal["seq2seq"]
     embedding_width: Annotated[int, Field(ge=1)] = 256
@@ -85,11 +99,20 @@ class Training(Section):
     label_smoothing: Fraction = 0.0
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
     """A checkpoint is written after every epoch and at least this often."""
+    ema_decay: Fraction = 0.0
+    """Validated and kept as best is a moving average of the weights, this much of it the one before; 0: none."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
 
 
 class ImageTraining(Training):
     batch_size: Annotated[int, Field(ge=1)] = 128
+    mixup: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Each batch is blended with itself in another order, by a weight from Beta(mixup, mixup); 0: never."""
+    small_size: Annotated[int, Field(ge=8, le=512)] | None = None
+    """Side in pixels that training images are shrunk to in the first `small_part` of all steps."""
+    small_part: Annotated[float, Field(ge=0, le=1)] = 0.5
+    cutmix: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """A rectangle comes from another image, its area from Beta(cutmix, cutmix); with `mixup` too, one or the other."""
 
 
 class PairTraining(Training):
@@ -98,16 +121,22 @@ class PairTraining(Training):
 
 
 class Optim(Section):
-    name: Literal["sgd", "adamw"]
-    """`sgd` is with Nesterov momentum."""
+    name: Literal["sgd", "adamw", "muon"]
+    """`sgd` is with Nesterov momentum; `muon` is for the filters of convolutions, with `sgd` for everything else."""
     learning_rate: Annotated[float, Field(gt=0)]
     """The greatest one, reached at the end of the warm-up."""
+    other_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Of `muon`: the rate of what is not the filters of a convolution; theirs where it is not given."""
     momentum: Fraction = 0.9
-    """Of `sgd`; the first beta of `adamw`."""
+    """Of `sgd` and `muon`; the first beta of `adamw`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Not applied to biases and normalisation parameters."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls from its greatest value to zero."""
+    schedule: Literal["constant", "linear", "cosine", "step", "one-cycle"] = "cosine"
+    """How the learning rate falls from its greatest value to zero; `step`: by `factor` at each of `milestones`."""
+    milestones: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = (0.5, 0.75)
+    """Of `step`: parts of all steps, as 32,000 and 48,000 of 64,000 in He et al. 2015."""
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Of `step`: what the learning rate is multiplied by."""
     warmup: Fraction = 0.05
     """Part of all steps over which the learning rate rises from zero."""
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
@@ -120,12 +149,20 @@ class Decoding(Section):
     """Exponent of the length penalty of Wu et al. 2016, eq. 14."""
 
 
+class Evaluation(Section):
+    flip: bool = False
+    """Whether the scores of an image are averaged with those of its mirror image."""
+    shift: Annotated[int, Field(ge=0, le=8)] = 0
+    """Pixels by which the image is also shifted, up left and down right, its scores being averaged with theirs."""
+
+
 class ClassificationRecipe(Section):
     name: str
     data: ImageData = ImageData()
-    model: ResNetModel
+    model: Annotated[ResNetModel | FastResNetModel, Field(discriminator="kind")]
     training: ImageTraining
     optim: Optim
+    evaluation: Evaluation = Evaluation()
 
     @property
     def task(self) -> str:
@@ -148,6 +185,7 @@ class TranslationRecipe(Section):
 Recipe = ClassificationRecipe | TranslationRecipe
 _BY_KIND: dict[str, type[ClassificationRecipe] | type[TranslationRecipe]] = {
     "resnet": ClassificationRecipe,
+    "fast_resnet": ClassificationRecipe,
     "seq2seq": TranslationRecipe,
 }
 

@@ -36,7 +36,7 @@ def images(tmp_path: Path) -> Path:
             Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(file)
     recipe = tmp_path / "noise.toml"
     recipe.write_text(f"""
-        data = {{ source = '{tmp_path / "images"}', crop_padding = 0, flip = false }}
+        data = {{ source = '{tmp_path / "images"}', crop_padding = 0, flip = "none" }}
         model = {{ kind = "resnet", depth = 8 }}
         training = {{ epochs = 30, batch_size = 16 }}
         optim = {{ name = "sgd", learning_rate = 0.1 }}

@@ -41,15 +41,19 @@ def models(as_json: options.Json = False) -> None:
 def _measured(recipe: "Recipe") -> dict[str, Any]:
     from torch import nn
 
+    from dl7cli.models.fast_resnet import FastResNet
     from dl7cli.models.resnet import ResNet, multiply_adds
     from dl7cli.models.seq2seq import Seq2Seq
-    from dl7cli.recipe import ClassificationRecipe
+    from dl7cli.recipe import ClassificationRecipe, ResNetModel
 
     model: nn.Module
     depth = operations = None
     if isinstance(recipe, ClassificationRecipe):
-        depth = recipe.model.depth
-        model = ResNet(depth, classes=_CLASSES)
+        if isinstance(recipe.model, ResNetModel):
+            depth = recipe.model.depth
+            model = ResNet(depth, classes=_CLASSES)
+        else:
+            model = FastResNet(_CLASSES, recipe.model.widths)
         operations = multiply_adds(model, _IMAGE_SIZE)
     else:
         sizes = recipe.model.model_dump(exclude={"kind"})

@@ -17,10 +17,12 @@ from dl7cli.data.sources import Progress, silent
 from dl7cli.device import Runtime, evaluation_mode, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, accuracy
+from dl7cli.models.fast_resnet import FastResNet
 from dl7cli.models.resnet import ResNet
-from dl7cli.recipe import ClassificationRecipe
+from dl7cli.recipe import ClassificationRecipe, FastResNetModel, ResNetModel
 
 EVALUATION_BATCH = 500
+WHITENING_IMAGES = 5000
 
 
 class ImageBatch(NamedTuple):
@@ -28,6 +30,10 @@ class ImageBatch(NamedTuple):
     """(B, 3, H, W) float32, normalised"""
     labels: Tensor
     """(B,) int64"""
+    other_labels: Tensor | None = None
+    """(B,) int64, of the images mixed into these, if any are"""
+    weight: float = 1.0
+    """How far `labels` count where there are others; these count for the rest"""
 
 
 class Classification:
@@ -44,6 +50,7 @@ class Classification:
         offline: bool = False,
         progress: Progress = silent,
     ) -> None:
+        fresh = assets is None
         self.recipe = recipe
         self.runtime = runtime
         self.notes: list[str] = []
@@ -64,7 +71,10 @@ class Classification:
             }
         self.assets = assets
         seed_everything(recipe.training.seed)
-        model = ResNet(recipe.model.depth, len(assets["classes"]))
+        model = _model(recipe.model, len(assets["classes"]))
+        if fresh and isinstance(model, FastResNet):
+            some = torch.from_numpy(np.array(self._splits()["train"].images[:WHITENING_IMAGES]))
+            model.whiten(self._normalise(some))
         # Channels last is how both oneDNN and cuDNN run these convolutions fastest.
         self.model = model.to(runtime.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -97,27 +107,63 @@ class Classification:
         """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
         images, labels = self._resident("train")
         device = self.runtime.device
-        data, size = self.recipe.data, self.recipe.training.batch_size
+        data, training = self.recipe.data, self.recipe.training
+        seed, size = training.seed, training.batch_size
+        small_steps = training.small_part * self.steps(epoch) * training.epochs
         fill = torch.tensor([round(255 * mean) for mean in self.assets["mean"]], dtype=torch.uint8, device=device)
-        order = torch.randperm(len(labels), generator=_generator(self.recipe.training.seed, epoch))
+        order = torch.randperm(len(labels), generator=_generator(seed, epoch + 1))
+        coins = torch.rand(len(labels), generator=_generator(seed)) < 0.5
         for batch in range(start, self.steps(epoch)):
-            chosen = order[batch * size : (batch + 1) * size].to(device)
+            chosen = order[batch * size : (batch + 1) * size]
+            generator = _generator(seed, epoch + 1, batch + 1)
+            match data.flip:
+                case "none":
+                    mirrored = torch.zeros(len(chosen), dtype=torch.bool)
+                case "random":
+                    mirrored = torch.rand(len(chosen), generator=generator) < 0.5
+                case "alternating":  # Jordan 2024, arXiv 2404.00498, §3.6: both sides of an image in any two epochs
+                    mirrored = coins[chosen] ^ (epoch % 2 == 1)
+            chosen = chosen.to(device)
             changed = augmentation.shift_and_flip(
-                images[chosen],
-                _generator(self.recipe.training.seed, epoch, batch),
-                padding=data.crop_padding,
-                flip=data.flip,
-                fill=fill,
+                images[chosen], generator, padding=data.crop_padding, mirrored=mirrored, fill=fill
             )
-            yield ImageBatch(self._normalise(changed), labels[chosen])
+            if data.cutout:
+                changed = augmentation.cutout(changed, generator, side=data.cutout, fill=fill)
+            if data.random_erasing:
+                changed = augmentation.random_erasing(changed, generator, probability=data.random_erasing)
+            inputs = self._normalise(changed)
+            if training.small_size and epoch * self.steps(epoch) + batch < small_steps:
+                inputs = augmentation.shrink(inputs, training.small_size)
+            yield self._mixed(ImageBatch(inputs, labels[chosen]), generator)
+
+    def _mixed(self, batch: ImageBatch, generator: torch.Generator) -> ImageBatch:
+        """The batch, mixed with itself in another order where the recipe asks for it."""
+        training = self.recipe.training
+        if not (training.mixup or training.cutmix):
+            return batch
+        cut = bool(training.cutmix) and not (training.mixup and torch.rand((), generator=generator) < 0.5)
+        draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+        concentration = training.cutmix if cut else training.mixup
+        weight = draws.beta(concentration, concentration)
+        order = torch.randperm(len(batch.labels), generator=generator).to(batch.labels.device)
+        if cut:
+            images, weight = augmentation.cutmix(batch.images, order, weight, generator)
+        else:
+            images = augmentation.mixup(batch.images, order, weight)
+        return ImageBatch(images, batch.labels, batch.labels[order], weight)
 
     def loss(self, batch: ImageBatch) -> tuple[Tensor, int]:
         """Cross-entropy summed over the batch, and how many images that is."""
         with self.runtime.autocast():
             scores = self.model(batch.images)
-        smoothing = self.recipe.training.label_smoothing
-        total = functional.cross_entropy(scores.float(), batch.labels, reduction="sum", label_smoothing=smoothing)
+        total = self._cross_entropy(scores, batch.labels)
+        if batch.other_labels is not None:
+            total = batch.weight * total + (1 - batch.weight) * self._cross_entropy(scores, batch.other_labels)
         return total, len(batch.labels)
+
+    def _cross_entropy(self, scores: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.recipe.training.label_smoothing
+        return functional.cross_entropy(scores.float(), labels, reduction="sum", label_smoothing=smoothing)
 
     def validate(self) -> Scores:
         """The scores by which the best epoch is chosen."""
@@ -148,8 +194,12 @@ class Classification:
 
     def _scores(self, images: Tensor) -> Tensor:
         with evaluation_mode(self.model), self.runtime.autocast():
-            scores: Tensor = self.model(self._normalise(images))
-            return scores.float()
+            views = [self._normalise(images)]
+            if self.recipe.evaluation.shift:
+                views.extend(augmentation.shifted(views[0], self.recipe.evaluation.shift))
+            if self.recipe.evaluation.flip:
+                views.extend([view.flip(3) for view in views])
+            return torch.stack([self.model(view).float() for view in views]).mean(dim=0)
 
     def _normalise(self, images: Tensor) -> Tensor:
         return augmentation.normalise(images, self.assets["mean"], self.assets["deviation"])
@@ -194,6 +244,14 @@ class Classification:
             device = self.runtime.device
             self._on_device[split] = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
         return self._on_device[split]
+
+
+def _model(section: ResNetModel | FastResNetModel, classes: int) -> ResNet | FastResNet:
+    match section:
+        case ResNetModel():
+            return ResNet(section.depth, classes)
+        case FastResNetModel():
+            return FastResNet(classes, section.widths)
 
 
 def _carve(train: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:

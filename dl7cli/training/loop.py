@@ -14,10 +14,12 @@ from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
 from dl7cli.tasks import Task
 from dl7cli.training.optimisation import (
+    WeightAverage,
     build_optimiser,
     learning_rate,
     optimiser_tensors,
     restore_optimiser,
+    swapped,
 )
 
 STEPS_BETWEEN_CHECKS = 50
@@ -45,16 +47,25 @@ class Trainer:
 
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    average: WeightAverage | None
 
     @classmethod
     def of(cls, task: Task) -> "Trainer":
         scaler = torch.amp.GradScaler(task.runtime.device.type, enabled=task.runtime.precision == "fp16")
-        return cls(build_optimiser(task.model, task.recipe.optim), scaler)
+        decay = task.recipe.training.ema_decay
+        average = WeightAverage(task.model, decay) if decay else None
+        return cls(build_optimiser(task.model, task.recipe.optim), scaler, average)
+
+    def weights(self, task: Task) -> dict[str, Tensor]:
+        """The weights to validate, to keep as best and to use: the moving average where there is one."""
+        return task.model.state_dict() if self.average is None else self.average.weights
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """Everything that resuming needs besides the weights, as named tensors."""
         scale = {f"scaler.{name}": torch.tensor(float(value)) for name, value in self.scaler.state_dict().items()}
-        return {**optimiser_tensors(self.optimiser), **random_state(device), **scale}
+        average = {} if self.average is None else self.average.weights
+        averaged = {f"average.{name}": value for name, value in average.items()}
+        return {**optimiser_tensors(self.optimiser), **averaged, **random_state(device), **scale}
 
     def restore(self, tensors: dict[str, Tensor], device: torch.device) -> None:
         """Put back what `tensors` gave."""
@@ -64,6 +75,9 @@ class Trainer:
             self.scaler.load_state_dict(
                 {name: type(value)(tensors[f"scaler.{name}"].item()) for name, value in state.items()}
             )
+        if self.average is not None:
+            for name, value in self.average.weights.items():
+                value.copy_(tensors[f"average.{name}"])
         restore_random_state(tensors, device)
 
 
@@ -93,7 +107,7 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
         for number, batch in enumerate(task.batches(epoch, first), start=first + 1):
             rate = learning_rate(optim, progress.step, steps)
             for group in optimiser.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["share"]
             total, examples = task.loss(batch)  # type: ignore[arg-type]  # a task is given its own batches
             mean = total / examples
             optimiser.zero_grad(set_to_none=True)
@@ -107,10 +121,13 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
                 torch.nn.utils.clip_grads_with_norm_(parameters, optim.clip_norm, norm)
             scaler.step(optimiser)
             scaler.update()
+            if trainer.average is not None:
+                trainer.average.update()
             progress = progress._replace(batch=number, step=progress.step + 1)
             yield Report(progress, loss, norm, rate, examples)
         check_weights(task.model, loss, norm, progress.step, rate)
-        scores = task.validate()
+        with swapped(task.model, trainer.weights(task)):
+            scores = task.validate()
         progress = progress._replace(epoch=epoch + 1, batch=0)
         if progress.best is None or scores.score > progress.best:
             progress = progress._replace(best=scores.score, best_epoch=epoch + 1)

@@ -1,6 +1,9 @@
 """Optimisers, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,16 +11,96 @@ from torch import Tensor, nn
 from dl7cli.recipe import Optim
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for the filters of convolutions; SGD with Nesterov momentum for everything else.
+
+    Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon) in the form they use for CIFAR: a bank of filters,
+    seen as a matrix of one row per output channel, keeps the norm √rows, and each step adds the nearest semi-orthogonal
+    matrix to its momentum, times the rate. What normalises afterwards makes the scale of filters meaningless.
+    torch.optim.Muon takes matrices alone, one by one; here filters of one shape go through the iteration together.
+
+    A group with `orthogonal` set holds filters, of at least two dimensions; the rate of a group is its `lr`.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, momentum: float) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, "orthogonal": False})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a loss is never evaluated twice here
+        """One step by the gradients that are there; a parameter without one is left as it is."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if not parameters:
+                continue
+            for p in parameters:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+            if group["weight_decay"]:
+                gradients = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, gradients)
+            updates = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
+            if group["orthogonal"]:
+                _turn(parameters, updates, group["lr"])
+            else:
+                torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+
+
+def _turn(filters: Sequence[Tensor], updates: Sequence[Tensor], rate: float) -> None:
+    """Bring each bank of filters to the norm √rows and take a step of `rate` along its update made orthogonal."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for number, bank in enumerate(filters):
+        by_shape.setdefault(bank.shape, []).append(number)
+    for shape, numbers in by_shape.items():
+        rows = shape[0]
+        steps = orthogonalise(torch.stack([updates[number].reshape(rows, -1) for number in numbers]))
+        columns = steps.shape[2]
+        for number, step in zip(numbers, steps, strict=True):
+            bank = filters[number]
+            bank.mul_(rows**0.5 / bank.norm().clamp(min=1e-12))
+            # With more rows than columns the rows cannot all be of length one; the norm √rows is kept by a factor.
+            bank.sub_(step.view(shape), alpha=rate * max(1.0, rows / columns) ** 0.5)
+
+
+def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """(N, rows, columns) → for each about U·Vᵀ of its singular value decomposition U·S·Vᵀ, singular values 0.7 to 1.2.
+
+    The quintic Newton-Schulz iteration of Jordan et al. 2024, with their coefficients, which go for speed rather than
+    for singular values of exactly one: X ← (aI + bXXᵀ + c(XXᵀ)²)·X. Every factor is a polynomial of the first XXᵀ, so
+    they commute, and iterating on that square alone takes less than half the work where it is small.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    square = x @ x.mT
+    identity = torch.eye(square.shape[1], device=x.device, dtype=x.dtype)
+    product = identity.expand_as(square)
+    for _ in range(iterations):
+        factor = torch.baddbmm(square, square, square, beta=b, alpha=c) + a * identity
+        product = factor @ product
+        square = factor @ square @ factor
+    orthogonal: Tensor = product @ x
+    return orthogonal.mT if tall else orthogonal
+
+
 def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """The recipe's optimiser over the model's parameters; weight decay spares vectors (biases, normalisation).
 
     `sgd` is with Nesterov momentum (Sutskever et al. 2013), `adamw` is Loshchilov & Hutter 2019 with a second beta of
-    0.98 (Vaswani et al. 2017, §5.3).
+    0.98 (Vaswani et al. 2017, §5.3), `muon` is `Muon`. A group's `share` is its rate as a part of the recipe's.
     """
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    filters = {p for p in parameters if optim.name == "muon" and _is_filter(p)}
+    others = [p for p in parameters if p not in filters]
+    share = 1.0
+    if optim.name == "muon" and optim.other_learning_rate is not None:
+        share = optim.other_learning_rate / optim.learning_rate
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": optim.weight_decay, "share": share},
+        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0, "share": share},
     ]
     match optim.name:
         case "sgd":
@@ -30,10 +113,57 @@ def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
             )
         case "adamw":
             return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.momentum, 0.98), fused=True)
+        case "muon":
+            inner = [parameter for parameter in parameters if parameter in filters]
+            return Muon([*groups, {"params": inner, "orthogonal": True, "share": 1.0}], momentum=optim.momentum)
+
+
+def _is_filter(parameter: Tensor) -> bool:
+    """Whether Muon applies: filters of a convolution, but not of the one that reads the three colours."""
+    return parameter.ndim == 4 and parameter.shape[1] > 3
+
+
+class WeightAverage:
+    """An exponential moving average of a model's weights: after each step, decay·average + (1-decay)·weights.
+
+    It begins as the weights are. Running statistics are averaged too, since they belong to the weights; what counts
+    steps is copied. As in Polyak & Juditsky 1992, with the exponential weights of Tarvainen & Valpola 2017.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._model = model
+        self._decay = decay
+        self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the model's present weights in."""
+        for name, value in self._model.state_dict().items():
+            if value.is_floating_point():
+                self.weights[name].lerp_(value, 1 - self._decay)
+            else:
+                self.weights[name].copy_(value)
+
+
+@contextmanager
+def swapped(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Let the model have other weights, of the names in its `state_dict`, for a while."""
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)
+    try:
+        yield
+    finally:
+        model.load_state_dict(own)
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """The learning rate of step `step`, counted from 0, of `steps`: a linear rise, then the schedule."""
+    """The learning rate of step `step`, counted from 0, of `steps`: a rise over the warm-up, then the schedule.
+
+    The rise is linear from zero, except with `one-cycle` (Smith & Topin 2018, arXiv 1708.07120, in the form of
+    torch.optim.lr_scheduler.OneCycleLR): half a cosine from 1/25 of the greatest rate, and half a cosine to 1/250,000.
+    """
+    if optim.schedule == "one-cycle":
+        return optim.learning_rate * _one_cycle(step, steps, optim.warmup)
     rising = round(optim.warmup * steps)
     if step < rising:
         return optim.learning_rate * (step + 1) / rising
@@ -45,6 +175,18 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
             return optim.learning_rate * (1 - done)
         case "cosine":
             return optim.learning_rate * (1 + math.cos(math.pi * done)) / 2
+        case "step":
+            passed = sum(step >= round(milestone * steps) for milestone in optim.milestones)
+            return optim.learning_rate * optim.factor**passed
+
+
+def _one_cycle(step: int, steps: int, warmup: float) -> float:
+    first, last = 1 / 25, 1 / 250_000
+    top = warmup * steps - 1
+    if step <= top:
+        return 1 + (first - 1) * (1 + math.cos(math.pi * step / top)) / 2 if top > 0 else 1.0
+    top = max(top, 0.0)
+    return last + (1 - last) * (1 + math.cos(math.pi * (step - top) / max(steps - 1 - top, 1))) / 2
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

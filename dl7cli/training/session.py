@@ -215,7 +215,7 @@ def _run(
                 scores = report.scores.values
                 best = progress.best_epoch == progress.epoch
                 if best:
-                    _save(run.best, task, {}, progress, scores)
+                    _save(run.best, task, {}, progress, scores, trainer.weights(task))
                 runs.append_metrics(
                     run,
                     {
@@ -273,14 +273,21 @@ def _result(run: Run, task: Task, split: str, scores: Scores, seconds: float) ->
     }
 
 
-def _save(folder: Path, task: Task, training: dict[str, Tensor], progress: Progress, scores: dict[str, float]) -> None:
-    """Write a checkpoint; with `training` empty, one to use and not to go on from."""
+def _save(
+    folder: Path,
+    task: Task,
+    training: dict[str, Tensor],
+    progress: Progress,
+    scores: dict[str, float],
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint, of the model's own weights if no other are given; without `training`, one to use alone."""
     checkpoint.save(
         folder,
         Checkpoint(
             recipe=task.recipe,
             assets={**task.assets, "training_examples": task.splits()["train"], "data_digest": task.digest},
-            weights=task.model.state_dict(),
+            weights=task.model.state_dict() if weights is None else weights,
             training=training,
             progress=progress,
             scores=scores,

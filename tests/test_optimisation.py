@@ -1,0 +1,202 @@
+"""Optimisers, schedules and the average of the weights, each against a slow loop, a decomposition or torch's own."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dl7cli import checkpoint, tasks, training
+from dl7cli.checkpoint import Progress
+from dl7cli.device import Runtime
+from dl7cli.models.resnet import ResNet
+from dl7cli.recipe import Optim, resolve
+from dl7cli.runs import Run
+from dl7cli.training.loop import Trainer, fit
+from dl7cli.training.optimisation import WeightAverage, build_optimiser, learning_rate, orthogonalise, swapped
+
+CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # Jordan et al. 2024
+
+
+def optim(**changes: Any) -> Optim:
+    return Optim.model_validate({"name": "sgd", "learning_rate": 2.0, "warmup": 0.2, **changes})
+
+
+def newton_schulz(matrix: np.ndarray, iterations: int = 5) -> np.ndarray:
+    """The iteration as published, on singular values alone: a polynomial in X acts on each of them."""
+    left, values, right = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+    values /= np.linalg.norm(values)
+    a, b, c = COEFFICIENTS
+    for _ in range(iterations):
+        values = a * values + b * values**3 + c * values**5
+    return (left * values) @ right
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(4, 36), (16, 16), (20, 5), (1, 9)])
+def test_matrices_are_made_orthogonal_as_their_singular_values_say(rows: int, columns: int) -> None:
+    matrices = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(1))
+    matrices[1] *= 1e-6
+    found = orthogonalise(matrices)
+    for matrix, orthogonal in zip(matrices, found, strict=True):
+        assert np.abs(orthogonal.numpy() - newton_schulz(matrix.numpy())).max() < 1e-4
+    assert torch.isfinite(orthogonalise(torch.zeros(1, rows, columns))).all()
+
+
+def test_muon_is_the_published_step_for_filters_and_sgd_for_the_rest() -> None:
+    torch.manual_seed(1)
+    model = ResNet(8, 10)
+    own = {name: value.detach().double().numpy().copy() for name, value in model.named_parameters()}
+    filters = {name for name, value in own.items() if name.startswith("blocks") and value.ndim == 4}
+    assert len(filters) == 6
+    others = [
+        value.detach().clone().requires_grad_() for name, value in model.named_parameters() if name not in filters
+    ]
+    sgd = torch.optim.SGD(
+        [
+            {"params": [value for value in others if value.ndim > 1], "weight_decay": 0.01},
+            {"params": [value for value in others if value.ndim == 1]},
+        ],
+        lr=0.3,
+        momentum=0.8,
+        nesterov=True,
+    )
+    muon = build_optimiser(
+        model, optim(name="muon", learning_rate=0.1, other_learning_rate=0.3, momentum=0.8, weight_decay=0.01)
+    )
+    for group in muon.param_groups:
+        group["lr"] = 0.1 * group["share"]
+    momentum = {name: np.zeros_like(own[name]) for name in filters}
+    for _ in range(3):
+        remaining = iter(others)
+        for name, value in model.named_parameters():
+            value.grad = torch.randn_like(value)
+            if name not in filters:
+                next(remaining).grad = value.grad.clone()
+                continue
+            gradient = value.grad.double().numpy()
+            momentum[name] = 0.8 * momentum[name] + gradient
+            rows = len(gradient)
+            step = newton_schulz((gradient + 0.8 * momentum[name]).reshape(rows, -1)).reshape(gradient.shape)
+            own[name] = own[name] * math.sqrt(rows) / np.linalg.norm(own[name]) - 0.1 * step
+        muon.step()
+        sgd.step()
+    remaining = iter(others)
+    for name, value in model.named_parameters():
+        if name in filters:
+            assert np.abs(value.detach().numpy() - own[name]).max() < 1e-4, name
+        else:
+            assert torch.allclose(value, next(remaining), atol=1e-6), name
+
+
+def test_what_has_no_gradient_or_wants_none_is_left_as_it_is() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    model[0].weight.requires_grad_(False)
+    before = [value.detach().clone() for value in model.parameters()]
+    muon = build_optimiser(model, optim(name="muon"))
+    muon.step()
+    model[1].bias.grad = torch.ones(4)
+    muon.param_groups[1]["lr"] = 1.0
+    muon.step()
+    same = [torch.equal(value, old) for value, old in zip(model.parameters(), before, strict=True)]
+    assert same == [True, True, True, False]
+
+
+@pytest.mark.parametrize("warmup", [0.1, 0.25, 0.3])
+def test_one_cycle_is_torchs(warmup: float) -> None:
+    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, max_lr=2.0, total_steps=200, pct_start=warmup, cycle_momentum=False
+    )
+    for step in range(200):
+        expected = optimiser.param_groups[0]["lr"]
+        assert learning_rate(optim(schedule="one-cycle", warmup=warmup), step, 200) == pytest.approx(expected, rel=1e-9)
+        optimiser.step()
+        if step < 199:
+            theirs.step()
+
+
+def test_one_cycle_at_its_edges() -> None:
+    cycle = optim(schedule="one-cycle", warmup=0.0)
+    assert learning_rate(cycle, 0, 10) == 2.0
+    assert learning_rate(cycle, 9, 10) == pytest.approx(2.0 / 250_000)
+    assert learning_rate(cycle, 0, 1) == 2.0
+    assert all(learning_rate(optim(schedule="one-cycle", warmup=0.99), step, 3) > 0 for step in range(3))
+
+
+def test_steps_are_those_of_the_paper() -> None:
+    """He et al. 2015, §4.2: 0.1, divided by 10 at 32,000 and 48,000 of 64,000 iterations."""
+    paper = optim(schedule="step", warmup=0.0, learning_rate=0.1)
+    rates = [learning_rate(paper, step, 64_000) for step in (0, 31_999, 32_000, 47_999, 48_000, 63_999)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    other = optim(schedule="step", warmup=0.1, learning_rate=1.0, milestones=[0.3, 0.6, 0.9], factor=0.5)
+    assert [learning_rate(other, step, 10) for step in range(10)] == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125]
+
+
+def test_the_average_of_weights_is_exponential() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    average = WeightAverage(model, 0.9)
+    expected = {name: value.double() for name, value in model.state_dict().items()}
+    for _ in range(4):
+        with torch.no_grad():
+            for value in model.parameters():
+                value.add_(torch.randn_like(value))
+        model(torch.randn(8, 2))
+        average.update()
+        for name, value in model.state_dict().items():
+            counts = name.endswith("num_batches_tracked")
+            expected[name] = value.double() if counts else 0.9 * expected[name] + 0.1 * value.double()
+    assert average.weights.keys() == expected.keys()
+    assert all((average.weights[name] - value).abs().max() < 1e-6 for name, value in expected.items())
+
+
+def test_weights_are_swapped_for_a_while_even_if_that_fails() -> None:
+    model = nn.Linear(2, 2)
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    other = {name: torch.ones_like(value) for name, value in own.items()}
+
+    def used() -> None:
+        with swapped(model, other):
+            assert all(torch.equal(value, other[name]) for name, value in model.state_dict().items())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        used()
+    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
+
+
+class Silent:
+    """A listener that says nothing."""
+
+    def plan(self, plan: training.Plan) -> None: ...
+    def step(self, step: training.Step) -> None: ...
+    def epoch(self, epoch: training.Epoch) -> None: ...
+    def note(self, text: str) -> None: ...
+    def progress(self, what: str, done: int, total: int) -> None: ...
+
+
+@pytest.mark.parametrize("kind", ["resnet", "seq2seq"])
+def test_what_is_validated_and_kept_is_the_average(kind: str, tiny: dict[str, Path], tmp_path: Path) -> None:
+    recipe = resolve(str(tiny[kind]), ["training.ema_decay=0.7", "training.epochs=2"]).recipe
+    task = tasks.build(recipe, runtime=CPU)
+    mean = {name: value.double() for name, value in task.model.state_dict().items()}
+    scores, means = [], []
+    for report in fit(task, Trainer.of(task), start=Progress()):
+        if report.scores is not None:
+            scores.append(report.scores.score)
+            means.append(mean)
+            continue
+        for name, value in task.model.state_dict().items():
+            mean = {**mean, name: 0.7 * mean[name] + 0.3 * value if value.is_floating_point() else value.clone()}
+    training.train(recipe, out=tmp_path / "run", runtime=CPU, listener=Silent())
+    best = checkpoint.load(Run(tmp_path / "run").best)
+    kept = means[best.progress.best_epoch - 1]
+    assert all((best.weights[name] - value).abs().max() < 1e-5 for name, value in kept.items())
+    again = tasks.build(recipe, runtime=CPU)
+    tasks.restore(again, best)
+    assert again.validate().score == pytest.approx(scores[best.progress.best_epoch - 1])
+    last = checkpoint.load(Run(tmp_path / "run").last)
+    assert all(torch.equal(value, task.model.state_dict()[name]) for name, value in last.weights.items())
