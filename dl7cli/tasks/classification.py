@@ -21,6 +21,8 @@ from dl7cli.models.resnet import ResNet
 from dl7cli.recipe import ClassificationRecipe
 
 EVALUATION_BATCH = 500
+_STEM_SIZE = 64
+"""Smallest side of an image that the `imagenet` stem, which makes it a quarter, is for."""
 
 
 class ImageBatch(NamedTuple):
@@ -63,8 +65,14 @@ class Classification:
                 "image_size": int(images.shape[1]),
             }
         self.assets = assets
+        if recipe.model.stem == "imagenet" and assets["image_size"] < _STEM_SIZE:
+            raise UserError(
+                f"`model.stem` is `imagenet`, for images of {_STEM_SIZE} pixels and more; "
+                f"those of `{recipe.data.source}` have {assets['image_size']}",
+                hint="`--set model.stem=cifar`, or `--set data.image_size=64`",
+            )
         seed_everything(recipe.training.seed)
-        model = ResNet(recipe.model.depth, len(assets["classes"]))
+        model = ResNet(classes=len(assets["classes"]), **recipe.model.model_dump(exclude={"kind"}))
         # Channels last is how both oneDNN and cuDNN run these convolutions fastest.
         self.model = model.to(runtime.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
