@@ -51,6 +51,8 @@ SURFACE = {
     "data get": "SOURCE --task --set --offline --json",
     "data info": "SOURCE --task --set --offline --json",
     "models": "--json",
+    "plot": "",
+    "plot activations": "NAME --all --output",
     "doctor": "--offline --json",
 }
 
@@ -250,6 +252,13 @@ def test_version(tmp_path: Path) -> None:
         ("classify cat.png", ["error: there is no classification run with a checkpoint under `runs`", "hint: "]),
         ("recipes show seq2sec", ["error: there is no recipe `seq2sec` (did you mean `seq2seq`?)"]),
         ("recipes copy resnet mine.txt", ["error: `mine.txt` does not end in `.toml`", "hint: "]),
+        (
+            "plot activations relo",
+            ["error: there is no activation `relo` (did you mean `relu`?)", "hint: there are relu,"],
+        ),
+        ("plot activations --output a.jpg", ["error: `a.jpg` does not end in `.png` or `.svg`", "hint: "]),
+        ("plot activations --output no/a.png", ["error: `no/a.png` cannot be written: no such file or directory"]),
+        ("plot activations --output .", ["error: `.` does not end in `.png` or `.svg`"]),
         ("runs show", ["error: there is no run with a checkpoint under `runs`"]),
         ("data info ./missing", ["error: there is no file or folder `./missing`"]),
         ("data get builtin:nothing", ["builtin:nothing"]),
@@ -259,8 +268,8 @@ def test_version(tmp_path: Path) -> None:
 def test_mistakes_that_can_be_put_right(
     arguments: str, expected: list[str], flag: tuple[str, ...], tmp_path: Path
 ) -> None:
-    if "copy" in arguments and flag:
-        pytest.skip("`recipes copy` prints nothing that could be JSON")
+    if ("copy" in arguments or "plot" in arguments) and flag:
+        pytest.skip("it prints nothing that could be JSON")
     failed = dl7(*shlex.split(arguments), *flag, cwd=tmp_path)
     assert failed.code == 1
     assert failed.out == ""
@@ -285,6 +294,7 @@ def test_mistakes_that_can_be_put_right(
         ("translate --length-penalty -1 hello", "'--length-penalty'"),
         ("classify", "IMAGE"),
         ("classify --top 0 x.png", "'--top'"),
+        ("plot activations relu --all", "names or --all, not both"),
         ("trian", "No such command 'trian'"),
     ],
 )
