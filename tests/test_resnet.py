@@ -534,6 +534,15 @@ def test_stochastic_depth_is_the_same_for_the_same_seed() -> None:
     assert losses(1) != losses(2)
 
 
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_a_block_left_out_passes_the_gradient_on_and_has_zero_itself(preactivation: bool) -> None:
+    block = Block(4, 4, 1, survival=1e-9, options=Options(preactivation=preactivation))
+    x = torch.rand(2, 4, 5, 5, requires_grad=True)
+    block(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))  # type: ignore[arg-type]
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in block.parameters())
+
+
 def test_the_imagenet_stem_makes_an_image_a_quarter() -> None:
     with torch.device("meta"):
         model = ResNet(18, **{**IMAGENET, "classes": 10})

@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -149,13 +149,17 @@ class Block(nn.Module):
 
     def _skip(self, x: Tensor) -> Tensor:
         """The block without F, as stochastic depth leaves it."""
-        if self.preactivation:
-            if self.projection is None:
-                return self.shortcut(x)
-            return self.shortcut(self.activation1(self.normalisation1(_copies(x, self.copies))))
-        # A copy, or an activation in place would overwrite what the block before keeps for its gradient.
-        kept = _copies(self.shortcut(x), self.copies).clone()
-        y: Tensor = (self.activation3 if self.bottleneck else self.activation2)(kept)
+        if not self.preactivation:
+            y: Tensor = (self.activation3 if self.bottleneck else self.activation2)(
+                self._without_gradient(_copies(self.shortcut(x), self.copies))
+            )
+            return y
+        if self.projection is not None:
+            x = self.activation1(self.normalisation1(_copies(x, self.copies)))
+        return self._without_gradient(self.shortcut(x))
+
+    def _without_gradient(self, x: Tensor) -> Tensor:
+        y: Tensor = _ZeroGradients.apply(x, *self.parameters())  # type: ignore[no-untyped-call]
         return y
 
     def _dropped(self, residual: Tensor) -> Tensor:
@@ -178,6 +182,25 @@ class Block(nn.Module):
             return x
         before = self.new_channels // 2
         return functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before))
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """A copy of x, and zero as the gradient of parameters that have no part in it.
+
+    Fused optimisers cannot begin with some parameters later than with others, as they would have to where there is none
+    at all in the first steps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        # A copy: an activation in place must not overwrite what the block before keeps for its gradient.
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        zeros = zip(ctx.needs_input_grad[1:], ctx.saved_tensors, strict=True)
+        return gradients[0], *(torch.zeros_like(parameter) if needed else None for needed, parameter in zeros)
 
 
 class SqueezeExcitation(nn.Module):
@@ -212,7 +235,7 @@ class ResNet(nn.Module):
       (Xie et al. 2017, arXiv 1611.05431). `squeeze_excitation` is its reduction r, 0 for none.
     - `dropout` of activations before the second convolution of a block.
     - `survival`: the probability that the last block takes part in a training step, falling to it linearly from 1 at
-      the stem: Huang et al. 2016 (arXiv 1603.09382), eq. 4; eq. 5 when evaluating. Blocks left out have no gradient.
+      the stem: Huang et al. 2016 (arXiv 1603.09382), eq. 4; eq. 5 when evaluating. What is left out has gradient zero.
     - `stem`: "cifar" is a 3x3 convolution; "imagenet" a 7x7 one and a max-pooling, each of stride 2.
     - `activation`, `pieces`, `beta`, `learned_beta`: see `Activation`. With `match` "parameters" a network whose
       activation takes several inputs is made narrower, by one factor for all widths, until it has about as many
