@@ -20,6 +20,7 @@ import numpy as np
 import PIL.Image
 import pyarrow.parquet
 import pytest
+import torch
 import typer
 
 from dl7cli import __version__
@@ -50,6 +51,8 @@ SURFACE = {
     "data get": "SOURCE --task --set --offline --json",
     "data info": "SOURCE --task --set --offline --json",
     "models": "--json",
+    "plot": "",
+    "plot activations": "NAME --all --output",
     "doctor": "--offline --json",
 }
 
@@ -225,6 +228,10 @@ def test_version(tmp_path: Path) -> None:
         ),
         ("train resnet --set model.depth=21", ["`model.depth` is `21`", "6n+2"]),
         (
+            "train resnet --set model.stages=4 --set model.depth=40",
+            ["`model.depth` is `40`", "one of 18, 34", "the nearest is 34"],
+        ),
+        (
             "train resnet --set model.dept=8 --set training.epochs=0",
             ["recipe `resnet` has 2 mistakes", "`model.dept`", "`training.epochs` is `0`"],
         ),
@@ -232,6 +239,10 @@ def test_version(tmp_path: Path) -> None:
         ("train resnet --data builtin:shapes --device gpu", ["error: there is no device `gpu`", "hint: "]),
         ("train resnet --data ./missing", ["error: there is no file or folder `./missing`", "hint: "]),
         ("train resnet --data builtin:nothing", ["builtin:nothing"]),
+        (
+            "train resnet --data builtin:shapes --set model.stem=imagenet",
+            ["error: `model.stem` is `imagenet`, for images of 64 pixels and more", "have 32", "hint: "],
+        ),
         ("train --resume runs/nothing", ["error: there is no run `runs/nothing`", "hint: "]),
         ("eval", ["error: there is no run with a checkpoint under `runs`", "hint: `dl7 train resnet` makes one"]),
         ("eval nothing", ["error: there is no run `nothing`", "hint: "]),
@@ -241,6 +252,13 @@ def test_version(tmp_path: Path) -> None:
         ("classify cat.png", ["error: there is no classification run with a checkpoint under `runs`", "hint: "]),
         ("recipes show seq2sec", ["error: there is no recipe `seq2sec` (did you mean `seq2seq`?)"]),
         ("recipes copy resnet mine.txt", ["error: `mine.txt` does not end in `.toml`", "hint: "]),
+        (
+            "plot activations relo",
+            ["error: there is no activation `relo` (did you mean `relu`?)", "hint: there are relu,"],
+        ),
+        ("plot activations --output a.jpg", ["error: `a.jpg` does not end in `.png` or `.svg`", "hint: "]),
+        ("plot activations --output no/a.png", ["error: `no/a.png` cannot be written: no such file or directory"]),
+        ("plot activations --output .", ["error: `.` does not end in `.png` or `.svg`"]),
         ("runs show", ["error: there is no run with a checkpoint under `runs`"]),
         ("data info ./missing", ["error: there is no file or folder `./missing`"]),
         ("data get builtin:nothing", ["builtin:nothing"]),
@@ -250,8 +268,8 @@ def test_version(tmp_path: Path) -> None:
 def test_mistakes_that_can_be_put_right(
     arguments: str, expected: list[str], flag: tuple[str, ...], tmp_path: Path
 ) -> None:
-    if "copy" in arguments and flag:
-        pytest.skip("`recipes copy` prints nothing that could be JSON")
+    if ("copy" in arguments or "plot" in arguments) and flag:
+        pytest.skip("it prints nothing that could be JSON")
     failed = dl7(*shlex.split(arguments), *flag, cwd=tmp_path)
     assert failed.code == 1
     assert failed.out == ""
@@ -276,6 +294,7 @@ def test_mistakes_that_can_be_put_right(
         ("translate --length-penalty -1 hello", "'--length-penalty'"),
         ("classify", "IMAGE"),
         ("classify --top 0 x.png", "'--top'"),
+        ("plot activations relu --all", "names or --all, not both"),
         ("trian", "No such command 'trian'"),
     ],
 )
@@ -686,7 +705,25 @@ def test_models_are_those_of_the_paper(tmp_path: Path) -> None:
     )
     assert resnet["multiply_adds"] == sum(stages) + 64 * 10
     assert listed["seq2seq"]["multiply_adds"] is None
-    assert f"{resnet['parameters']:,}" in succeed("models", cwd=tmp_path).out
+    shown = succeed("models", cwd=tmp_path).out
+    assert f"{resnet['parameters']:,}" in shown
+    assert "depth=28 preactivation=true shortcut=B widening=10" in shown
+
+
+def test_models_are_listed_with_keys_that_make_them(tmp_path: Path) -> None:
+    """Typed after `--set`, the keys of a wide network with 36.5M parameters (its paper's table 5) give that network."""
+    from dl7cli.models.resnet import ResNet
+    from dl7cli.recipe import resolve
+
+    listed = {model["model"]: model for model in succeed("models", "--json", cwd=tmp_path).document["models"]}
+    wide = listed["wrn-28-10"]
+    assert wide["recipe"] is None
+    assert (wide["depth"], round(wide["parameters"] / 1e6, 1)) == (28, 36.5)
+    assert round(wide["multiply_adds"] / 1e9, 2) == 5.24
+    keys = [f"model.{key}={json.dumps(value)}" for key, value in wide["keys"].items()]
+    with torch.device("meta"):
+        model = ResNet(classes=10, **resolve("resnet", keys).recipe.model.model_dump(exclude={"kind"}))
+    assert sum(parameter.numel() for parameter in model.parameters()) == wide["parameters"]
 
 
 def test_doctor(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_all_mistakes_are_reported_at_once_with_their_keys() -> None:
         (["optim.learning_rate=nan"], "`optim.learning_rate`"),
         (["optim.learning_rate=0"], "`optim.learning_rate` is `0`"),
         (["optim.name=adam"], "`optim.name`"),
-        (["model.dropout=0.5"], "unknown key `model.dropout`"),
+        (["model.encoder_width=64"], "unknown key `model.encoder_width`"),
         (["a..b=1"], "is not a key"),
         (["=1"], "is not a key"),
     ],

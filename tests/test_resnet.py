@@ -1,11 +1,19 @@
 """Residual networks against the paper's parameter counts and depth, and blocks against their formula."""
 
+import itertools
+import math
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from pydantic import ValidationError
+from torch import Tensor, nn
 from torch.nn import functional
 
-from dl7cli.models.resnet import Block, ResNet, multiply_adds
+from dl7cli.models.activations import NAMES, Activation
+from dl7cli.models.architectures import ARCHITECTURES, cost, multiply_adds
+from dl7cli.models.resnet import Block, Options, ResNet, SqueezeExcitation, blocks_per_stage
+from dl7cli.recipe import ResNetModel
 
 
 @pytest.mark.parametrize(
@@ -106,3 +114,448 @@ def test_memory_layout_does_not_change_the_answer() -> None:
         rows_first = model(images)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.testing.assert_close(model(images.contiguous(memory_format=torch.channels_last)), rows_first)
+
+
+# The network that earlier checkpoints hold
+
+
+class FirstBlock(nn.Module):
+    """The block of §4.2 and nothing else: what `Block` must be, to the bit, where no option is chosen."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.added = width - width_in
+        self.convolution1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.normalisation1 = nn.BatchNorm2d(width)
+        self.convolution2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.normalisation2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.relu(self.normalisation1(self.convolution1(x)))
+        y = self.normalisation2(self.convolution2(y))
+        short = x[:, :, :: self.stride, :: self.stride]
+        return functional.relu(y + functional.pad(short, (0, 0, 0, 0, self.added // 2, self.added // 2)))
+
+
+class FirstResNet(nn.Module):
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.normalisation = nn.BatchNorm2d(16)
+        widths = [16] + [16] * n + [32] * n + [64] * n
+        self.blocks = nn.Sequential(*(FirstBlock(a, b, b // a) for a, b in itertools.pairwise(widths)))
+        self.classifier = nn.Linear(64, 10)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = functional.relu(self.normalisation(self.convolution(images)))
+        scores: Tensor = self.classifier(self.blocks(x).mean(dim=(2, 3)))
+        return scores
+
+
+def test_the_default_is_bit_for_bit_the_network_of_the_paper() -> None:
+    """Names, weights for a seed, scores, gradients and running statistics: checkpoints and their scores stay good."""
+    torch.manual_seed(3)
+    first = FirstResNet(3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    torch.manual_seed(3)
+    now = ResNet(depth=20, classes=10).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    for model in (first, now):
+        model(images).square().sum().backward()
+    assert list(now.state_dict()) == list(first.state_dict())
+    for name, value in first.state_dict().items():
+        assert torch.equal(now.state_dict()[name], value), name
+    for (name, parameter), other in zip(first.named_parameters(), now.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert other.grad is not None
+        assert torch.equal(parameter.grad, other.grad), name
+    assert torch.equal(first.eval()(images), now.eval()(images))
+
+
+# The published networks
+
+
+def on_meta(**options: Any) -> ResNet:
+    """A network without values."""
+    with torch.device("meta"):
+        return ResNet(**options)
+
+
+def size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("plain-20", 0.27),
+        ("plain-110", 1.7),
+        ("preact-resnet-110", 1.7),
+        ("preact-resnet-164", 1.7),
+        ("stochastic-depth-resnet-110", 1.7),
+        ("wrn-16-4", 2.7),
+        ("wrn-40-4", 8.9),
+        ("wrn-16-8", 11.0),
+        ("wrn-28-10", 36.5),
+        ("resnext-29-8x64d", 34.4),
+        ("resnet-18", 11.2),
+        ("resnet-34", 21.3),
+        ("resnet-50", 23.5),
+        ("resnet-101", 42.5),
+        ("resnet-152", 58.2),
+    ],
+)
+def test_published_networks_have_the_published_parameters(name: str, millions: float) -> None:
+    assert round(size(on_meta(**ARCHITECTURES[name])) / 1e6, 2 if millions < 1 else 1) == millions
+
+
+@pytest.mark.parametrize(("name", "millions"), [("preact-resnet-1001", 10.2), ("resnext-29-16x64d", 68.1)])
+def test_two_papers_count_without_normalisation(name: str, millions: float) -> None:
+    """All parameters are 10.3 and 68.2 million; those of convolutions and the linear layer are what is published."""
+    model = on_meta(**ARCHITECTURES[name])
+    assert abs(sum(p.numel() for p in model.parameters() if p.ndim > 1) / 1e6 - millions) < 0.051
+
+
+IMAGENET: dict[str, Any] = {"classes": 1000, "stages": 4, "width": 64, "shortcut": "B", "stem": "imagenet"}
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        ({"depth": 18}, 11_689_512),
+        ({"depth": 34}, 21_797_672),
+        ({"depth": 50, "block": "bottleneck"}, 25_557_032),
+        ({"depth": 101, "block": "bottleneck"}, 44_549_160),
+        ({"depth": 152, "block": "bottleneck"}, 60_192_808),
+        ({"depth": 50, "block": "bottleneck", "groups": 32, "group_width": 4}, 25_028_904),
+        ({"depth": 50, "block": "bottleneck", "group_width": 128}, 68_883_240),
+    ],
+)
+def test_with_the_imagenet_stem_parameters_are_those_of_torchvision(options: dict[str, Any], parameters: int) -> None:
+    """To the last one; those of resnet18 to 152, resnext50_32x4d and wide_resnet50_2 in its documentation."""
+    assert size(on_meta(**IMAGENET, **options)) == parameters
+
+
+@pytest.mark.parametrize(
+    ("options", "billions"), [({"depth": 18}, 1.814), ({"depth": 50, "block": "bottleneck"}, 4.089)]
+)
+def test_with_the_imagenet_stem_multiply_adds_are_those_of_torchvision(
+    options: dict[str, Any], billions: float
+) -> None:
+    assert round(multiply_adds(on_meta(**IMAGENET, **options), 224) / 1e9, 3) == billions
+
+
+def test_multiply_adds_with_projections_are_those_published() -> None:
+    assert round(multiply_adds(on_meta(**ARCHITECTURES["resnet-20"]), 32) / 1e6, 2) == 40.55
+    assert round(multiply_adds(on_meta(**ARCHITECTURES["resnet-20-b"]), 32) / 1e6, 1) == 40.8
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if not name.endswith(("1001", "1202", "110"))])
+def test_the_cost_is_that_of_the_whole_network(name: str) -> None:
+    model = on_meta(**ARCHITECTURES[name], classes=7)
+    assert cost(ARCHITECTURES[name], classes=7, image_size=40) == (size(model), multiply_adds(model, 40))
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if not name.endswith(("1001", "1202"))])
+def test_published_networks_have_their_depth_and_are_recipes(name: str) -> None:
+    """Layers with weights, the projections of shortcuts aside but where a wide network counts them."""
+    options = ARCHITECTURES[name]
+    model = on_meta(**options)
+    layers = [part for part in model.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+    projections = [block.projection for block in model.blocks if isinstance(block, Block) and block.projection]
+    gates = [layer for part in model.modules() if isinstance(part, SqueezeExcitation) for layer in part.children()]
+    depth = len(layers) - len(projections) - len(gates)
+    if name.startswith("wrn"):
+        depth += len(projections) - 1  # and the linear layer is not counted
+    assert depth == options["depth"]
+    recipe = ResNetModel.model_validate({"kind": "resnet", **options})
+    assert recipe.model_dump(exclude={"kind"}, exclude_defaults=True).items() <= options.items()
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+@pytest.mark.parametrize("stages", [3, 4])
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_recipes_and_networks_take_the_same_depths(block: Any, stages: int, preactivation: bool) -> None:
+    for depth in range(0, 160):
+        options = {"block": block, "stages": stages, "preactivation": preactivation}
+        try:
+            counts = blocks_per_stage(depth, **options)
+        except ValueError:
+            with pytest.raises(ValidationError, match=f"the nearest is {nearest(depth, options)}"):
+                ResNetModel.model_validate({"kind": "resnet", "depth": depth, **options})
+        else:
+            assert len(counts) == stages
+            assert ResNetModel.model_validate({"kind": "resnet", "depth": depth, **options}).depth == depth
+
+
+def nearest(depth: int, options: dict[str, Any]) -> str:
+    """A pattern of the nearest depths that a network takes, two where they are equally far."""
+    for away in range(1, 200):
+        found = []
+        for near in (depth - away, depth + away):
+            try:
+                blocks_per_stage(near, **options)
+            except ValueError:
+                continue
+            found.append(str(near))
+        if found:
+            return f"({'|'.join(found)})\\b"
+    raise AssertionError(depth)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"groups": 8}, "bottleneck"),
+        ({"group_width": 64}, "bottleneck"),
+        ({"groups": 8, "block": "bottleneck", "depth": 29}, "8 groups need a width"),
+        ({"residual": False, "survival": 0.5}, "without shortcuts"),
+        ({"block": "bottleneck", "stages": 4}, "one of 50, 101, 152"),
+        ({"depth": 50, "stages": 4}, "50, 101 and 152 have bottleneck blocks"),
+        ({"pieces": 1}, "greater than or equal to 2"),
+        ({"survival": 0.0}, "greater than 0"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ResNetModel.model_validate({"kind": "resnet", **keys})
+
+
+# The options
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """Small networks that together take every branch of the model."""
+    small: dict[str, dict[str, Any]] = {
+        "post": {"depth": 8, "shortcut": "B"},
+        "plain": {"depth": 8, "residual": False},
+        "bottleneck": {"depth": 11, "block": "bottleneck"},
+        "bottleneck, plain": {"depth": 11, "block": "bottleneck", "residual": False},
+        "groups": {"depth": 11, "block": "bottleneck", "shortcut": "B", "groups": 2, "group_width": 3},
+        "pre": {"depth": 8, "preactivation": True},
+        "pre, B": {"depth": 8, "preactivation": True, "shortcut": "B"},
+        "pre, plain": {"depth": 8, "preactivation": True, "residual": False},
+        "pre, bottleneck": {"depth": 11, "preactivation": True, "block": "bottleneck", "shortcut": "B"},
+        "wide": {"depth": 10, "preactivation": True, "shortcut": "B", "widening": 2, "dropout": 0.3},
+        "squeeze": {"depth": 8, "squeeze_excitation": 4},
+        "stochastic": {"depth": 14, "survival": 0.3},
+        "stochastic, pre, B": {"depth": 14, "survival": 0.3, "preactivation": True, "shortcut": "B"},
+    }
+    return {name: {"width": 4, "classes": 3, **options} for name, options in small.items()}
+
+
+VARIANTS = variants()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("activation", [{}, {"activation": "maxout", "pieces": 3}, {"activation": "glu"}])
+def test_checkpointing_changes_memory_and_nothing_else(name: str, activation: dict[str, Any]) -> None:
+    """Scores, gradients, running statistics and what is random afterwards, to the bit, after two steps."""
+    images = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    seen = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = ResNet(**VARIANTS[name], **activation, checkpointing=checkpointing)
+        for batch in images:
+            scores = model(batch)
+            scores.square().sum().backward()
+        gradients = [torch.zeros(()) if p.grad is None else p.grad for p in model.parameters()]
+        seen.append([scores.detach(), *gradients, *model.state_dict().values(), torch.rand(3)])
+    assert len(seen[0]) == len(seen[1])
+    assert all(torch.equal(left, right) for left, right in zip(*seen, strict=True))
+
+
+def test_checkpointing_keeps_less() -> None:
+    """Elements that autograd holds between forward and backward."""
+    held = []
+    for checkpointing in (False, True):
+        model = ResNet(32, classes=3, width=4, checkpointing=checkpointing)
+        total = 0
+
+        def keep(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(torch.randn(8, 3, 16, 16))
+        held.append(total)
+    assert held[1] < held[0] / 3
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("activation", NAMES)
+def test_every_network_takes_every_activation(name: str, activation: Any) -> None:
+    """Residual and plain: every parameter has a gradient that is a number, and in most places not zero."""
+    torch.manual_seed(0)
+    model = ResNet(**{**VARIANTS[name], "survival": 1.0}, activation=activation)
+    model(torch.randn(4, 3, 8, 8)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert sum(bool(p.grad.any()) for p in model.parameters() if p.grad is not None) > 0.9 * len([*model.parameters()])
+    assert model.eval()(torch.randn(2, 3, 9, 8)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        {"depth": 20},
+        {"depth": 20, "residual": False},
+        {"depth": 164, "block": "bottleneck", "preactivation": True, "shortcut": "B"},
+        ARCHITECTURES["wrn-16-4"],
+        ARCHITECTURES["resnext-29-8x64d"],
+        {**ARCHITECTURES["resnet-18"], "squeeze_excitation": 16},
+    ],
+)
+@pytest.mark.parametrize("activation", [{"activation": "glu"}, {"activation": "maxout", "pieces": 4}])
+def test_matching_parameters_holds_their_number(base: dict[str, Any], activation: dict[str, Any]) -> None:
+    relu = size(on_meta(**base))
+    matched = on_meta(**base, **activation, match="parameters")
+    assert abs(size(matched) / relu - 1) < 0.03
+    wide = on_meta(**base, **activation)
+    assert size(wide) > 1.2 * relu
+    with_relu = on_meta(**base)
+    assert wide.classifier.in_features == with_relu.classifier.in_features > matched.classifier.in_features
+
+
+def test_activations_of_one_input_leave_the_widths_alone() -> None:
+    relu = ResNet(8)
+    for name in ("su", "swish", "elu"):
+        assert size(ResNet(8, activation=name, match="parameters")) == size(relu)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_a_glu_block_whose_halves_are_alike_is_a_swish_block(preactivation: bool) -> None:
+    """The article: Swish is a GLU whose two halves share their weights. So it is in a network, shortcuts included."""
+    torch.manual_seed(0)
+    options = {"depth": 8, "width": 4, "classes": 3, "preactivation": preactivation, "shortcut": "B"}
+    swish, glu = (ResNet(**options, activation=name).double() for name in ("swish", "glu"))  # type: ignore[arg-type]
+    shared = {}
+    for name, value in glu.state_dict().items():
+        own = swish.state_dict()[name]
+        shared[name] = own if own.shape == value.shape else torch.cat([own, own])
+        assert shared[name].shape == value.shape
+    glu.load_state_dict(shared)
+    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(glu(images), swish(images))
+
+
+def test_after_a_sum_maxout_chooses_among_the_branches() -> None:
+    """max_j (x + F_j) = x + max_j F_j: the shortcut stays one of identity."""
+    torch.manual_seed(0)
+    block = Block(4, 4, 1, options=Options(activation=Activation("maxout", pieces=3))).double()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    inner = block.normalisation1(block.convolution1(x)).reshape(2, 3, 4, 5, 5).amax(dim=1)
+    branches = block.normalisation2(block.convolution2(inner)).reshape(2, 3, 4, 5, 5)
+    torch.testing.assert_close(block(x), x + branches.amax(dim=1))
+
+
+def test_a_preactivation_block_is_its_formula() -> None:
+    """He et al. 2016, figure 4e; where the shape changes the projection reads what is activated."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    norm = lambda y: functional.batch_norm(y, None, None, training=True)  # noqa: E731
+    block = Block(4, 4, 1, options=Options(preactivation=True)).double()
+    y = functional.conv2d(norm(x).relu(), block.convolution1.weight, padding=1)
+    y = functional.conv2d(norm(y).relu(), block.convolution2.weight, padding=1)
+    torch.testing.assert_close(block(x), x + y)
+    block = Block(4, 8, 2, inner=2, options=Options("bottleneck", preactivation=True, shortcut="B")).double()
+    assert block.projection is not None
+    activated = norm(x).relu()
+    y = functional.conv2d(activated, block.convolution1.weight)
+    y = functional.conv2d(norm(y).relu(), block.convolution2.weight, padding=1, stride=2)
+    y = functional.conv2d(norm(y).relu(), block.convolution3.weight)
+    torch.testing.assert_close(block(x), y + functional.conv2d(activated, block.projection.weight, stride=2))
+
+
+def test_squeeze_and_excitation_costs_what_its_paper_says() -> None:
+    """Hu et al. 2018, eq. 5: 2/r times the sum over stages of blocks times channels squared; 2.5 M in ResNet-50."""
+    options = {**ARCHITECTURES["resnet-50"]}
+    added = size(on_meta(**options, squeeze_excitation=16)) - size(on_meta(**options))
+    assert added == 2 * (3 * 256**2 + 4 * 512**2 + 6 * 1024**2 + 3 * 2048**2) // 16
+    assert round(added / 1e6, 1) == 2.5
+
+
+def test_squeeze_and_excitation_by_a_loop() -> None:
+    torch.manual_seed(0)
+    part = SqueezeExcitation(6, reduction=3).double()
+    x = torch.randn(2, 6, 3, 4, dtype=torch.float64)
+    y = part(x)
+    for image in range(2):
+        means = [x[image, channel].sum().item() / 12 for channel in range(6)]
+        narrow = [max(0, sum(w * m for w, m in zip(row, means, strict=True))) for row in part.squeeze.weight.tolist()]
+        for channel, row in enumerate(part.excite.weight.tolist()):
+            gate = 1 / (1 + math.exp(-sum(w * m for w, m in zip(row, narrow, strict=True))))
+            torch.testing.assert_close(y[image, channel], x[image, channel] * gate)
+
+
+def test_stochastic_depth_falls_linearly_to_the_last_block() -> None:
+    """Huang et al. 2016, eq. 4: p_l = 1 - l/L·(1 - p_L); three quarters of the blocks on average for p_L = 1/2."""
+    blocks = [block for block in ResNet(110, survival=0.5).blocks if isinstance(block, Block)]
+    assert [block.survival for block in blocks] == pytest.approx([1 - layer / 54 * 0.5 for layer in range(1, 55)])
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_stochastic_depth_leaves_out_blocks_and_scales_when_evaluating(preactivation: bool) -> None:
+    torch.manual_seed(0)
+    block = Block(4, 4, 1, survival=0.25, options=Options(preactivation=preactivation)).double()
+    always = Block(4, 4, 1, options=Options(preactivation=preactivation)).double()
+    always.load_state_dict(block.state_dict())
+    x = torch.rand(2, 4, 5, 5, dtype=torch.float64)
+    whole = always(x)
+    kinds = []
+    for _ in range(200):
+        y = block(x)
+        kinds.append(torch.equal(y, whole))
+        assert kinds[-1] or torch.equal(y, x)
+    # Binomial: further from 50 than this once in a billion.
+    assert 15 < sum(kinds) < 90
+    block.load_state_dict(always.state_dict())
+    block.eval()
+    always.eval()
+    residual = always.normalisation2(always.convolution2(always.normalisation1(always.convolution1(x)).relu()))
+    if preactivation:
+        torch.testing.assert_close(block(x) - x, (always(x) - x) * 0.25)
+    else:
+        torch.testing.assert_close(block(x), (x + 0.25 * residual).relu())
+
+
+def test_stochastic_depth_is_the_same_for_the_same_seed() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    model = ResNet(20, survival=0.2)
+
+    def losses(seed: int) -> list[float]:
+        torch.manual_seed(seed)
+        return [model(images).sum().item() for _ in range(4)]
+
+    assert losses(1) == losses(1)
+    assert losses(1) != losses(2)
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_a_block_left_out_passes_the_gradient_on_and_has_zero_itself(preactivation: bool) -> None:
+    block = Block(4, 4, 1, survival=1e-9, options=Options(preactivation=preactivation))
+    x = torch.rand(2, 4, 5, 5, requires_grad=True)
+    block(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))  # type: ignore[arg-type]
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in block.parameters())
+
+
+def test_the_imagenet_stem_makes_an_image_a_quarter() -> None:
+    with torch.device("meta"):
+        model = ResNet(18, **{**IMAGENET, "classes": 10})
+        seen = []
+        model.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))
+        assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
+    assert seen == [(2, 64, 16, 16)]
+
+
+def test_dropout_is_in_training_only() -> None:
+    torch.manual_seed(0)
+    model = ResNet(**VARIANTS["wide"])
+    images = torch.randn(4, 3, 8, 8)
+    assert not torch.equal(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from dl7cli import __version__
-from dl7cli.cli import classify, console, data, doctor, evaluate, models, recipes, runs, train, translate
+from dl7cli.cli import classify, console, data, doctor, evaluate, models, plot, recipes, runs, train, translate
 from dl7cli.errors import UserError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.add_typer(recipes.app, name="recipes", epilog="Example: dl7 recipes list")
 app.add_typer(runs.app, name="runs", epilog="Example: dl7 runs show")
 app.add_typer(data.app, name="data", epilog="Example: dl7 data list")
 app.command("models", epilog="Example: dl7 models")(models.models)
+app.add_typer(plot.app, name="plot", epilog="Example: dl7 plot activations")
 app.command("doctor", epilog="Example: dl7 doctor")(doctor.doctor)
 
 

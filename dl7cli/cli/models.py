@@ -1,4 +1,4 @@
-"""`dl7 models`: the architectures of the shipped recipes."""
+"""`dl7 models`: the published architectures and those of the shipped recipes."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,60 +8,84 @@ if TYPE_CHECKING:
     from dl7cli.recipe import Recipe
 
 _CLASSES = 10
-_IMAGE_SIZE = 32
+_IMAGE_SIZE = {"cifar": 32, "imagenet": 224}
 
 
 def models(as_json: options.Json = False) -> None:
-    """List the architectures of the shipped recipes with their size.
+    """List architectures with their size: those of the shipped recipes and the published ones.
 
-    Parameters, depth, and multiply-adds for one image, with ten classes and images of 32x32, or with the
-    vocabulary of the recipe.
+    Parameters, depth, and multiply-adds for one image, with ten classes and images of 32x32 (224x224 where
+    the stem is ImageNet's), or with the vocabulary of the recipe. KEYS are what makes the model:
+    dl7 train resnet --set model.KEY=VALUE.
     """
     from dl7cli import recipe as recipes
+    from dl7cli.models.architectures import ARCHITECTURES
 
-    listed = [_measured(recipes.resolve(name).recipe) for name in recipes.shipped()]
+    listed = [_of_recipe(recipes.resolve(name).recipe) for name in recipes.shipped()]
+    listed += [_of_options(name, keys) for name, keys in ARCHITECTURES.items()]
     if as_json:
         console.document({"models": listed})
         return
     console.table(
-        ("RECIPE", "MODEL", "PARAMETERS", "DEPTH", "MULTIPLY-ADDS"),
+        ("MODEL", "RECIPE", "PARAMETERS", "DEPTH", "MULTIPLY-ADDS", "KEYS"),
         [
             (
-                model["recipe"],
                 model["model"],
+                model["recipe"] or "",
                 f"{model['parameters']:,}",
                 model["depth"] or "-",
                 f"{model['multiply_adds']:,}" if model["multiply_adds"] else "-",
+                " ".join(f"{key}={_text(value)}" for key, value in model["keys"].items()),
             )
             for model in listed
         ],
     )
 
 
-def _measured(recipe: "Recipe") -> dict[str, Any]:
+def _of_recipe(recipe: "Recipe") -> dict[str, Any]:
+    import torch
     from torch import nn
 
+    from dl7cli.models.architectures import multiply_adds
     from dl7cli.models.fast_resnet import FastResNet
-    from dl7cli.models.resnet import ResNet, multiply_adds
     from dl7cli.models.seq2seq import Seq2Seq
     from dl7cli.recipe import ClassificationRecipe, ResNetModel
 
-    model: nn.Module
-    depth = operations = None
+    keys = recipe.model.model_dump(exclude={"kind"}, exclude_defaults=True)
     if isinstance(recipe, ClassificationRecipe):
         if isinstance(recipe.model, ResNetModel):
-            depth = recipe.model.depth
-            model = ResNet(depth, classes=_CLASSES)
-        else:
-            model = FastResNet(_CLASSES, recipe.model.widths)
-        operations = multiply_adds(model, _IMAGE_SIZE)
+            return _of_options(recipe.model.kind, {"depth": recipe.model.depth, **keys}, recipe.name)
+        with torch.device("meta"):
+            model: nn.Module = FastResNet(_CLASSES, recipe.model.widths)
+            operations: int | None = multiply_adds(model, _IMAGE_SIZE["cifar"])
     else:
-        sizes = recipe.model.model_dump(exclude={"kind"})
-        model = Seq2Seq(recipe.data.vocabulary_size, pad=0, **sizes)
+        with torch.device("meta"):
+            model = Seq2Seq(recipe.data.vocabulary_size, pad=0, **recipe.model.model_dump(exclude={"kind"}))
+        operations = None
     return {
-        "recipe": recipe.name,
         "model": recipe.model.kind,
+        "recipe": recipe.name,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "depth": depth,
+        "depth": None,
         "multiply_adds": operations,
+        "keys": keys,
     }
+
+
+def _of_options(name: str, keys: dict[str, Any], recipe: str | None = None) -> dict[str, Any]:
+    from dl7cli.models.architectures import cost
+
+    parameters, operations = cost(keys, classes=_CLASSES, image_size=_IMAGE_SIZE[keys.get("stem", "cifar")])
+    return {
+        "model": name,
+        "recipe": recipe,
+        "parameters": parameters,
+        "depth": keys["depth"],
+        "multiply_adds": operations,
+        "keys": keys,
+    }
+
+
+def _text(value: Any) -> str:
+    """A key's value as `--set` reads it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,7 +1,7 @@
-"""Residual networks for small images: He et al. 2015 (arXiv 1512.03385), §4.2. Knows tensors only, no data.
+"""Residual networks: He et al. 2015 (arXiv 1512.03385) and its descendants, one model with options. Knows tensors only.
 
-A first 3x3 convolution, three stages of n blocks of two 3x3 convolutions, global average pooling and one linear layer:
-6n+2 layers with weights.
+A first convolution, three or four stages of blocks of convolutions, global average pooling and one linear layer. Each
+stage halves rows and columns and doubles the channels. With three stages and the default options, §4.2 of the paper:
 
     stage   output of a 32x32 image   channels   layers
     first   32x32                     16         1
@@ -13,97 +13,429 @@ A first 3x3 convolution, three stages of n blocks of two 3x3 convolutions, globa
     depth        20     32     44     56     110    1202
     parameters   0.27M  0.46M  0.66M  0.85M  1.7M   19.4M     (the paper's table 6, ten classes)
 
-Letters in shapes: B images, C channels, H and W rows and columns.
+`architectures` has the options of the published networks. Letters in shapes: B images, C channels, H and W rows and
+columns, k inputs of the activation for each of its outputs (1 but for Maxout and GLU).
 """
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-STAGE_WIDTHS = (16, 32, 64)
+from dl7cli.models import activations
+from dl7cli.models.activations import Activation
+
+BlockKind = Literal["basic", "bottleneck"]
+# He et al. 2015, table 1, by depth.
+_FOUR_STAGES: dict[BlockKind, dict[int, tuple[int, ...]]] = {
+    "basic": {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)},
+    "bottleneck": {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all blocks of a network have in common; `ResNet` says what each means."""
+
+    block: BlockKind = "basic"
+    preactivation: bool = False
+    residual: bool = True
+    shortcut: Literal["A", "B"] = "A"
+    groups: int = 1
+    squeeze_excitation: int = 0
+    dropout: float = 0.0
+    activation: Activation = Activation()  # noqa: RUF009 - a NamedTuple never changes
 
 
 class Block(nn.Module):
-    """relu(x + F(x)), F being convolution, normalisation, ReLU, convolution, normalisation (figure 2, left).
+    """f(x + F(x)), or with pre-activation x + F(x); (B, width_in, H, W) to (B, width, H/stride, W/stride).
 
-    Where the block widens, the shortcut is option A: every second row and column, and zeros for the new channels, so
-    that it has no parameters.
+    F is two 3x3 convolutions, or a 1x1, a 3x3 and a 1x1 one (He et al. 2015, figure 5; the 3x3 has the stride, as in
+    all later work). Normalisation and the activation f follow each convolution, f but the last one, which follows the
+    sum; with pre-activation they precede each (He et al. 2016, arXiv 1603.05027, figure 4e).
+
+    An activation of k inputs gets them from the k-fold output channels of the convolution before. Where it is given the
+    stream that shortcuts pass on, it is given k copies: after a sum f(k copies of x + F(x)), which is x + max F_j for
+    Maxout and (x + a)·σ(x + b) for GLU; and with pre-activation each copy has its own scale and shift of normalisation.
     """
 
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        stride: int,
+        *,
+        inner: int | None = None,
+        survival: float = 1.0,
+        options: Options = Options(),
+    ) -> None:
         super().__init__()
+        inner = width if inner is None else inner
+        k = options.activation.inputs
         self.stride = stride
+        self.survival = survival
+        self.preactivation = options.preactivation
+        self.bottleneck = options.block == "bottleneck"
+        self.residual = options.residual
+        self.dropout = options.dropout
+        self.copies = k
         self.new_channels = width - width_in
-        self.convolution1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
-        self.normalisation1 = nn.BatchNorm2d(width)
-        self.convolution2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.normalisation2 = nn.BatchNorm2d(width)
+        pre = options.preactivation
+        outer_k = 1 if pre else k  # of the convolution before the sum
+        activation = partial(options.activation.module, inplace=True)
+        first, second = (1, 3) if self.bottleneck else (3, 3)
+        second_stride, groups = (stride, options.groups) if self.bottleneck else (1, 1)
+        second_out = k * inner if self.bottleneck else outer_k * width
+        self.convolution1 = nn.Conv2d(
+            width_in, k * inner, first, 1 if self.bottleneck else stride, padding=first // 2, bias=False
+        )
+        self.normalisation1 = nn.BatchNorm2d(k * width_in if pre else k * inner)
+        self.activation1 = activation(width_in if pre else inner)
+        self.convolution2 = nn.Conv2d(inner, second_out, second, second_stride, padding=1, groups=groups, bias=False)
+        self.normalisation2 = nn.BatchNorm2d(k * inner if pre else second_out)
+        self.activation2 = activation(inner if pre or self.bottleneck else width)
+        if self.bottleneck:
+            self.convolution3 = nn.Conv2d(inner, outer_k * width, 1, bias=False)
+            self.normalisation3 = nn.BatchNorm2d(k * inner if pre else outer_k * width)
+            self.activation3 = activation(inner if pre else width)
+        self.squeeze_excitation = (
+            SqueezeExcitation(outer_k * width, options.squeeze_excitation) if options.squeeze_excitation else None
+        )
+        self.projection: nn.Conv2d | None = None
+        self.projection_normalisation: nn.BatchNorm2d | None = None
+        if self.residual and options.shortcut == "B" and (stride != 1 or self.new_channels):
+            self.projection = nn.Conv2d(width_in, width, 1, stride, bias=False)
+            if not pre:
+                self.projection_normalisation = nn.BatchNorm2d(width)
+        if pre and options.activation.name == "maxout":
+            _spread(self.normalisation1, k)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Drawn on the CPU: no device has to be waited for.
+        if self.training and self.survival < 1 and torch.rand((), device="cpu").item() >= self.survival:
+            return self._skip(x)
+        return self._forward_pre(x) if self.preactivation else self._forward_post(x)
+
+    def _forward_post(self, x: Tensor) -> Tensor:
         # In place where no gradient needs what is overwritten: these layers are bound by memory.
-        residual = functional.relu(self.normalisation1(self.convolution1(x)), inplace=True)
-        residual = self.normalisation2(self.convolution2(residual))
-        return functional.relu(residual.add_(self.shortcut(x)), inplace=True)
+        residual = self.activation1(self.normalisation1(self.convolution1(x)))
+        residual = self.normalisation2(self.convolution2(self._dropped(residual)))
+        if self.bottleneck:
+            residual = self.normalisation3(self.convolution3(self.activation2(residual)))
+        if self.residual:
+            residual = self._scaled(residual).add_(_copies(self.shortcut(x), self.copies))
+        else:
+            residual = self._scaled(residual)
+        y: Tensor = (self.activation3 if self.bottleneck else self.activation2)(residual)
+        return y
+
+    def _forward_pre(self, x: Tensor) -> Tensor:
+        activated = self.activation1(self.normalisation1(_copies(x, self.copies)))
+        residual = self.activation2(self.normalisation2(self.convolution1(activated)))
+        residual = self.convolution2(self._dropped(residual))
+        if self.bottleneck:
+            residual = self.convolution3(self.activation3(self.normalisation3(residual)))
+        residual = self._scaled(residual)
+        if self.residual:
+            residual = residual.add_(self.shortcut(x if self.projection is None else activated))
+        return residual
+
+    def _skip(self, x: Tensor) -> Tensor:
+        """The block without F, as stochastic depth leaves it."""
+        if not self.preactivation:
+            y: Tensor = (self.activation3 if self.bottleneck else self.activation2)(
+                self._without_gradient(_copies(self.shortcut(x), self.copies))
+            )
+            return y
+        if self.projection is not None:
+            x = self.activation1(self.normalisation1(_copies(x, self.copies)))
+        return self._without_gradient(self.shortcut(x))
+
+    def _without_gradient(self, x: Tensor) -> Tensor:
+        y: Tensor = _ZeroGradients.apply(x, *self.parameters())  # type: ignore[no-untyped-call]
+        return y
+
+    def _dropped(self, residual: Tensor) -> Tensor:
+        return functional.dropout(residual, self.dropout, self.training) if self.dropout else residual
+
+    def _scaled(self, residual: Tensor) -> Tensor:
+        """By squeeze and excitation, and when evaluating by how often the block took part in training."""
+        if self.squeeze_excitation is not None:
+            residual = self.squeeze_excitation(residual)
+        return residual if self.training or self.survival == 1 else residual * self.survival
 
     def shortcut(self, x: Tensor) -> Tensor:
+        """x in the block's output shape: itself; else by 1x1 convolution (option B), or every second row and column
+        and zeros for the new channels (option A), which has no parameters.
+        """
+        if self.projection is not None:
+            x = self.projection(x)
+            return x if self.projection_normalisation is None else self.projection_normalisation(x)
         if self.stride == 1 and self.new_channels == 0:
             return x
         before = self.new_channels // 2
         return functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before))
 
 
+class _ZeroGradients(torch.autograd.Function):
+    """A copy of x, and zero as the gradient of parameters that have no part in it.
+
+    Fused optimisers cannot begin with some parameters later than with others, as they would have to where there is none
+    at all in the first steps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        # A copy: an activation in place must not overwrite what the block before keeps for its gradient.
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        zeros = zip(ctx.needs_input_grad[1:], ctx.saved_tensors, strict=True)
+        return gradients[0], *(torch.zeros_like(parameter) if needed else None for needed, parameter in zeros)
+
+
+class SqueezeExcitation(nn.Module):
+    """x·σ(W2 relu(W1 m)), m the mean over rows and columns: Hu et al. 2018 (arXiv 1709.01507), eq. 2 to 4."""
+
+    def __init__(self, width: int, reduction: int) -> None:
+        super().__init__()
+        narrow = max(1, width // reduction)
+        self.squeeze = nn.Linear(width, narrow, bias=False)
+        self.excite = nn.Linear(narrow, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.excite(functional.relu(self.squeeze(x.mean(dim=(2, 3))))))
+        return x * gate[:, :, None, None]
+
+
+class Stage(NamedTuple):
+    blocks: int
+    width: int
+    """Channels of a block's output."""
+    inner: int
+    """Channels between its convolutions."""
+
+
 class ResNet(nn.Module):
     """Images (B, 3, H, W), normalised, to class scores (B, classes) before the softmax.
 
-    Raises ValueError unless `depth` is 6n+2. Convolutions start as in He et al. 2015b (arXiv 1502.01852), eq. 14.
+    - `depth` layers with weights: see `blocks_per_stage`. `width` channels after the stem and in the first stage, whose
+      blocks have `widening` times as many (Zagoruyko & Komodakis 2016, arXiv 1605.07146).
+    - `shortcut`: see `Block.shortcut`; `residual=False` leaves shortcuts out, which is the plain net of the paper.
+    - `groups` of `group_width` channels each (twice as many each stage) in the 3x3 convolution of a bottleneck: ResNeXt
+      (Xie et al. 2017, arXiv 1611.05431). `squeeze_excitation` is its reduction r, 0 for none.
+    - `dropout` of activations before the second convolution of a block.
+    - `survival`: the probability that the last block takes part in a training step, falling to it linearly from 1 at
+      the stem: Huang et al. 2016 (arXiv 1603.09382), eq. 4; eq. 5 when evaluating. What is left out has gradient zero.
+    - `stem`: "cifar" is a 3x3 convolution; "imagenet" a 7x7 one and a max-pooling, each of stride 2.
+    - `activation`, `pieces`, `beta`, `learned_beta`: see `Activation`. With `match` "parameters" a network whose
+      activation takes several inputs is made narrower, by one factor for all widths, until it has about as many
+      parameters as with one input; "width" leaves the channels as they are.
+    - `checkpointing` keeps each block's input only and computes the rest again for the gradient: less memory, a third
+      more time, the same gradients.
+
+    Convolutions start as in He et al. 2015b (arXiv 1502.01852), eq. 14, with the activation's gain.
+    Raises ValueError for a depth that does not fit and for groups without bottleneck.
     """
 
-    def __init__(self, depth: int, classes: int) -> None:
+    def __init__(
+        self,
+        depth: int = 20,
+        classes: int = 10,
+        *,
+        stages: Literal[3, 4] = 3,
+        block: BlockKind = "basic",
+        preactivation: bool = False,
+        residual: bool = True,
+        width: int = 16,
+        widening: int = 1,
+        shortcut: Literal["A", "B"] = "A",
+        groups: int = 1,
+        group_width: int | None = None,
+        squeeze_excitation: int = 0,
+        dropout: float = 0.0,
+        survival: float = 1.0,
+        stem: Literal["cifar", "imagenet"] = "cifar",
+        activation: activations.Name = "relu",
+        pieces: int = 2,
+        beta: float = 1.0,
+        learned_beta: bool = False,
+        match: Literal["width", "parameters"] = "width",
+        checkpointing: bool = False,
+    ) -> None:
         super().__init__()
-        if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"depth must be 6n+2, not {depth}")
-        blocks_per_stage = (depth - 2) // 6
-        self.convolution = nn.Conv2d(3, STAGE_WIDTHS[0], 3, padding=1, bias=False)
-        self.normalisation = nn.BatchNorm2d(STAGE_WIDTHS[0])
-        blocks = []
-        width_in = STAGE_WIDTHS[0]
-        for stage, width in enumerate(STAGE_WIDTHS):
-            for position in range(blocks_per_stage):
-                stride = 2 if stage > 0 and position == 0 else 1
-                blocks.append(Block(width_in, width, stride))
-                width_in = width
+        counts = blocks_per_stage(depth, stages=stages, block=block, preactivation=preactivation)
+        if (groups > 1 or group_width is not None) and (block != "bottleneck" or group_width is None):
+            raise ValueError("groups need bottleneck blocks and a group_width")
+        chosen = Activation(activation, pieces, beta, learned_beta)
+        options = Options(
+            block, preactivation, residual, shortcut, groups, squeeze_excitation, dropout, activation=chosen
+        )
+        first, plan = _plan(counts, width, widening, block, groups, group_width)
+        if match == "parameters" and chosen.inputs > 1:
+            one_input = Options(**{**vars(options), "activation": Activation()})
+            target = _parameters(first, plan, one_input, classes, stem)
+            # The number of parameters rises with the factor, in steps: the best of what halving tries is a step away.
+            low, high, least = 0.0, 1.0, target
+            for _ in range(20):
+                factor = (low + high) / 2
+                tried = _plan(counts, width * factor, widening, block, groups, group_width and group_width * factor)
+                excess = _parameters(*tried, options, classes, stem) - target
+                low, high = (factor, high) if excess < 0 else (low, factor)
+                if abs(excess) <= least:
+                    (first, plan), least = tried, abs(excess)
+        self.preactivation = preactivation
+        self.checkpointing = checkpointing
+        self.imagenet_stem = stem == "imagenet"
+        self.copies = chosen.inputs if preactivation else 1
+        activated = plan[-1].width if preactivation else first
+        self.convolution = _first_convolution(first, options, stem)
+        self.normalisation = nn.BatchNorm2d(activated * chosen.inputs)
+        self.activation = chosen.module(activated, inplace=True)
+        blocks: list[nn.Module] = []
+        width_in, total = first, sum(counts)
+        for number, layout in enumerate(plan):
+            for position in range(layout.blocks):
+                stride = 2 if number > 0 and position == 0 else 1
+                lasting = 1 - (len(blocks) + 1) / total * (1 - survival)
+                blocks.append(
+                    Block(width_in, layout.width, stride, inner=layout.inner, survival=lasting, options=options)
+                )
+                width_in = layout.width
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(width_in, classes)
+        if preactivation and chosen.name == "maxout":
+            _spread(self.normalisation, self.copies)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                fan_out = module.out_channels // module.groups * module.weight[0, 0].numel()
+                nn.init.normal_(module.weight, std=chosen.gain / math.sqrt(fan_out))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = functional.relu(self.normalisation(self.convolution(images)), inplace=True)
-        x = self.blocks(x)
+        x = self.convolution(images)
+        if not self.preactivation:
+            x = self.activation(self.normalisation(x))
+        if self.imagenet_stem:
+            x = functional.max_pool2d(x, 3, stride=2, padding=1)
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_contexts, block))
+        else:
+            x = self.blocks(x)
+        if self.preactivation:
+            x = self.activation(self.normalisation(_copies(x, self.copies)))
         scores: Tensor = self.classifier(x.mean(dim=(2, 3)))
         return scores
 
 
-def multiply_adds(model: nn.Module, image_size: int) -> int:
-    """Multiply-adds that convolutions and linear layers spend on one image of `image_size` pixels a side."""
-    total = 0
+def blocks_per_stage(depth: int, *, stages: int, block: BlockKind, preactivation: bool) -> tuple[int, ...]:
+    """How many blocks each stage has. Raises ValueError for a depth that none has.
 
-    def count(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        if isinstance(module, nn.Conv2d):
-            total += output[0].numel() * module.weight[0].numel()
-        elif isinstance(module, nn.Linear):
-            total += output[0].numel() * module.in_features
+    Three stages of n blocks: 6n+2 layers with weights, or 9n+2 for bottlenecks; with pre-activation also 6n+4, as wide
+    networks count, with the three projections. Four stages: 18 or 34, and 50, 101 or 152 for bottlenecks.
+    """
+    if stages == 4:
+        if depth not in _FOUR_STAGES[block]:
+            raise ValueError(f"depth must be one of {', '.join(map(str, _FOUR_STAGES[block]))}, not {depth}")
+        return _FOUR_STAGES[block][depth]
+    period = 9 if block == "bottleneck" else 6
+    extra = (2, 4) if preactivation and block == "basic" else (2,)
+    for more in extra:
+        if depth - more >= period and (depth - more) % period == 0:
+            return ((depth - more) // period,) * 3
+    raise ValueError(f"depth must be {' or '.join(f'{period}n+{more}' for more in extra)}, not {depth}")
 
-    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    was_training = model.training
-    try:
-        with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, image_size, image_size))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+
+def _plan(
+    counts: tuple[int, ...],
+    width: float,
+    widening: int,
+    block: BlockKind,
+    groups: int,
+    group_width: float | None,
+) -> tuple[int, list[Stage]]:
+    """Channels of the stem, and the stages; widths that are no whole numbers are rounded."""
+
+    def whole(channels: float) -> int:
+        return max(1, round(channels))
+
+    plan = []
+    for number, count in enumerate(counts):
+        wide = width * widening * 2**number
+        inner = whole(wide) if group_width is None else groups * whole(group_width * widening * 2**number)
+        plan.append(Stage(count, whole(4 * wide) if block == "bottleneck" else whole(wide), inner))
+    return whole(width), plan
+
+
+def _parameters(
+    first: int, plan: list[Stage], options: Options, classes: int, stem: Literal["cifar", "imagenet"]
+) -> int:
+    """The parameters of a network, without building more than two blocks of a stage and without memory for them."""
+
+    def size(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    with torch.device("meta"):
+        activated = plan[-1].width if options.preactivation else first
+        total = size(_first_convolution(first, options, stem)) + 2 * options.activation.inputs * activated
+        total += size(options.activation.module(activated)) + (plan[-1].width + 1) * classes
+        width_in = first
+        for number, stage in enumerate(plan):
+            build = partial(Block, width=stage.width, inner=stage.inner, options=options)
+            total += size(build(width_in, stride=1 if number == 0 else 2))
+            total += (stage.blocks - 1) * size(build(stage.width, stride=1))
+            width_in = stage.width
     return total
+
+
+def _first_convolution(width: int, options: Options, stem: Literal["cifar", "imagenet"]) -> nn.Conv2d:
+    kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
+    outputs = width if options.preactivation else options.activation.inputs * width
+    return nn.Conv2d(3, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def _copies(x: Tensor, k: int) -> Tensor:
+    """(B, C, H, W) → (B, kC, H, W), k times the same."""
+    return x if k == 1 else torch.cat([x] * k, dim=1)
+
+
+def _spread(normalisation: nn.BatchNorm2d, k: int) -> None:
+    """Let the k copies that a Maxout chooses from start as tangents of a rounded ReLU; for k = 2 they are x and 0.
+
+    Were they alike, they would get the same gradient and stay alike.
+    """
+    with torch.no_grad():
+        slopes = torch.linspace(1, 0, k).repeat_interleave(normalisation.num_features // k)
+        normalisation.weight.copy_(slopes)
+        normalisation.bias.copy_(slopes * (1 - slopes) / 2)
+
+
+def _contexts(
+    block: nn.Module,
+) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    return contextlib.nullcontext(), _statistics_put_back(block)
+
+
+@contextlib.contextmanager
+def _statistics_put_back(block: nn.Module) -> Iterator[None]:
+    """Let computing a block again update copies of its running statistics: they have seen this batch already."""
+    layers = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    kept = [dict(layer.named_buffers(recurse=False)) for layer in layers]
+    for layer, buffers in zip(layers, kept, strict=True):
+        for name, buffer in buffers.items():
+            setattr(layer, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for layer, buffers in zip(layers, kept, strict=True):
+            for name, buffer in buffers.items():
+                setattr(layer, name, buffer)

@@ -23,6 +23,8 @@ from dl7cli.recipe import ClassificationRecipe, FastResNetModel, ResNetModel
 
 EVALUATION_BATCH = 500
 WHITENING_IMAGES = 5000
+_STEM_SIZE = 64
+"""Smallest side of an image that the `imagenet` stem, which makes it a quarter, is for."""
 
 
 class ImageBatch(NamedTuple):
@@ -70,6 +72,13 @@ class Classification:
                 "image_size": int(images.shape[1]),
             }
         self.assets = assets
+        section = recipe.model
+        if isinstance(section, ResNetModel) and section.stem == "imagenet" and assets["image_size"] < _STEM_SIZE:
+            raise UserError(
+                f"`model.stem` is `imagenet`, for images of {_STEM_SIZE} pixels and more; "
+                f"those of `{recipe.data.source}` have {assets['image_size']}",
+                hint="`--set model.stem=cifar`, or `--set data.image_size=64`",
+            )
         seed_everything(recipe.training.seed)
         model = _model(recipe.model, len(assets["classes"]))
         if fresh and isinstance(model, FastResNet):
@@ -249,7 +258,7 @@ class Classification:
 def _model(section: ResNetModel | FastResNetModel, classes: int) -> ResNet | FastResNet:
     match section:
         case ResNetModel():
-            return ResNet(section.depth, classes)
+            return ResNet(classes=classes, **section.model_dump(exclude={"kind"}))
         case FastResNetModel():
             return FastResNet(classes, section.widths)
 

@@ -1,0 +1,127 @@
+"""`dl7 plot`: figures, written to files."""
+
+import contextlib
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dl7cli.cli import console
+from dl7cli.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+app = typer.Typer(no_args_is_help=True, help="Draw figures.")
+
+_SUFFIXES = (".png", ".svg")
+_RANGE = 5.0
+_COLOURS = 10
+"""Colours of matplotlib's cycle; what comes after them is drawn dashed."""
+
+Output = Annotated[
+    Path,
+    typer.Option("--output", metavar="FILE", help="Where to write the figure: a .png or .svg file."),
+]
+
+
+@app.callback()
+def figures() -> None:
+    """Draw figures."""  # a group also while it has one command
+
+
+@app.command(epilog="Example: dl7 plot activations swish su relu --output activations.svg")
+def activations(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Activations to draw, such as relu; swish and su if not given."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Draw all activations.")] = False,
+    output: Output = Path("activations.png"),
+) -> None:
+    """Draw activation functions and their derivatives.
+
+    Maxout and GLU are functions of several numbers: Maxout is drawn over x and -x, GLU over x and x, which
+    is Swish.
+    """
+    if every and names:
+        raise typer.BadParameter("give names or --all, not both")
+    if output.suffix.lower() not in _SUFFIXES:
+        raise UserError(
+            f"`{output}` does not end in {' or '.join(f'`{suffix}`' for suffix in _SUFFIXES)}",
+            hint="the suffix says which format is written",
+        )
+    from dl7cli.models.activations import NAMES
+
+    chosen = list(NAMES) if every else list(dict.fromkeys(names or ("swish", "su")))
+    for name in chosen:
+        if name not in NAMES:
+            near = difflib.get_close_matches(name, NAMES, n=1)
+            suggestion = f" (did you mean `{near[0]}`?)" if near else ""
+            raise UserError(f"there is no activation `{name}`{suggestion}", hint=f"there are {', '.join(NAMES)}")
+    with replacing(output) as written:
+        figure = _drawn(chosen)
+        figure.savefig(written, format=output.suffix[1:].lower(), dpi=150)
+    console.note(f"written to {output}")
+
+
+def curve(name: str, x: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return the values and the derivatives of an activation of one number at each of `x`."""
+    import torch
+
+    from dl7cli.models.activations import Activation
+
+    activation = Activation(name)  # type: ignore[arg-type]
+    points = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    second = -points if name == "maxout" else points
+    inputs = torch.stack([points, second][: activation.inputs], dim=1)
+    values = activation.module(1).double()(inputs)[:, 0]
+    (slopes,) = torch.autograd.grad(values.sum(), points)
+    return values.tolist(), slopes.tolist()
+
+
+def _drawn(names: Sequence[str]) -> "Figure":
+    """The functions side by side with their derivatives."""
+    # Without pyplot, which would look for a screen and keep every figure.
+    from matplotlib.figure import Figure
+
+    # An even number of points: 0, where several functions have a kink and no derivative, is none of them.
+    x = [_RANGE * (2 * point / 799 - 1) for point in range(800)]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    values, slopes = figure.subplots(1, 2)
+    for number, name in enumerate(names):
+        for axes, y in zip((values, slopes), curve(name, x), strict=True):
+            axes.plot(x, y, "-" if number < _COLOURS else "--", color=f"C{number % _COLOURS}", label=name)
+    for axes, title in ((values, "f(x)"), (slopes, "f′(x)")):
+        axes.set(title=title, xlabel="x", xlim=(-_RANGE, _RANGE))
+        axes.grid(alpha=0.3)
+        axes.axhline(0, color="black", linewidth=0.6)
+        axes.axvline(0, color="black", linewidth=0.6)
+    # Beside the curves, so that it covers none of them.
+    figure.legend(*values.get_legend_handles_labels(), loc="outside right center")
+    return figure
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file beside `path` to write, which takes its place at the end, or goes away if something goes wrong.
+
+    Raises UserError where it cannot be written.
+    """
+    if path.is_dir():
+        raise UserError(f"`{path}` cannot be written: it is a folder")
+    # Where the name is a link, the file that it leads to is replaced.
+    target = path.resolve()
+    written = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        written.touch(exist_ok=False)
+        yield written
+        written.replace(target)
+    except OSError as error:
+        raise UserError(f"`{path}` cannot be written: {console.reason(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            written.unlink(missing_ok=True)

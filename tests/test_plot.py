@@ -1,0 +1,99 @@
+"""Figures: the curves are the functions, the file is of the kind its name says, and never half of one."""
+
+import math
+import re
+from pathlib import Path
+
+import matplotlib.figure
+import PIL.Image
+import pytest
+import typer
+
+from dl7cli.cli import plot
+from dl7cli.errors import UserError
+
+
+def test_the_default_is_swish_against_sus_function_as_the_article_draws_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    save = matplotlib.figure.Figure.savefig
+
+    def seen(figure: matplotlib.figure.Figure, *args: object, **options: object) -> None:
+        figures.append(figure)
+        save(figure, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", seen)
+    plot.activations(output=tmp_path / "figure.png")
+    with PIL.Image.open(tmp_path / "figure.png") as image:
+        assert image.format == "PNG"
+        assert image.width > image.height > 400
+    assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]
+    values, slopes = figures[0].axes
+    assert [line.get_label() for line in values.lines[:2]] == ["swish", "su"]
+    swish, su = (dict(line.get_xydata().tolist()) for line in values.lines[:2])
+    assert len(swish) == len(su) > 500
+    assert all(math.isclose(y, x / (1 + math.exp(-x)), abs_tol=1e-12) for x, y in swish.items())
+    assert all(math.isclose(y, max(x, x * math.exp(-abs(x))), abs_tol=1e-12) for x, y in su.items())
+    for function, line in zip((swish, su), slopes.lines[:2], strict=False):
+        points = sorted(function)
+        slope = dict(line.get_xydata().tolist())
+        for left, here, right in zip(points, points[1:], points[2:], strict=False):
+            if abs(here) > 0.02:  # across a bend the difference is that of neither side
+                difference = (function[right] - function[left]) / (right - left)
+                assert math.isclose(slope[here], difference, abs_tol=1e-3)
+
+
+def test_all_are_drawn_into_an_svg_with_their_names(tmp_path: Path) -> None:
+    plot.activations(every=True, output=tmp_path / "all.SVG")
+    text = (tmp_path / "all.SVG").read_text(encoding="utf-8")
+    assert "<svg" in text
+    # Letters are drawn as paths; each text stands in a comment before it.
+    for name in ("relu", "softsign", "glu", "maxout", "leaky_relu"):
+        assert re.search(rf"<!-- {name} -->", text)
+
+
+def test_a_name_given_twice_is_drawn_once(tmp_path: Path) -> None:
+    plot.activations(["relu", "tanh", "relu"], output=tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_text(encoding="utf-8").count("<!-- relu -->") == 1
+
+
+def test_maxout_and_glu_are_drawn_over_what_the_help_says() -> None:
+    x = [-2.0, -0.5, 1.0, 3.0]
+    assert plot.curve("maxout", x) == ([2.0, 0.5, 1.0, 3.0], [-1.0, -1.0, 1.0, 1.0])
+    for ours, swish in zip(plot.curve("glu", x), plot.curve("swish", x), strict=True):
+        assert ours == pytest.approx(swish)
+
+
+def test_what_was_there_stays_where_drawing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "a.png"
+    target.write_bytes(b"before")
+
+    def full(figure: object, file: Path, **options: object) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", full)
+    with pytest.raises(UserError, match="cannot be written: no space left on device"):
+        plot.activations(output=target)
+    assert target.read_bytes() == b"before"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_folder_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(UserError, match="it is a folder"):
+        plot.activations(output=tmp_path / "a.png")
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "old.png").write_bytes(b"before")
+    (tmp_path / "a.png").symlink_to("old.png")
+    plot.activations(["relu"], output=tmp_path / "a.png")
+    assert (tmp_path / "a.png").is_symlink()
+    assert (tmp_path / "old.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_and_all_do_not_go_together() -> None:
+    with pytest.raises(typer.BadParameter):
+        plot.activations(["relu"], every=True)
