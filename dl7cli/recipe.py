@@ -1,7 +1,8 @@
 """Recipes: what is trained, as TOML files checked against a schema. Knows no torch and no data.
 
-A recipe has five sections: `data`, `model`, `training`, `optim` and, for translation, `decoding`. A sixth table of the
-file, `fallback`, holds the keys that change when the built-in set stands in for the recipe's own data.
+A recipe has five sections: `data`, `model`, `training`, `optim` and `evaluation` (of a classifier) or `decoding` (of a
+translator). A sixth table of the file, `fallback`, holds the keys that change when the built-in set stands in for the
+recipe's own data.
 """
 
 import difflib
@@ -114,6 +115,11 @@ class Optim(Section):
     """Gradients are scaled down to this norm; 0: never."""
 
 
+class Evaluation(Section):
+    flip: bool = False
+    """Whether a classifier averages its logits over an image and its mirror image, at twice the cost."""
+
+
 class Decoding(Section):
     beam: Annotated[int, Field(ge=1, le=100)] = 5
     length_penalty: Annotated[float, Field(ge=0, le=5)] = 0.6
@@ -126,6 +132,7 @@ class ClassificationRecipe(Section):
     model: ResNetModel
     training: ImageTraining
     optim: Optim
+    evaluation: Evaluation = Evaluation()
 
     @property
     def task(self) -> str:

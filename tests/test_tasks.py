@@ -1,5 +1,6 @@
 """Tasks: batches, losses and scores against slow answers made from the same numbers one example at a time."""
 
+import copy
 import math
 import shutil
 from collections import Counter
@@ -318,6 +319,41 @@ def test_evaluation_does_not_depend_on_its_batches(build: Callable[..., Any], mo
     whole = task.evaluate("train")
     monkeypatch.setattr(classification, "EVALUATION_BATCH", 3)
     assert task.evaluate("train") == whole
+
+
+def test_scores_are_the_mean_over_an_image_and_its_mirror_image(build: Callable[..., Any]) -> None:
+    plain, both = build("resnet"), build("resnet", "evaluation.flip=true")
+    for task in (plain, both):
+        for batch in plain.batches(0):  # so that running statistics are not those of the start
+            task.model.train()(batch.images)
+    images = torch.tensor(plain._splits()["test"].images)
+    found = both._scores(images)
+    model = copy.deepcopy(plain.model).double().eval()
+    for number, image in enumerate(images.numpy()):
+        passes = []
+        for pixels in (image, image[:, ::-1]):
+            values = (pixels / 255 - plain.assets["mean"]) / plain.assets["deviation"]
+            with torch.no_grad():
+                passes.append(model(torch.tensor(values).permute(2, 0, 1)[None])[0])
+        assert (passes[0] - passes[1]).abs().max() > 1e-3, "a mirror image has scores of its own"
+        assert (found[number] - (passes[0] + passes[1]) / 2).abs().max() < 1e-5
+    assert torch.equal(both._scores(images.flip(2)), found)
+    assert not torch.equal(plain._scores(images.flip(2)), plain._scores(images))
+
+
+def test_validation_test_and_classifying_all_see_mirror_images(
+    build: Callable[..., Any], tiny: dict[str, Path]
+) -> None:
+    task = build("resnet", "evaluation.flip=true")
+    file = next((tiny["resnet"].parent / "images" / "test").rglob("*.png"))
+    seen: list[Tensor] = []
+    task.model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    for use in (task.validate, lambda: task.evaluate("test"), lambda: task.classify([file], 3)):
+        seen.clear()
+        use()
+        assert len(seen) == 2
+        assert torch.equal(seen[0].flip(3), seen[1])
+    assert resolve(str(tiny["resnet"])).recipe.evaluation.flip is False, "it is asked for"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -147,9 +147,14 @@ class Classification:
         return answers
 
     def _scores(self, images: Tensor) -> Tensor:
+        """images (N, H, W, 3) uint8 → logits (N, classes) float32; with `evaluation.flip` the mean over mirror images."""
         with evaluation_mode(self.model), self.runtime.autocast():
-            scores: Tensor = self.model(self._normalise(images))
-            return scores.float()
+            normalised = self._normalise(images)
+            scores: Tensor = self.model(normalised).float()
+            if self.recipe.evaluation.flip:
+                # A second pass, not a batch of twice the size: the memory evaluation needs stays the same.
+                scores = (scores + self.model(normalised.flip(-1)).float()) / 2
+            return scores
 
     def _normalise(self, images: Tensor) -> Tensor:
         return augmentation.normalise(images, self.assets["mean"], self.assets["deviation"])
