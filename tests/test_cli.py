@@ -368,7 +368,7 @@ def test_errors_are_coloured_on_a_terminal_unless_unwanted(tmp_path: Path) -> No
 def test_train_prints_one_object_and_tells_the_rest_on_standard_error(work: Path, images: Path) -> None:
     result = json.loads((work / "resnet.out").read_text(encoding="utf-8"))
     assert set(result) == {
-        *("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "seconds"),
+        *("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "details", "seconds"),
         *("steps", "training_seconds", "best_epoch", "parameters", "device", "precision", "rate", "peak_memory_bytes"),
     }
     assert result["run"] == "runs/resnet-1"
@@ -395,7 +395,7 @@ def test_eval_gives_the_score_of_training(work: Path) -> None:
     trained = json.loads((work / "resnet.out").read_text(encoding="utf-8"))
     result = succeed("eval", "runs/resnet-1", "--json", cwd=work).document
     assert set(result) == {
-        *("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "seconds")
+        *("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "details", "seconds")
     }
     assert {**result, "seconds": 0} == {key: trained[key] for key in result} | {"seconds": 0}
     shown = succeed("eval", "runs/resnet-1", "--split", "validation", cwd=work).out
