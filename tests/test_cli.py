@@ -534,7 +534,7 @@ def test_classify_names_a_file_that_is_no_image(work: Path, images: Path, tmp_pa
     (tmp_path / "text.png").write_text("no image", encoding="utf-8")
     failed = dl7("classify", str(images / "test/red/0.png"), str(tmp_path / "text.png"), cwd=work)
     assert (failed.code, failed.out) == (1, "")
-    assert "text.png" in failed.err
+    assert "text.png` is not an image that can be read\nhint: what can be read are PNG, JPEG, " in failed.err
 
 
 def test_translate_one_line_in_one_line_out(work: Path, tmp_path: Path) -> None:

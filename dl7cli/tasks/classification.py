@@ -139,10 +139,25 @@ class Classification:
         return replace(scores, details={"flip": self.recipe.evaluation.flip, **scores.details})
 
     def classify(self, paths: Sequence[Path], top: int) -> list[list[tuple[str, float]]]:
-        """For each image file the `top` most probable classes with their probabilities, best first."""
-        answers = []
+        """For each image file the `top` most probable classes with their probabilities, best first.
+
+        All files are read before any is scored. Raises UserError for those that cannot be, naming every one.
+        """
+        images, refused = [], []
         for path in paths:
-            image = torch.from_numpy(np.array(read_image_file(path, self.assets["image_size"]))[None])
+            try:
+                images.append(torch.from_numpy(np.array(read_image_file(path, self.assets["image_size"]))[None]))
+            except UserError as error:
+                refused.append(error)
+        if len(refused) == 1:
+            raise refused[0]
+        if refused:
+            raise UserError(
+                "\n  ".join([f"{len(refused)} of {len(paths)} files cannot be classified:", *map(str, refused)]),
+                hint=next((error.hint for error in refused if error.hint is not None), None),
+            )
+        answers = []
+        for image in images:
             probabilities = self._scores(image.to(self.runtime.device))[0].softmax(dim=0)
             best = probabilities.topk(min(top, len(probabilities)))
             answers.append(
