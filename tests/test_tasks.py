@@ -342,6 +342,7 @@ def test_scores_are_the_mean_over_an_image_and_its_mirror_image(build: Callable[
         assert (passes[0] - passes[1]).abs().max() > 1e-3, "a mirror image has scores of its own"
         assert (found[number] - (passes[0] + passes[1]) / 2).abs().max() < 1e-5
     assert torch.equal(both._scores(images.flip(2)), found)
+    assert [task.evaluate("test").details["flip"] for task in (plain, both)] == [False, True], "a score says so"
     assert not torch.equal(plain._scores(images.flip(2)), plain._scores(images))
 
 

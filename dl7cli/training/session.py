@@ -167,7 +167,8 @@ def evaluate(
     task = tasks.load(folder, runtime=runtime, offline=offline, progress=progress, data=data)
     if confusion and isinstance(task, Translation):
         raise UserError(
-            f"run `{found.folder}` is a translator: it has no confusion matrix to draw", hint="leave the option out"
+            f"run `{found.folder}` is a translator: it has no confusion matrix to draw",
+            hint="name the run of a classifier, or leave the option out",
         )
     if not isinstance(task, Translation) and (beam is not None or length_penalty is not None):
         raise UserError(f"run `{found.folder}` is a classifier: it has no beam", hint="leave the option out")
