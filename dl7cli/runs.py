@@ -6,6 +6,7 @@ only: the lock is `flock`.
 
 import contextlib
 import difflib
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -202,6 +203,21 @@ def trim_metrics(run: Run, step: int, epochs: int) -> None:
 def append_evaluation(run: Run, record: dict[str, Any]) -> None:
     """Add a line to `evaluations.jsonl`: the record after the time in UTC. Raises as `append_metrics`."""
     _append(run.folder / _EVALUATIONS, {"time": _now(), **record})
+
+
+def refuse_unwritable(run: Run) -> None:
+    """Raise UserError where `append_evaluation` would, so that no score is seen that could not be noted."""
+    path = run.folder / _EVALUATIONS
+    try:
+        if os.path.lexists(path):
+            with path.open("ab"):
+                return
+        # Not made and removed again: another process may be about to write its own reading.
+        if not os.access(run.folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        hint = "each reading of a split is noted there: make it writable, or evaluate a copy of the run folder"
+        raise UserError(f"cannot write `{path}`: {_reason(error)}", hint) from error
 
 
 def evaluations(run: Run) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 SURFACE = {
     "": "--version",
     "train": f"RECIPE --data --set --seed --out --resume {COMMON}",
-    "eval": f"RUN --split --data --beam --length-penalty {COMMON}",
+    "eval": f"RUN --split --data --beam --length-penalty --plot {COMMON}",
     "translate": f"TEXT --run --input --output --beam --length-penalty --n-best {COMMON}",
     "classify": f"IMAGE --run --top {COMMON}",
     "recipes": "",
@@ -387,7 +387,7 @@ def test_errors_are_coloured_on_a_terminal_unless_unwanted(tmp_path: Path) -> No
 def test_train_prints_one_object_and_tells_the_rest_on_standard_error(work: Path, images: Path) -> None:
     result = json.loads((work / "resnet.out").read_text(encoding="utf-8"))
     assert set(result) == {
-        *("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "seconds"),
+        *("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "details", "seconds"),
         *("steps", "training_seconds", "best_epoch", "parameters", "device", "precision", "rate", "peak_memory_bytes"),
     }
     assert result["run"] == "runs/resnet-1"
@@ -414,11 +414,110 @@ def test_eval_gives_the_score_of_training(work: Path) -> None:
     trained = json.loads((work / "resnet.out").read_text(encoding="utf-8"))
     result = succeed("eval", "runs/resnet-1", "--json", cwd=work).document
     assert set(result) == {
-        *("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "seconds")
+        *("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "details", "seconds")
     }
     assert {**result, "seconds": 0} == {key: trained[key] for key in result} | {"seconds": 0}
     shown = succeed("eval", "runs/resnet-1", "--split", "validation", cwd=work).out
-    assert re.fullmatch(r"accuracy \d\.\d{4} on the validation split of .* \(3 images, \d+s\)\n", shown)
+    first, interval, details, blank, *table = shown.splitlines()
+    assert re.fullmatch(r"accuracy \d\.\d{4} on the validation split of .* \(3 images, \d+s\)", first)
+    assert re.fullmatch(r"95 % interval \d\.\d{4} to \d\.\d{4} \(Wilson\)", interval)
+    number = r"\d\.\d{4}"
+    assert re.fullmatch(
+        rf"negative log-likelihood {number}, expected calibration error {number} \(15 bins\)", details
+    ), "of two classes there is no top five"
+    assert blank == ""
+    assert [line.split()[0] for line in table] == ["CLASS", "blue", "red"]
+    assert sum(int(line.split()[1]) for line in table[1:]) == 3
+
+
+def result_of(confusion: list[list[int]], names: list[str]) -> dict[str, Any]:
+    """What `training.evaluate` returns, as far as it is printed, for predictions counted by hand."""
+    classes = [
+        {"class": name, "examples": sum(row), "accuracy": row[number] / sum(row) if sum(row) else None}
+        for number, (name, row) in enumerate(zip(names, confusion, strict=True))
+    ]
+    numbers = {"flip": True, "accuracy_interval": [0.25, 0.75], "negative_log_likelihood": None}
+    details = {**numbers, "expected_calibration_error": 0.125, "classes": classes, "confusion": confusion}
+    return {
+        **{"run": "r", "task": "classification", "recipe": "x", "data": "d", "split": "test", "examples": 9},
+        **{"primary": "accuracy", "scores": {"accuracy": 0.5, "top_5_accuracy": 0.875}, "signature": None},
+        **{"details": details, "seconds": 1.0},
+    }
+
+
+def test_classes_are_a_table_that_wide_characters_do_not_disturb(capsys: pytest.CaptureFixture[str]) -> None:
+    from dl7cli.cli.evaluate import print_result
+
+    print_result(result_of([[3, 1, 2], [0, 2, 0], [0, 0, 0]], ["犬", "cat", "none"]), as_json=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "accuracy 0.5000 on the test split of d (9 images, 1s)",
+        "95 % interval 0.2500 to 0.7500 (Wilson)",
+        "each image was scored both ways round (evaluation.flip)",
+        "top-5 accuracy 0.8750, negative log-likelihood -, expected calibration error 0.1250 (15 bins)",
+        "",
+        "CLASS  IMAGES  ACCURACY  MOST OFTEN TAKEN FOR",
+        "犬          6    0.5000  none (2)",
+        "cat         2    1.0000",
+        "none        0         -",
+    ]
+
+
+def test_of_many_classes_the_worst_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    from dl7cli.cli.evaluate import print_result
+
+    confusion = [[0] * 30 for _ in range(30)]
+    for number in range(29):  # class 29 has no images, and is not the worst
+        confusion[number][number] = 60 - number
+        confusion[number][(number + 1) % 30] = 40 + number
+    print_result(result_of(confusion, [f"c{number}" for number in range(30)]), as_json=False)
+    *_, said, header = (lines := capsys.readouterr().out.splitlines())[:-10]
+    assert (said, header.split()[0]) == ("the worst 10 of 30 classes:", "CLASS")
+    rows = [line.split() for line in lines[-10:]]
+    assert [row[0] for row in rows] == [f"c{number}" for number in range(28, 18, -1)]
+    assert rows[0] == ["c28", "100", "0.3200", "c29", "(68)"]
+
+
+def test_eval_draws_the_confusion_matrix(work: Path, tmp_path: Path) -> None:
+    for name in ("drawn.png", "drawn.SVG"):
+        (tmp_path / name).write_text("as it was", encoding="utf-8")
+        result = succeed("eval", "runs/resnet-1", "--plot", str(tmp_path / name), "--json", cwd=work)
+        assert result.document["details"]["confusion"]
+        assert f"drawn: {tmp_path / name}" in result.err
+    with PIL.Image.open(tmp_path / "drawn.png") as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 400
+    assert "<svg" in (tmp_path / "drawn.SVG").read_text(encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn.SVG", "drawn.png"]
+
+
+def test_what_cannot_be_drawn_is_refused_before_anything_is_scored(work: Path, tmp_path: Path) -> None:
+    readings = {run: (work / "runs" / run / "evaluations.jsonl").read_bytes() for run in ("resnet-1", "seq2seq-1")}
+    (tmp_path / "folder.png").mkdir()
+    for run, file, expected in (
+        ("resnet-1", "x.pdf", "ends in neither `.png` nor `.svg`"),
+        ("resnet-1", "png", "ends in neither `.png` nor `.svg`"),
+        ("resnet-1", "missing/x.png", "there is no folder"),
+        ("resnet-1", "folder.png", "it is a folder"),
+        ("seq2seq-1", "x.png", "is a translator: it has no confusion matrix"),
+    ):
+        failed = dl7("eval", f"runs/{run}", "--plot", str(tmp_path / file), cwd=work)
+        assert (failed.code, failed.out) == (1, "")
+        assert expected in failed.err
+        assert "\nhint: " in failed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+    for run, content in readings.items():
+        assert (work / "runs" / run / "evaluations.jsonl").read_bytes() == content
+
+
+def test_eval_tells_what_was_done_to_the_data(work: Path, tmp_path: Path) -> None:
+    other = draw_images(tmp_path / "other", {"train": 2, "test": 1})
+    for file in other.rglob("*.png"):
+        with PIL.Image.open(file) as image:
+            small = image.resize((20, 10))
+        small.save(file)
+    told = succeed("eval", "runs/resnet-1", "--data", str(other), "--json", cwd=work).err
+    assert "note: images of 20x10 resized and cropped to 16x16\n" in told
+    assert told.count("resized") == 1, "not also of the size they would have had"
 
 
 def test_eval_on_other_data(work: Path, tmp_path: Path) -> None:
@@ -454,7 +553,7 @@ def test_classify_names_a_file_that_is_no_image(work: Path, images: Path, tmp_pa
     (tmp_path / "text.png").write_text("no image", encoding="utf-8")
     failed = dl7("classify", str(images / "test/red/0.png"), str(tmp_path / "text.png"), cwd=work)
     assert (failed.code, failed.out) == (1, "")
-    assert "text.png" in failed.err
+    assert "text.png` is not an image that can be read\nhint: what can be read are PNG, JPEG, " in failed.err
 
 
 def test_translate_one_line_in_one_line_out(work: Path, tmp_path: Path) -> None:

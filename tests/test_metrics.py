@@ -5,11 +5,14 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from statistics import NormalDist
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from dl7cli.metrics import Scores, accuracy, bleu
+from dl7cli.metrics import Scores, accuracy, bleu, classification, expected_calibration_error, wilson_interval
 
 REFERENCES = [
     "Ein Mann mit einem orangefarbenen Hut, der etwas anstarrt.",
@@ -98,3 +101,125 @@ def test_accuracy_of_shapes_that_do_not_fit_or_of_nothing() -> None:
         accuracy(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="no examples"):
         accuracy(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
+
+
+def scored(logits: Tensor, labels: Tensor) -> tuple[Scores, dict[str, Any]]:
+    scores = classification(logits, labels, [str(number) for number in range(logits.shape[1])])
+    json.dumps(scores.details, allow_nan=False)
+    return scores, scores.details
+
+
+@pytest.mark.parametrize(("classes", "kind"), [(3, torch.float32), (10, torch.float32), (10, torch.bfloat16)])
+def test_everything_against_a_slow_loop(classes: int, kind: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    logits = (3 * torch.randn(200, classes, generator=generator)).to(kind)  # bfloat16 has many ties
+    labels = torch.where(
+        torch.rand(200, generator=generator) < 0.5,
+        logits.argmax(dim=1),
+        torch.randint(classes, (200,), generator=generator),
+    )
+    scores, details = scored(logits, labels)
+
+    right = near = 0
+    loss = 0.0
+    confusion = [[0] * classes for _ in range(classes)]
+    bins: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        order = sorted(range(classes), key=lambda column, row=row: (-row[column], column))  # type: ignore[misc]
+        chosen = order[0]
+        right += chosen == label
+        near += label in order[:5]
+        total = math.fsum(math.exp(value) for value in row)
+        loss += math.log(total) - row[label]
+        confusion[label][chosen] += 1
+        confidence = math.exp(row[chosen]) / total
+        bins[math.ceil(15 * confidence) - 1].append((confidence, chosen == label))
+    error = 0.0
+    for held in filter(None, bins):
+        share = sum(correct for _, correct in held) / len(held)
+        error += len(held) / 200 * abs(share - sum(confidence for confidence, _ in held) / len(held))
+
+    assert scores.values == {"accuracy": right / 200} | ({"top_5_accuracy": near / 200} if classes > 5 else {})
+    assert accuracy(logits, labels).values == scores.values
+    assert (scores.primary, scores.examples, scores.signature) == ("accuracy", 200, None)
+    assert details["confusion"] == confusion
+    assert details["negative_log_likelihood"] == pytest.approx(loss / 200, rel=1e-12)
+    assert details["expected_calibration_error"] == pytest.approx(error, rel=1e-12)
+    for number, entry in enumerate(details["classes"]):
+        count = sum(confusion[number])
+        assert entry == {
+            "class": str(number),
+            "examples": count,
+            "accuracy": confusion[number][number] / count,
+        }
+
+
+def test_the_interval_is_where_the_score_test_would_just_not_refuse() -> None:
+    """Its ends are, by definition, the shares p of which the one seen is 1.96 standard errors of p away."""
+    for right, examples in ((1, 10), (9151, 10_000), (50, 100), (1, 2), (9_999, 10_000)):
+        low, high = wilson_interval(right, examples)
+        assert 0 < low < right / examples < high < 1
+        for end in (low, high):
+            distance = abs(right / examples - end) / math.sqrt(end * (1 - end) / examples)
+            assert distance == pytest.approx(NormalDist().inv_cdf(0.975), rel=1e-9)
+
+
+def test_the_interval_of_none_and_of_all() -> None:
+    z = NormalDist().inv_cdf(0.975)
+    assert wilson_interval(0, 10) == (0, pytest.approx(z * z / (10 + z * z)))  # a closed form at the ends
+    assert wilson_interval(10, 10) == (pytest.approx(10 / (10 + z * z)), 1)
+    # Method 3 in table I of Newcombe 1998.
+    assert wilson_interval(81, 263) == (pytest.approx(0.2553, abs=5e-5), pytest.approx(0.3662, abs=5e-5))
+
+
+def test_calibration_by_hand() -> None:
+    # Two bins: (0, 1/2] holds 0.3 and 0.5, one of them right; (1/2, 1] holds 0.8 and 1, both right.
+    confidence = torch.tensor([0.3, 0.5, 0.8, 1.0], dtype=torch.float64)
+    correct = torch.tensor([True, False, True, True])
+    expected = 2 / 4 * abs(1 / 2 - 0.4) + 2 / 4 * abs(1 - 0.9)
+    assert expected_calibration_error(confidence, correct, 2) == pytest.approx(expected)
+    # Within a bin, what is too sure and what is too unsure cancel.
+    assert expected_calibration_error(confidence, correct, 1) == pytest.approx(abs(3 / 4 - 2.6 / 4))
+
+
+def test_a_model_that_knows_nothing_is_calibrated_and_costs_the_log_of_the_classes() -> None:
+    scores, details = scored(torch.zeros(40, 8), torch.arange(40) % 8)
+    assert details["negative_log_likelihood"] == pytest.approx(math.log(8))
+    assert details["expected_calibration_error"] == pytest.approx(0)
+    assert scores.values == {"accuracy": 1 / 8, "top_5_accuracy": 5 / 8}, "among equal entries the first count"
+
+
+def test_five_classes_have_no_top_five() -> None:
+    logits, labels = torch.randn(20, 6), torch.arange(20) % 5
+    assert set(accuracy(logits[:, :5], labels).values) == {"accuracy"}
+    assert set(accuracy(logits, labels).values) == {"accuracy", "top_5_accuracy"}
+
+
+def test_rows_that_are_not_numbers_are_wrong_in_everything() -> None:
+    logits = torch.eye(7).repeat(2, 1)
+    labels = torch.arange(14) % 7
+    logits[3, 5] = logits[9, 2] = math.nan
+    scores, details = scored(logits, labels)
+    assert scores.values == {"accuracy": 12 / 14, "top_5_accuracy": 12 / 14}
+    assert (details["negative_log_likelihood"], details["expected_calibration_error"]) == (None, None)
+    assert [entry["accuracy"] for entry in details["classes"]] == [1, 1, 0.5, 0.5, 1, 1, 1]
+    assert sum(map(sum, details["confusion"])) == 12
+    assert [entry["examples"] for entry in details["classes"]] == [2] * 7
+
+
+def test_an_impossible_label_costs_more_than_json_can_say() -> None:
+    scores, details = scored(torch.tensor([[0.0, -math.inf], [0.0, 1.0]]), torch.tensor([1, 1]))
+    assert scores.score == 0.5
+    assert details["negative_log_likelihood"] is None
+    assert details["expected_calibration_error"] is not None
+
+
+def test_a_class_without_examples_has_no_accuracy() -> None:
+    _, details = scored(torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 2.0]]), torch.tensor([0, 0]))
+    assert [entry["accuracy"] for entry in details["classes"]] == [0.5, None, None]
+    assert details["confusion"] == [[1, 0, 1], [0, 0, 0], [0, 0, 0]]
+
+
+def test_details_of_nothing() -> None:
+    with pytest.raises(ValueError, match="no examples"):
+        classification(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), ["a", "b"])

@@ -1,5 +1,6 @@
 """Tasks: batches, losses and scores against slow answers made from the same numbers one example at a time."""
 
+import copy
 import math
 import shutil
 from collections import Counter
@@ -16,7 +17,7 @@ from torch import Tensor
 from dl7cli import checkpoint, tasks
 from dl7cli.checkpoint import Checkpoint, Progress
 from dl7cli.data import augmentation
-from dl7cli.data.images import ImageSet
+from dl7cli.data.images import ImageSet, read_images
 from dl7cli.data.vocabulary import BOS, EOS, PAD
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
@@ -299,7 +300,47 @@ def test_evaluation_does_not_depend_on_its_batches(build: Callable[..., Any], mo
     task = build("resnet")
     whole = task.evaluate("train")
     monkeypatch.setattr(classification, "EVALUATION_BATCH", 3)
-    assert task.evaluate("train") == whole
+    parts = task.evaluate("train")
+    assert parts.values == whole.values
+    assert parts.details["confusion"] == whole.details["confusion"]
+    loss = whole.details["negative_log_likelihood"]
+    assert parts.details["negative_log_likelihood"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_scores_are_the_mean_over_an_image_and_its_mirror_image(build: Callable[..., Any]) -> None:
+    plain, both = build("resnet"), build("resnet", "evaluation.flip=true")
+    for task in (plain, both):
+        for batch in plain.batches(0):  # so that running statistics are not those of the start
+            task.model.train()(batch.images)
+    images = torch.tensor(plain._splits()["test"].images)
+    found = both._scores(images)
+    model = copy.deepcopy(plain.model).double().eval()
+    for number, image in enumerate(images.numpy()):
+        passes = []
+        for pixels in (image, image[:, ::-1]):
+            values = (pixels / 255 - plain.assets["mean"]) / plain.assets["deviation"]
+            with torch.no_grad():
+                passes.append(model(torch.tensor(values).permute(2, 0, 1)[None])[0])
+        assert (passes[0] - passes[1]).abs().max() > 1e-3, "a mirror image has scores of its own"
+        assert (found[number] - (passes[0] + passes[1]) / 2).abs().max() < 1e-5
+    assert torch.equal(both._scores(images.flip(2)), found)
+    assert [task.evaluate("test").details["flip"] for task in (plain, both)] == [False, True], "a score says so"
+    assert not torch.equal(plain._scores(images.flip(2)), plain._scores(images))
+
+
+def test_validation_test_and_classifying_all_see_mirror_images(
+    build: Callable[..., Any], tiny: dict[str, Path]
+) -> None:
+    task = build("resnet", "evaluation.flip=true")
+    file = next((tiny["resnet"].parent / "images" / "test").rglob("*.png"))
+    seen: list[Tensor] = []
+    task.model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    for use in (task.validate, lambda: task.evaluate("test"), lambda: task.classify([file], 3)):
+        seen.clear()
+        use()
+        assert len(seen) == 2
+        assert torch.equal(seen[0].flip(3), seen[1])
+    assert resolve(str(tiny["resnet"])).recipe.evaluation.flip is False, "it is asked for"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -333,6 +374,55 @@ def test_images_are_classified_without_the_data(tiny: dict[str, Path], tmp_path:
     assert sum(value for _, value in found.classify(files[:1], 99)[0]) == pytest.approx(1)
     with pytest.raises(UserError, match="there is no file or folder"):
         found.evaluate("test")
+
+
+def test_odd_files_are_classified_as_if_they_were_data(build: Callable[..., Any], tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = {
+        "grey.png": Image.fromarray(pixels[:, :, 0]),
+        "alpha.png": Image.fromarray(np.concatenate([pixels, pixels[:, :, :1]], axis=2)),
+        "deep.png": Image.fromarray(pixels[:, :, 1].astype(np.uint16) * 256),
+        "turned.jpg": Image.fromarray(pixels),
+        "wide.png": Image.fromarray(random.integers(0, 256, (20, 50, 3), dtype=np.uint8)),
+        "palette.gif": Image.fromarray(pixels).convert("P"),
+    }
+    folder = tmp_path / "data" / "train" / "a"
+    folder.mkdir(parents=True)
+    for name, image in files.items():
+        image.save(folder / name, **({"exif": turned, "quality": 95} if name.endswith("jpg") else {}))
+    task = build("resnet")
+    data = read_images(str(tmp_path / "data"), image_size=8).splits["train"].images
+    answers = task.classify(sorted(folder.iterdir()), 3)
+    model = copy.deepcopy(task.model).double().eval()
+    for image, answer in zip(data, answers, strict=True):
+        values = torch.tensor((image / 255 - task.assets["mean"]) / task.assets["deviation"])
+        expected = model(values.permute(2, 0, 1)[None])[0].softmax(0)
+        named = dict(zip(task.assets["classes"], expected.tolist(), strict=True))
+        assert dict(answer) == pytest.approx(named, abs=1e-5)
+    assert len({tuple(answer) for answer in answers}) == len(files), "or the test could not tell them apart"
+
+
+def test_all_files_are_read_before_any_is_scored(
+    build: Callable[..., Any], tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = build("resnet")
+    good = next((tiny["resnet"].parent / "images" / "test").rglob("*.png"))
+    (tmp_path / "text.png").write_text("no image", encoding="utf-8")
+    monkeypatch.setattr(task, "_scores", None)
+    with pytest.raises(UserError, match=r"^`.*text\.png` is not an image that can be read$") as one:
+        task.classify([good, tmp_path / "text.png", good], 3)
+    assert one.value.hint is not None
+    assert "PNG" in one.value.hint
+    bad = [tmp_path / "missing.png", tmp_path / "text.png", tmp_path]
+    with pytest.raises(UserError) as several:
+        task.classify([good, *bad], 3)
+    first, *rest = several.value.message.splitlines()
+    assert first == "3 of 4 files cannot be classified:"
+    assert [line.split("`")[1] for line in rest] == [str(path) for path in bad]
+    assert several.value.hint == one.value.hint
 
 
 # Translating

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from torch import Tensor, nn
@@ -273,7 +275,9 @@ def test_the_test_split_is_read_once(kind: str, train: Callable[..., Any], monke
     assert evaluated == ["validation"] * 3 + ["test"]
     lines = runs.evaluations(run)
     assert len(lines) == 1
-    assert {key: lines[0][key] for key in result} == result
+    small = {name: value for name, value in result["details"].items() if name not in ("classes", "confusion")}
+    assert {key: lines[0][key] for key in result} == {**result, "details": small}
+    assert len(small) == (4 if kind == "resnet" else 0)
     assert lines[0]["split"] == "test"
 
 
@@ -353,8 +357,8 @@ def test_a_run_folder_tells_all(kind: str, train: Callable[..., Any], monkeypatc
     steps = sum(task.steps(epoch) for epoch in range(3))
 
     assert set(result) == {
-        *("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "seconds", "steps"),
-        *("training_seconds", "best_epoch", "parameters", "device", "precision", "rate", "peak_memory_bytes"),
+        *("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "details", "seconds"),
+        *("steps", "training_seconds", "best_epoch", "parameters", "device", "precision", "rate", "peak_memory_bytes"),
     }
     assert (result["run"], result["recipe"], result["split"]) == ("run", kind, "test")
     assert (result["task"], result["primary"]) == (
@@ -367,7 +371,7 @@ def test_a_run_folder_tells_all(kind: str, train: Callable[..., Any], monkeypatc
     assert 0 < result["training_seconds"] < result["seconds"]
     assert result["rate"] > 0
     assert (result["signature"] is None) == (kind == "resnet")
-    assert result["scores"] == task.evaluate("test").values
+    assert (result["scores"], result["details"]) == (task.evaluate("test").values, task.evaluate("test").details)
     assert json.loads((run.folder / "result.json").read_text()) == result
 
     assert resolve(str(run.recipe_file)).recipe == task.recipe == heard.plans[0].recipe
@@ -443,9 +447,9 @@ def test_two_trainings_with_one_seed_are_the_same_and_with_two_differ(kind: str,
 def test_each_evaluation_is_a_line(train: Callable[..., Any], tiny: dict[str, Path]) -> None:
     run, result, _ = train("seq2seq")
     again = training.evaluate("run", runtime=CPU)
-    keys = ("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "seconds")
-    assert tuple(again) == keys
-    assert {key: again[key] for key in keys[:-1]} == {key: result[key] for key in keys[:-1]}
+    keys = ("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "details")
+    assert tuple(again) == (*keys, "seconds")
+    assert {key: again[key] for key in keys} == {key: result[key] for key in keys}
     other = training.evaluate("run/last", split="validation", beam=1, length_penalty=0.5, runtime=CPU)
     assert (other["split"], other["examples"]) == ("validation", 5)
     elsewhere = training.evaluate("run", data=str(tiny["seq2seq"].parent / "pairs"), split="train", runtime=CPU)
@@ -465,3 +469,53 @@ def test_a_classifier_has_no_beam_and_a_missing_split_is_named(train: Callable[.
         training.evaluate("run", split="dev", runtime=CPU)
     assert len(runs.evaluations(run)) == 1, "what failed is no reading"
     assert training.evaluate("run", runtime=CPU)["scores"] == result["scores"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_scored_that_could_not_be_noted(
+    kind: str, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _, _ = train(kind, "training.epochs=1")
+    scored: list[str] = []
+    monkeypatch.setattr(Classification if kind == "resnet" else Translation, "evaluate", scored.append)
+    log = run.folder / "evaluations.jsonl"
+    log.unlink()
+    log.mkdir()
+    with pytest.raises(UserError, match=r"cannot write `run/evaluations.jsonl`: is a directory") as caught:
+        training.evaluate("run", runtime=CPU)
+    assert caught.value.hint is not None
+    log.rmdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever may write anywhere, as root, is never refused
+    with pytest.raises(UserError, match=r"cannot write `run/evaluations.jsonl`: permission denied"):
+        training.evaluate("run", runtime=CPU)
+    assert scored == []
+
+
+def test_what_was_done_to_the_data_is_told_before_scoring(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    train("resnet", "training.epochs=1")
+    other = tmp_path / "other"
+    for split, count in (("train", 20), ("test", 2)):
+        for number, label in enumerate(("red", "green", "blue") * count):
+            file = other / split / label / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.new("RGB", (12, 10), label).save(file)
+    told: list[str] = []
+    evaluate = Classification.evaluate
+
+    def checked(task: Classification, split: str) -> Scores:
+        assert told
+        return evaluate(task, split)
+
+    monkeypatch.setattr(Classification, "evaluate", checked)
+    training.evaluate("run", data=str(other), runtime=CPU, note=told.append)
+    assert told == ["images of 12x10 resized and cropped to 8x8", "6 images of train are kept for validation"]
+
+
+def test_a_translator_has_no_confusion_matrix(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _, _ = train("seq2seq", "training.epochs=1")
+    monkeypatch.setattr(Translation, "evaluate", None)
+    with pytest.raises(UserError, match="is a translator: it has no confusion matrix"):
+        training.evaluate("run", confusion=True, runtime=CPU)
+    assert len(runs.evaluations(run)) == 1

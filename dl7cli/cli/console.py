@@ -46,17 +46,25 @@ def row(*cells: object) -> None:
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print rows in aligned columns on standard output; numbers to the right."""
     cells = [[printable(str(cell), keep="") for cell in line] for line in rows]
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    widths = [max(map(width, column)) for column in zip(header, *cells, strict=True)]
     numeric = [
         bool(cells) and all(line[column][:1].isdigit() or line[column] in ("", "-") for line in cells)
         for column in range(len(header))
     ]
     for line in [list(header), *cells]:
-        aligned = (
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
+        padded = (
+            " " * (wide - width(cell)) + cell if right else cell + " " * (wide - width(cell))
+            for cell, wide, right in zip(line, widths, numeric, strict=True)
         )
-        write("  ".join(aligned).rstrip())
+        write("  ".join(padded).rstrip())
+
+
+def width(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for each Chinese, Japanese or Korean character."""
+    return sum(
+        0 if unicodedata.combining(character) else 1 + (unicodedata.east_asian_width(character) in "WF")
+        for character in text
+    )
 
 
 def document(value: Mapping[str, Any]) -> None:

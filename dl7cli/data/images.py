@@ -108,6 +108,8 @@ def read_image_file(path: str | Path, image_size: int) -> npt.NDArray[np.uint8]:
     """
     path = Path(path)
     if not path.is_file():
+        if path.is_dir():
+            raise UserError(f"`{path}` is not a file", hint=f"name the images in it, such as `{path}/*.png`")
         raise UserError(f"there is no file `{path}`" if not path.exists() else f"`{path}` is not a file")
     with warnings.catch_warnings():
         _refuse_bombs()
@@ -310,7 +312,8 @@ def _open(encoded: Encoded, where: str, seen: _Seen | None = None) -> "PIL.Image
         zlib.error,
     ) as error:
         reason = "" if isinstance(error, PIL.UnidentifiedImageError) else f": {error}"
-        raise UserError(f"{where} is not an image that can be read{reason}") from error
+        hint = "what can be read are PNG, JPEG, JPEG 2000, GIF, WebP, TIFF, BMP and PPM images"
+        raise UserError(f"{where} is not an image that can be read{reason}", hint) from error
 
 
 def _colour(image: "PIL.Image.Image") -> "PIL.Image.Image":

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dl7cli import metrics
 from dl7cli.data import augmentation
 from dl7cli.data.images import ImageSet, read_image_file, read_images, statistics
 from dl7cli.data.sources import Progress, silent
 from dl7cli.device import Runtime, evaluation_mode, seed_everything
 from dl7cli.errors import UserError
-from dl7cli.metrics import Scores, accuracy
+from dl7cli.metrics import Scores
 from dl7cli.models.fast_resnet import FastResNet
 from dl7cli.models.resnet import ResNet
 from dl7cli.recipe import ClassificationRecipe, FastResNetModel, ResNetModel
@@ -179,18 +181,38 @@ class Classification:
         return self.evaluate("validation")
 
     def evaluate(self, split: str) -> Scores:
-        """Accuracy on a split of the data. Raises UserError where the data has no such split."""
+        """Accuracy on a split of the data, with the details of `metrics.classification`.
+
+        Two more of them are `flip` and `shift`, as the recipe has them: a score that is the mean of several readings has
+        to say so. Raises UserError where the data has no such split.
+        """
         if split not in self._splits():
             raise UserError(f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}")
         images, labels = self._resident(split)
         logits = [self._scores(images[at : at + EVALUATION_BATCH]) for at in range(0, len(labels), EVALUATION_BATCH)]
-        return accuracy(torch.cat(logits), labels)
+        scores = metrics.classification(torch.cat(logits), labels, self.assets["classes"])
+        return replace(scores, details={**self.recipe.evaluation.model_dump(), **scores.details})
 
     def classify(self, paths: Sequence[Path], top: int) -> list[list[tuple[str, float]]]:
-        """For each image file the `top` most probable classes with their probabilities, best first."""
-        answers = []
+        """For each image file the `top` most probable classes with their probabilities, best first.
+
+        All files are read before any is scored. Raises UserError for those that cannot be, naming every one.
+        """
+        images, refused = [], []
         for path in paths:
-            image = torch.from_numpy(np.array(read_image_file(path, self.assets["image_size"]))[None])
+            try:
+                images.append(torch.from_numpy(np.array(read_image_file(path, self.assets["image_size"]))[None]))
+            except UserError as error:
+                refused.append(error)
+        if len(refused) == 1:
+            raise refused[0]
+        if refused:
+            raise UserError(
+                "\n  ".join([f"{len(refused)} of {len(paths)} files cannot be classified:", *map(str, refused)]),
+                hint=next((error.hint for error in refused if error.hint is not None), None),
+            )
+        answers = []
+        for image in images:
             probabilities = self._scores(image.to(self.runtime.device))[0].softmax(dim=0)
             best = probabilities.topk(min(top, len(probabilities)))
             answers.append(
@@ -202,6 +224,7 @@ class Classification:
         return answers
 
     def _scores(self, images: Tensor) -> Tensor:
+        """images (N, H, W, 3) uint8 → logits (N, classes) float32, averaged over the views of `evaluation`."""
         with evaluation_mode(self.model), self.runtime.autocast():
             views = [self._normalise(images)]
             if self.recipe.evaluation.shift:
@@ -235,6 +258,7 @@ class Classification:
         if self._data is None:
             splits, classes = self._read(self.recipe.data.image_size)
             if splits["train"].images.shape[1] != self.assets["image_size"]:
+                self.notes.clear()  # they were of the other size
                 splits, classes = self._read(self.assets["image_size"])
             if list(classes) != self.assets["classes"]:
                 raise UserError(

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -153,20 +153,35 @@ def evaluate(
     runtime: Runtime,
     offline: bool = False,
     progress: ProgressCall = silent,
+    note: Callable[[str], None] = lambda text: None,
+    confusion: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate a run's best epoch, or the checkpoint named, and note the reading; returns what `--json` prints."""
+    """Evaluate a run's best epoch, or the checkpoint named, and note the reading; returns what `--json` prints.
+
+    `note` is called with what was done to the data. With `confusion` the details must hold a confusion matrix. Raises
+    UserError, before anything is scored, where the run cannot give what is asked for or cannot note the reading.
+    """
     begin = time.monotonic()
     found, folder = runs.find(run)
+    runs.refuse_unwritable(found)
     task = tasks.load(folder, runtime=runtime, offline=offline, progress=progress, data=data)
+    if confusion and isinstance(task, Translation):
+        raise UserError(
+            f"run `{found.folder}` is a translator: it has no confusion matrix to draw",
+            hint="name the run of a classifier, or leave the option out",
+        )
+    if not isinstance(task, Translation) and (beam is not None or length_penalty is not None):
+        raise UserError(f"run `{found.folder}` is a classifier: it has no beam", hint="leave the option out")
+    task.splits()  # reads the data, so that its notes are there
+    for text in task.notes:
+        note(text)
     if isinstance(task, Translation):
         scores = task.evaluate(split, beam=beam, length_penalty=length_penalty)
-    elif beam is not None or length_penalty is not None:
-        raise UserError(f"run `{found.folder}` is a classifier: it has no beam", hint="leave the option out")
     else:
         scores = task.evaluate(split)
     result = _result(found, task, split, scores, time.monotonic() - begin)
     settings = {"beam": beam, "length_penalty": length_penalty, "checkpoint": folder.name}
-    runs.append_evaluation(found, {**result, **{name: value for name, value in settings.items() if value is not None}})
+    _note_reading(found, {**result, **{name: value for name, value in settings.items() if value is not None}})
     return result
 
 
@@ -253,7 +268,7 @@ def _run(
         "rate": round(watch.rate, 1),
         "peak_memory_bytes": peak_memory_bytes(runtime.device),
     }
-    runs.append_evaluation(run, result)
+    _note_reading(run, result)
     runs.write_result(run, result)
     return result
 
@@ -269,8 +284,15 @@ def _result(run: Run, task: Task, split: str, scores: Scores, seconds: float) ->
         "primary": scores.primary,
         "scores": scores.values,
         "signature": scores.signature,
+        "details": scores.details,
         "seconds": round(seconds, 3),
     }
+
+
+def _note_reading(run: Run, result: dict[str, Any]) -> None:
+    """Append a result to `evaluations.jsonl`, of its details all but the tables: a confusion matrix fills pages."""
+    small = {name: value for name, value in result["details"].items() if name not in ("classes", "confusion")}
+    runs.append_evaluation(run, {**result, "details": small})
 
 
 def _save(
