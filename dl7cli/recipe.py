@@ -90,6 +90,8 @@ class Training(Section):
 
 class ImageTraining(Training):
     batch_size: Annotated[int, Field(ge=1)] = 128
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Whether the model is compiled before the first step; `auto`: where the steps repay it."""
 
 
 class PairTraining(Training):

@@ -1,7 +1,8 @@
 """Image classification: where a recipe meets images, a residual network, cross-entropy and accuracy."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,8 @@ class Classification:
         self._progress = progress
         self._data: dict[str, ImageSet] | None = None
         self._on_device: dict[str, tuple[Tensor, Tensor]] = {}
+        # Beside the model and not in its place: names of weights and evaluation are those of the plain module.
+        self._compiled: Callable[[Tensor], Tensor] | None = None
         if assets is None:
             self._data, classes = self._read(recipe.data.image_size)
             images = self._data["train"].images
@@ -111,10 +114,42 @@ class Classification:
             )
             yield ImageBatch(self._normalise(changed), labels[chosen])
 
+    @property
+    def whole_batch(self) -> int:
+        """Images of a training batch, but for an epoch's last one, which may be smaller."""
+        return min(self.recipe.training.batch_size, len(self._splits()["train"].labels))
+
+    def compile(self) -> None:
+        """Compile the model for training on whole batches; the model and the random streams stay as they are.
+
+        Whatever else than a whole batch comes goes through the plain module, as does evaluation: another shape would
+        have to be compiled for anew. Raises what torch raises where there is no compiler or it fails.
+        """
+        kept = {name: value.clone() for name, value in self.model.named_buffers()}
+        self.model.train()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, about itself
+                self._compiled = torch.compile(self.model, dynamic=False)
+                # Nothing is compiled before the first batch, whose statistics must not count, and the backward pass
+                # not before its gradient.
+                total, count = self.loss(next(self.batches(0)))
+                (total / count).backward()  # type: ignore[no-untyped-call]
+        except BaseException:
+            self._compiled = None
+            raise
+        finally:
+            self.model.zero_grad(set_to_none=True)
+            for name, value in self.model.named_buffers():
+                value.copy_(kept[name])
+
     def loss(self, batch: ImageBatch) -> tuple[Tensor, int]:
         """Cross-entropy summed over the batch, and how many images that is."""
+        forward: Callable[[Tensor], Tensor] = self.model
+        if self._compiled is not None and len(batch.labels) == self.whole_batch:
+            forward = self._compiled
         with self.runtime.autocast():
-            scores = self.model(batch.images)
+            scores = forward(batch.images)
         smoothing = self.recipe.training.label_smoothing
         total = functional.cross_entropy(scores.float(), batch.labels, reduction="sum", label_smoothing=smoothing)
         return total, len(batch.labels)
