@@ -15,6 +15,7 @@ from torch.nn import functional
 from dl7cli.data import augmentation
 from dl7cli.data.images import ImageSet, read_image_file, read_images, statistics
 from dl7cli.data.sources import Progress, silent
+from dl7cli.data.transfer import moved
 from dl7cli.device import Runtime, evaluation_mode, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, accuracy
@@ -66,10 +67,12 @@ class Classification:
                 "image_size": int(images.shape[1]),
             }
         self.assets = assets
+        self._normalise = augmentation.Normalisation(assets["mean"], assets["deviation"], runtime.device)
         seed_everything(recipe.training.seed)
         model = ResNet(recipe.model.depth, len(assets["classes"]))
-        # Channels last is how both oneDNN and cuDNN run these convolutions fastest.
-        self.model = model.to(runtime.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model.to(runtime.device)
+        # This is how both oneDNN and cuDNN run these convolutions fastest.
+        self.lay_out(torch.channels_last)
 
     @property
     def data_name(self) -> str:
@@ -92,6 +95,11 @@ class Classification:
             digest.update(np.ascontiguousarray(self._splits()[split].labels).data)
         return digest.hexdigest()
 
+    def lay_out(self, memory_format: torch.memory_format) -> None:
+        """Keep weights and training images in this order in memory, before anything is compiled."""
+        self.model = self.model.to(memory_format=memory_format)  # type: ignore[call-overload]
+        self._memory_format = memory_format
+
     def steps(self, epoch: int) -> int:
         """Batches of an epoch, counted from 0; the last one may be smaller."""
         return -(-len(self._splits()["train"].labels) // self.recipe.training.batch_size)
@@ -104,7 +112,7 @@ class Classification:
         fill = torch.tensor([round(255 * mean) for mean in self.assets["mean"]], dtype=torch.uint8, device=device)
         order = torch.randperm(len(labels), generator=_generator(self.recipe.training.seed, epoch))
         for batch in range(start, self.steps(epoch)):
-            chosen = order[batch * size : (batch + 1) * size].to(device)
+            chosen = moved(order[batch * size : (batch + 1) * size], device)
             changed = augmentation.shift_and_flip(
                 images[chosen],
                 _generator(self.recipe.training.seed, epoch, batch),
@@ -112,7 +120,7 @@ class Classification:
                 flip=data.flip,
                 fill=fill,
             )
-            yield ImageBatch(self._normalise(changed), labels[chosen])
+            yield ImageBatch(self._normalise(changed).contiguous(memory_format=self._memory_format), labels[chosen])
 
     @property
     def whole_batch(self) -> int:
@@ -185,9 +193,6 @@ class Classification:
         with evaluation_mode(self.model), self.runtime.autocast():
             scores: Tensor = self.model(self._normalise(images))
             return scores.float()
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        return augmentation.normalise(images, self.assets["mean"], self.assets["deviation"])
 
     def _read(self, image_size: int | None) -> tuple[dict[str, ImageSet], tuple[str, ...]]:
         """The splits, validation among them, and the class names."""
