@@ -246,7 +246,7 @@ COMPILED = """
 
 
 def compiled(recipe: Path, run: Run, precision: str, cache: Path, *, deadly: int = -1) -> tuple[int, str]:
-    """Train in a process of its own, with torch's compiler and an empty cache for it."""
+    """Train in a process of its own, with torch's compiler and a cache for it, in a folder without blanks."""
     command = [sys.executable, "-c", textwrap.dedent(COMPILED), str(recipe), str(run.folder), precision, str(deadly)]
     paths = {"PYTHONPATH": str(Path(__file__).parents[1]), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env={**os.environ, **paths})
@@ -260,13 +260,13 @@ def test_a_compiled_run_that_is_killed_goes_on_to_the_same_bits(
     precision: str, tiny: dict[str, Path], tmp_path: Path
 ) -> None:
     whole, killed = Run(tmp_path / "whole"), Run(tmp_path / "killed")
-    status, said = compiled(tiny["resnet"], whole, precision, tmp_path / "cache 1")
+    status, said = compiled(tiny["resnet"], whole, precision, tmp_path / "cache1")
     assert status == 0
     assert said.startswith("compiling the model …\ncompiled the model in ")
     assert "('unique_graphs', 1)" in said, "neither the last batch nor evaluation is compiled for"
-    assert compiled(tiny["resnet"], killed, precision, tmp_path / "cache 2", deadly=6)[0] == -signal.SIGKILL
+    assert compiled(tiny["resnet"], killed, precision, tmp_path / "cache2", deadly=6)[0] == -signal.SIGKILL
     assert runs.environment(killed)["compiled"] is True
-    assert compiled(tiny["resnet"], killed, precision, tmp_path / "cache 3")[0] == 0
+    assert compiled(tiny["resnet"], killed, precision, tmp_path / "cache3")[0] == 0
     for name in ("last", "best"):
         first = checkpoint.load(whole.folder / name, training=True)
         second = checkpoint.load(killed.folder / name, training=True)
