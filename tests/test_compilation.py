@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,16 +27,18 @@ CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
 
 
 class Heard:
-    """A listener that keeps its notes and may ask its own process to stop at the first step."""
+    """A listener that keeps notes and times left, and may ask its own process to stop at the first step."""
 
     def __init__(self, *, stopping: bool = False) -> None:
         self.notes: list[str] = []
+        self.remaining: list[float] = []
         self.stopping = stopping
 
     def plan(self, plan: training.Plan) -> None:
         pass
 
     def step(self, step: training.Step) -> None:
+        self.remaining.append(step.remaining_seconds)
         if self.stopping:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -212,6 +216,26 @@ def test_a_run_that_began_compiled_says_that_it_goes_on_otherwise(
     training.resume(str(tmp_path / "run"), runtime=CPU, listener=heard)
     assert heard.notes[-1] == "the steps before were compiled: the result may differ from that of the run never stopped"
     assert environment(tmp_path / "run")["compiled"] is False
+
+
+def test_neither_the_rate_nor_the_time_left_count_compilation(
+    tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = {"ahead": 0.0}
+    own = time.monotonic
+
+    def compile_for_hours(self: Classification) -> None:
+        clock["ahead"] += 100_000
+
+    monkeypatch.setattr(Classification, "compile", compile_for_hours)
+    monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: own() + clock["ahead"]))
+    heard = Heard()
+    recipe = resolve(str(tiny["resnet"]), ["training.compile=always"]).recipe
+    result = training.train(recipe, out=tmp_path / "run", runtime=CPU, listener=heard)
+    assert len(heard.remaining) == 15  # of 12 steps and 3 validations
+    assert max(heard.remaining) < 10_000
+    assert result["rate"] > 3 * 26 / 10_000
+    assert result["training_seconds"] > 100_000, "what it took in all is told as it is"
 
 
 COMPILED = """

@@ -241,6 +241,6 @@ def _reason(chosen: Measured, measured: list[Measured], task: Task) -> str:
         saved = sum(eager.seconds.values()) - sum(chosen.seconds.values())
         if saved > 0:
             needed = chosen.compile_seconds / saved
-            text += f"; compiling took {chosen.compile_seconds:.0f} s, repaid after {needed:,.0f} steps"
+            text += f"; compiling took {chosen.compile_seconds:.1f} s, repaid after {needed:,.0f} steps"
             text += f" of the recipe's {total_steps(task):,}"
     return text
