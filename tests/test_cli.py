@@ -242,6 +242,8 @@ def test_version(tmp_path: Path) -> None:
         ("classify cat.png", ["error: there is no classification run with a checkpoint under `runs`", "hint: "]),
         ("recipes show seq2sec", ["error: there is no recipe `seq2sec` (did you mean `seq2seq`?)"]),
         ("recipes copy resnet mine.txt", ["error: `mine.txt` does not end in `.toml`", "hint: "]),
+        ("bench resnt", ["error: there is no recipe `resnt` (did you mean `resnet`?)", "hint: "]),
+        ("bench resnet --data ./missing", ["error: there is no file or folder `./missing`", "hint: "]),
         ("runs show", ["error: there is no run with a checkpoint under `runs`"]),
         ("data info ./missing", ["error: there is no file or folder `./missing`"]),
         ("data get builtin:nothing", ["builtin:nothing"]),

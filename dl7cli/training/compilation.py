@@ -15,7 +15,8 @@ from dl7cli.tasks.classification import Classification
 class Cost(NamedTuple):
     """What compiling a ResNet-20 for batches of 128 images of 32x32 takes and saves.
 
-    Seconds of compilation and seconds of a step both grow with depth, so that one number of images repays any depth.
+    Compilation and steps both take longer the deeper the network, so that the same number of images is taken to repay
+    any depth.
     """
 
     seconds: float
