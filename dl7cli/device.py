@@ -56,6 +56,25 @@ def choose(device: str = "auto", precision: str = "auto", gpus: str | None = Non
     return Runtime(chosen, precision, _name(chosen), why)
 
 
+def precisions(device: torch.device) -> list[str]:
+    """What the device can train in, whether fast or not."""
+    match device.type:
+        case "cuda":
+            return ["fp32", "bf16", "fp16"] if _bf16_hardware(device) else ["fp32", "fp16"]
+        case "cpu":
+            return ["fp32", "bf16"]
+        case _:
+            return ["fp32", "fp16"]
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def seed_everything(seed: int) -> None:
     """Start torch's random streams, those of every GPU included, from `seed`."""
     torch.manual_seed(seed)

@@ -191,11 +191,13 @@ class ImageTraining(Training):
     batch_size: Annotated[int, Field(ge=1)] = 128
     mixup: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Each batch is blended with itself in another order, by a weight from Beta(mixup, mixup); 0: never."""
+    cutmix: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """A rectangle comes from another image, its area from Beta(cutmix, cutmix); with `mixup` too, one or the other."""
     small_size: Annotated[int, Field(ge=8, le=512)] | None = None
     """Side in pixels that training images are shrunk to in the first `small_part` of all steps."""
     small_part: Annotated[float, Field(ge=0, le=1)] = 0.5
-    cutmix: Annotated[float, Field(ge=0, le=100)] = 0.0
-    """A rectangle comes from another image, its area from Beta(cutmix, cutmix); with `mixup` too, one or the other."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Whether the model is compiled before the first step; `auto`: where the steps repay it."""
 
 
 class PairTraining(Training):

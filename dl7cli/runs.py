@@ -252,6 +252,11 @@ def write_environment(run: Run, extra: dict[str, Any]) -> None:
     _replace(run.folder / _ENVIRONMENT, _pretty(document))
 
 
+def amend_environment(run: Run, changes: dict[str, Any]) -> None:
+    """Change entries of `environment.json` that have turned out otherwise since it was written."""
+    _replace(run.folder / _ENVIRONMENT, _pretty({**environment(run), **changes}))
+
+
 def environment(run: Run) -> dict[str, Any]:
     """What `write_environment` wrote last; empty where nothing can be read."""
     return _document(run.folder / _ENVIRONMENT) or {}

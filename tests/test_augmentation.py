@@ -129,7 +129,7 @@ def every(task: Classification, epoch: int) -> ImageBatch:
 def orientations(task: Classification, epoch: int) -> dict[bytes, bool]:
     """By image, whether it is mirrored in an epoch; none of the tiny ones is symmetric."""
     plain = torch.from_numpy(np.array(task._splits()["train"].images))
-    normal = augmentation.normalise(plain, task.assets["mean"], task.assets["deviation"])
+    normal = task._normalise(plain)
     found = {}
     for image in every(task, epoch).images:
         straight = [bool((image == other).all()) for other in normal]

@@ -50,6 +50,7 @@ SURFACE = {
     "data list": "--json",
     "data get": "SOURCE --task --set --offline --json",
     "data info": "SOURCE --task --set --offline --json",
+    "bench": "RECIPE --data --set --seconds --device --gpus --offline --json",
     "models": "--json",
     "plot": "",
     "plot activations": "NAME --all --output",
@@ -259,6 +260,8 @@ def test_version(tmp_path: Path) -> None:
         ("plot activations --output a.jpg", ["error: `a.jpg` does not end in `.png` or `.svg`", "hint: "]),
         ("plot activations --output no/a.png", ["error: `no/a.png` cannot be written: no such file or directory"]),
         ("plot activations --output .", ["error: `.` does not end in `.png` or `.svg`"]),
+        ("bench resnt", ["error: there is no recipe `resnt` (did you mean `resnet`?)", "hint: "]),
+        ("bench resnet --data ./missing", ["error: there is no file or folder `./missing`", "hint: "]),
         ("runs show", ["error: there is no run with a checkpoint under `runs`"]),
         ("data info ./missing", ["error: there is no file or folder `./missing`"]),
         ("data get builtin:nothing", ["builtin:nothing"]),
@@ -759,6 +762,72 @@ def test_data_get(images: Path, tmp_path: Path) -> None:
     assert succeed("data", "get", str(images), "--json", cwd=tmp_path).document["splits"] == {"train": 32, "test": 8}
     failed = dl7("data", "get", str(images), "--task", "translation", cwd=tmp_path)
     assert (failed.code, failed.out) == (1, "")
+
+
+# Bench
+
+
+SMALL_BENCH = ("--set", "model.depth=8", "--set", "training.batch_size=16", "--seconds", "0.01", "--json")
+
+
+def check_bench(document: dict[str, Any]) -> None:
+    """Every number is one, rates and times of a step agree, and the choice is the fastest."""
+    results = document["results"]
+    assert document["rounds"] == 5
+    for result in results:
+        assert list(result["step_ms"]) == ["data", "forward", "backward", "optimiser"]
+        assert all(value > 0 for value in result["step_ms"].values())
+        assert len(result["rates"]) == 5
+        assert result["rate"] == sorted(result["rates"])[2]
+    best = max(results, key=lambda result: result["rate"])
+    assert document["chosen"] == {key: best[key] for key in ("precision", "layout", "compiled")}
+    said = float(document["reason"].split()[0].replace(",", ""))
+    assert said == pytest.approx(best["rate"], abs=1)
+
+
+def test_bench_times_a_classifier_in_every_setting(tmp_path: Path) -> None:
+    flags = ("--data", "builtin:shapes", "--set", "training.compile=never", "--device", "cpu", *SMALL_BENCH)
+    document = succeed("bench", "resnet", *flags, cwd=tmp_path).document
+    check_bench(document)
+    assert (document["task"], document["data"], document["unit"]) == ("classification", "builtin:shapes", "images/s")
+    found = [(one["precision"], one["layout"], one["compiled"], one["compile_seconds"]) for one in document["results"]]
+    assert sorted(found) == [
+        (precision, layout, False, None) for precision in ("bf16", "fp32") for layout in ("channels-last", "nchw")
+    ]
+    assert not list(tmp_path.iterdir()), "no run is made"
+
+
+def test_bench_times_a_translator_in_every_precision(tmp_path: Path) -> None:
+    sizes = [("embedding_width", 16), ("encoder_width", 16), ("decoder_width", 16)]
+    flags = [text for name, size in sizes for text in ("--set", f"model.{name}={size}")]
+    flags += ["--data", "builtin:phrases", "--set", "training.batch_tokens=256", "--seconds", "0.01", "--device", "cpu"]
+    document = succeed("bench", "seq2seq", *flags, "--json", cwd=tmp_path).document
+    check_bench(document)
+    assert document["unit"] == "target tokens/s"
+    assert [(one["precision"], one["layout"], one["compiled"]) for one in document["results"]] == [
+        ("fp32", None, False),
+        ("bf16", None, False),
+    ]
+
+
+def test_the_table_of_bench_names_the_fastest(tmp_path: Path) -> None:
+    flags = ("--data", "builtin:shapes", "--set", "training.compile=never", "--device", "cpu", *SMALL_BENCH[:-1])
+    shown = succeed("bench", "resnet", *flags, cwd=tmp_path)
+    header, *rows, last = shown.out.splitlines()
+    assert header.split()[:3] == ["PRECISION", "LAYOUT", "COMPILED"]
+    rates = {tuple(row.split()[:2]): float(row.split()[-1].replace(",", "")) for row in rows}
+    assert len(rates) == 4
+    named = re.fullmatch(r"fastest: (\S+), (\S+): .*", last)
+    assert named is not None
+    assert rates[named[1], named[2]] == max(rates.values())
+
+
+def test_bench_times_the_built_in_set_without_other_data(tmp_path: Path) -> None:
+    flags = ("--offline", "--set", "training.compile=never", "--device", "cpu", *SMALL_BENCH)
+    shown = succeed("bench", "resnet", *flags, cwd=tmp_path)
+    assert shown.document["data"] == "builtin:shapes"
+    assert "timing steps on the built-in set builtin:shapes instead" in shown.err
+    assert "dl7 bench resnet --data FOLDER" in shown.err
 
 
 # Recipes, models, doctor

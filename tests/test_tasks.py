@@ -18,6 +18,7 @@ from dl7cli import checkpoint, tasks
 from dl7cli.checkpoint import Checkpoint, Progress
 from dl7cli.data import augmentation
 from dl7cli.data.images import ImageSet, read_images
+from dl7cli.data.transfer import moved
 from dl7cli.data.vocabulary import BOS, EOS, PAD
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
@@ -200,11 +201,18 @@ def test_training_batches_are_changed_and_evaluation_is_not(build: Callable[...,
 def test_images_are_normalised() -> None:
     images = torch.randint(256, (5, 4, 3, 3), dtype=torch.uint8)
     mean, deviation = (0.2, 0.5, 0.7), (0.3, 0.1, 0.25)
-    found = augmentation.normalise(images, mean, deviation)
+    found = augmentation.Normalisation(mean, deviation, torch.device("cpu"))(images)
     expected = (images.numpy().astype(np.float64) / 255 - mean) / deviation
     assert found.dtype == torch.float32
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert np.abs(found.permute(0, 2, 3, 1).numpy() - expected).max() < 1e-5
+
+
+@pytest.mark.gpu
+def test_what_is_moved_to_a_gpu_is_there_in_the_order_of_the_calls() -> None:
+    device = torch.device("cuda", 0)
+    rows = [torch.full((1000,), number) for number in range(100)]
+    assert [moved(row, device).sum().item() for row in rows] == [1000 * number for number in range(100)]
 
 
 def test_training_images_have_mean_zero_and_deviation_one(build: Callable[..., Any]) -> None:
@@ -366,8 +374,8 @@ def test_images_are_classified_without_the_data(tiny: dict[str, Path], tmp_path:
     for answer, file in zip(answers, files, strict=True):
         image = torch.from_numpy(np.array(Image.open(file)))[None]
         task.model.eval()
-        mean, deviation = task.assets["mean"], task.assets["deviation"]
-        scores = task.model(augmentation.normalise(image, mean, deviation))[0].double().softmax(0)
+        normalise = augmentation.Normalisation(task.assets["mean"], task.assets["deviation"], CPU.device)
+        scores = task.model(normalise(image))[0].double().softmax(0)
         assert [value for _, value in answer] == pytest.approx(scores.sort(descending=True).values[:2].tolist())
         assert task.assets["classes"].index(answer[0][0]) == int(scores.argmax())
     assert [len(answer) for answer in found.classify(files[:1], 99)] == [3], "no more than there are"

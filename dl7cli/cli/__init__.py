@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from dl7cli import __version__
-from dl7cli.cli import classify, console, data, doctor, evaluate, models, plot, recipes, runs, train, translate
+from dl7cli.cli import bench, classify, console, data, doctor, evaluate, models, plot, recipes, runs, train, translate
 from dl7cli.errors import UserError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("classify", epilog="Example: dl7 classify --run runs/resnet-1 cat.pn
 app.add_typer(recipes.app, name="recipes", epilog="Example: dl7 recipes list")
 app.add_typer(runs.app, name="runs", epilog="Example: dl7 runs show")
 app.add_typer(data.app, name="data", epilog="Example: dl7 data list")
+app.command("bench", epilog="Example: dl7 bench resnet --data builtin:shapes --seconds 5")(bench.bench)
 app.command("models", epilog="Example: dl7 models")(models.models)
 app.add_typer(plot.app, name="plot", epilog="Example: dl7 plot activations")
 app.command("doctor", epilog="Example: dl7 doctor")(doctor.doctor)

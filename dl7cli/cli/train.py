@@ -70,8 +70,10 @@ def train(
     console.note(_next_commands(result))
 
 
-def choose(name: str, overrides: list[str], *, data: str | None, seed: int | None, offline: bool) -> "Recipe":
-    """Resolve a recipe; the built-in set stands in for data that cannot be had and was not asked for."""
+def choose(
+    name: str, overrides: list[str], *, data: str | None, seed: int | None, offline: bool, command: str = "train"
+) -> "Recipe":
+    """Resolve a recipe for a command; the built-in set stands in for data that cannot be had and was not asked for."""
     from dl7cli import recipe as recipes
 
     resolved = recipes.resolve(name, overrides, data=data, seed=seed)
@@ -82,10 +84,11 @@ def choose(name: str, overrides: list[str], *, data: str | None, seed: int | Non
     source = resolved.recipe.data.source
     if sources.available(source, offline=offline):
         return resolved.recipe
+    doing, wanted = ("training", "scores") if command == "train" else ("timing steps", "times")
     console.note(
         f"the data {source} is neither on disk nor {'looked for, being offline' if offline else 'reachable'}:"
-        f" training on the built-in set {resolved.fallback.data.source} instead\n"
-        f"  for scores on the real data: dl7 train {name} --data FOLDER"
+        f" {doing} on the built-in set {resolved.fallback.data.source} instead\n"
+        f"  for {wanted} on the real data: dl7 {command} {name} --data FOLDER"
     )
     return resolved.fallback
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dl7cli.data.transfer import moved
+
 
 def shift_and_flip(
     images: Tensor, generator: torch.Generator, *, padding: int, mirrored: Tensor, fill: Tensor
@@ -24,8 +26,8 @@ def shift_and_flip(
     down = torch.randint(size, (count, 1), generator=generator)
     right = torch.randint(size, (count, 1), generator=generator)
     columns = torch.arange(width)
-    rows = (down + torch.arange(height)).to(images.device)
-    columns = (right + torch.where(mirrored[:, None], columns.flip(0), columns)).to(images.device)
+    rows = moved(down + torch.arange(height), images.device)
+    columns = moved(right + torch.where(mirrored[:, None], columns.flip(0), columns), images.device)
     padded = fill.expand(count, height + 2 * padding, width + 2 * padding, 3).clone()
     padded[:, padding : padding + height, padding : padding + width] = images
     index = torch.arange(count, device=images.device)
@@ -107,8 +109,13 @@ def _rectangles(top: Tensor, left: Tensor, tall: Tensor, wide: Tensor, height: i
     return vertical[:, :, None] & horizontal[:, None, :]
 
 
-def normalise(images: Tensor, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
-    """images (B, H, W, 3) uint8 → (B, 3, H, W) float32 of zero mean and unit deviation per channel, channels last."""
-    scale = torch.tensor([1 / (255 * value) for value in deviation], device=images.device)
-    shift = torch.tensor([-m / d for m, d in zip(mean, deviation, strict=True)], device=images.device)
-    return (images * scale + shift).permute(0, 3, 1, 2)
+class Normalisation:
+    """Zero mean and unit deviation per channel, by constants that are copied to the device once."""
+
+    def __init__(self, mean: Sequence[float], deviation: Sequence[float], device: torch.device) -> None:
+        self._scale = torch.tensor([1 / (255 * value) for value in deviation], device=device)
+        self._shift = torch.tensor([-m / d for m, d in zip(mean, deviation, strict=True)], device=device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """images (B, H, W, 3) uint8 → (B, 3, H, W) float32, channels last."""
+        return (images * self._scale + self._shift).permute(0, 3, 1, 2)

@@ -1,7 +1,8 @@
 """Image classification: where a recipe meets images, a residual network, cross-entropy and accuracy."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from dl7cli import metrics
 from dl7cli.data import augmentation
 from dl7cli.data.images import ImageSet, read_image_file, read_images, statistics
 from dl7cli.data.sources import Progress, silent
+from dl7cli.data.transfer import moved
 from dl7cli.device import Runtime, evaluation_mode, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
@@ -62,6 +64,8 @@ class Classification:
         self._progress = progress
         self._data: dict[str, ImageSet] | None = None
         self._on_device: dict[str, tuple[Tensor, Tensor]] = {}
+        # Beside the model and not in its place: names of weights and evaluation are those of the plain module.
+        self._compiled: Callable[[Tensor], Tensor] | None = None
         if assets is None:
             self._data, classes = self._read(recipe.data.image_size)
             images = self._data["train"].images
@@ -81,13 +85,15 @@ class Classification:
                 f"those of `{recipe.data.source}` have {assets['image_size']}",
                 hint="`--set model.stem=cifar`, or `--set data.image_size=64`",
             )
+        self._normalise = augmentation.Normalisation(assets["mean"], assets["deviation"], runtime.device)
         seed_everything(recipe.training.seed)
         model = _model(recipe.model, len(assets["classes"]))
         if fresh and isinstance(model, FastResNet):
             some = torch.from_numpy(np.array(self._splits()["train"].images[:WHITENING_IMAGES]))
-            model.whiten(self._normalise(some))
-        # Channels last is how both oneDNN and cuDNN run these convolutions fastest.
-        self.model = model.to(runtime.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.whiten(self._normalise(some.to(runtime.device)).cpu())
+        self.model = model.to(runtime.device)
+        # This is how both oneDNN and cuDNN run these convolutions fastest.
+        self.lay_out(torch.channels_last)
 
     @property
     def data_name(self) -> str:
@@ -109,6 +115,11 @@ class Classification:
             digest.update(np.ascontiguousarray(self._splits()[split].images).data)
             digest.update(np.ascontiguousarray(self._splits()[split].labels).data)
         return digest.hexdigest()
+
+    def lay_out(self, memory_format: torch.memory_format) -> None:
+        """Keep weights and training images in this order in memory, before anything is compiled."""
+        self.model = self.model.to(memory_format=memory_format)  # type: ignore[call-overload]
+        self._memory_format = memory_format
 
     def steps(self, epoch: int) -> int:
         """Batches of an epoch, counted from 0; the last one may be smaller."""
@@ -134,7 +145,7 @@ class Classification:
                     mirrored = torch.rand(len(chosen), generator=generator) < 0.5
                 case "alternating":  # Jordan 2024, arXiv 2404.00498, §3.6: both sides of an image in any two epochs
                     mirrored = coins[chosen] ^ (epoch % 2 == 1)
-            chosen = chosen.to(device)
+            chosen = moved(chosen, device)
             changed = augmentation.shift_and_flip(
                 images[chosen], generator, padding=data.crop_padding, mirrored=mirrored, fill=fill
             )
@@ -145,6 +156,7 @@ class Classification:
             inputs = self._normalise(changed)
             if training.small_size and epoch * self.steps(epoch) + batch < small_steps:
                 inputs = augmentation.shrink(inputs, training.small_size)
+            inputs = inputs.contiguous(memory_format=self._memory_format)
             yield self._mixed(ImageBatch(inputs, labels[chosen]), generator)
 
     def _mixed(self, batch: ImageBatch, generator: torch.Generator) -> ImageBatch:
@@ -156,17 +168,49 @@ class Classification:
         draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
         concentration = training.cutmix if cut else training.mixup
         weight = draws.beta(concentration, concentration)
-        order = torch.randperm(len(batch.labels), generator=generator).to(batch.labels.device)
+        order = moved(torch.randperm(len(batch.labels), generator=generator), batch.labels.device)
         if cut:
             images, weight = augmentation.cutmix(batch.images, order, weight, generator)
         else:
             images = augmentation.mixup(batch.images, order, weight)
         return ImageBatch(images, batch.labels, batch.labels[order], weight)
 
+    @property
+    def whole_batch(self) -> int:
+        """Images of a training batch, but for an epoch's last one, which may be smaller."""
+        return min(self.recipe.training.batch_size, len(self._splits()["train"].labels))
+
+    def compile(self) -> None:
+        """Compile the model for training on whole batches; the model and the random streams stay as they are.
+
+        Whatever else than a whole batch comes goes through the plain module, as does evaluation: another shape would
+        have to be compiled for anew. Raises what torch raises where there is no compiler or it fails.
+        """
+        kept = {name: value.clone() for name, value in self.model.named_buffers()}
+        self.model.train()
+        try:
+            with warnings.catch_warnings(), torch.random.fork_rng():
+                warnings.simplefilter("ignore")  # torch's, about itself
+                self._compiled = torch.compile(self.model, dynamic=False)
+                # Nothing is compiled before the first batch, whose statistics must not count, and the backward pass
+                # not before its gradient.
+                total, count = self.loss(next(self.batches(0)))
+                (total / count).backward()  # type: ignore[no-untyped-call]
+        except BaseException:
+            self._compiled = None
+            raise
+        finally:
+            self.model.zero_grad(set_to_none=True)
+            for name, value in self.model.named_buffers():
+                value.copy_(kept[name])
+
     def loss(self, batch: ImageBatch) -> tuple[Tensor, int]:
         """Cross-entropy summed over the batch, and how many images that is."""
+        forward: Callable[[Tensor], Tensor] = self.model
+        if self._compiled is not None and len(batch.labels) == self.whole_batch:
+            forward = self._compiled
         with self.runtime.autocast():
-            scores = self.model(batch.images)
+            scores = forward(batch.images)
         total = self._cross_entropy(scores, batch.labels)
         if batch.other_labels is not None:
             total = batch.weight * total + (1 - batch.weight) * self._cross_entropy(scores, batch.other_labels)
@@ -183,8 +227,8 @@ class Classification:
     def evaluate(self, split: str) -> Scores:
         """Accuracy on a split of the data, with the details of `metrics.classification`.
 
-        Two more of them are `flip` and `shift`, as the recipe has them: a score that is the mean of several readings has
-        to say so. Raises UserError where the data has no such split.
+        Two more of them are `flip` and `shift`, as the recipe has them: a score that is the mean of several readings
+        has to say so. Raises UserError where the data has no such split.
         """
         if split not in self._splits():
             raise UserError(f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}")
@@ -232,9 +276,6 @@ class Classification:
             if self.recipe.evaluation.flip:
                 views.extend([view.flip(3) for view in views])
             return torch.stack([self.model(view).float() for view in views]).mean(dim=0)
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        return augmentation.normalise(images, self.assets["mean"], self.assets["deviation"])
 
     def _read(self, image_size: int | None) -> tuple[dict[str, ImageSet], tuple[str, ...]]:
         """The splits, validation among them, and the class names."""

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from dl7cli.data.pairs import Pairs, read_pairs
 from dl7cli.data.sources import Progress, silent
+from dl7cli.data.transfer import moved
 from dl7cli.data.vocabulary import BOS, EOS, PAD, UNKNOWN, Vocabulary
 from dl7cli.device import Runtime, evaluation_mode, seed_everything
 from dl7cli.errors import UserError
@@ -281,7 +282,7 @@ class Translation:
         longest = max(lengths)
         padded = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
         device = self.runtime.device
-        return padded.to(device), torch.tensor(lengths, device=device)
+        return moved(padded, device), moved(torch.tensor(lengths), device)
 
 
 def _fill(order: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray]:

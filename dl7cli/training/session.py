@@ -25,6 +25,7 @@ from dl7cli.recipe import Recipe
 from dl7cli.runs import Run
 from dl7cli.tasks import Task
 from dl7cli.tasks.translation import Translation
+from dl7cli.training import compilation
 from dl7cli.training.loop import Report, Trainer, check_finite, check_weights, fit, total_steps
 
 SECONDS_BETWEEN_STEP_EVENTS = 0.25
@@ -195,8 +196,17 @@ def _run(
     begin: float,
 ) -> dict[str, Any]:
     recipe, runtime, start = task.recipe, task.runtime, watch.start
+    before = runs.environment(run)
+    # As it began, so it goes on: the bits depend on it.
+    compiled = before.get("compiled", False) if before else compilation.wanted(task)
     runs.write_environment(
-        run, {"device": runtime.device_name, "precision": runtime.precision, "resumed_step": start.step}
+        run,
+        {
+            "device": runtime.device_name,
+            "precision": runtime.precision,
+            "compiled": compiled,
+            "resumed_step": start.step,
+        },
     )
     listener.plan(
         Plan(
@@ -214,6 +224,11 @@ def _run(
             resumed_step=start.step,
         )
     )
+    if compiled and start.epoch < recipe.training.epochs and not compilation.prepare(task, listener.note):
+        runs.amend_environment(run, {"compiled": False})
+        if start.step:
+            listener.note("the steps before were compiled: the result may differ from that of the run never stopped")
+    watch.go_on()
     progress = start
     saved_at = time.monotonic()
     with _signals() as received:

@@ -5,7 +5,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,8 +40,19 @@ def own_loop(task: Task) -> Loop:
             yield report.examples
 
 
-def compare(loops: dict[str, Loop], options: argparse.Namespace, *, runtime: Runtime, unit: str, **facts: Any) -> None:
-    """Let the loops take turns; print each round, the medians, and how often faster the first is than each other."""
+def compare(
+    loops: dict[str, Loop],
+    options: argparse.Namespace,
+    *,
+    runtime: Runtime,
+    unit: str,
+    goals: Mapping[str, float] = MappingProxyType({}),
+    **facts: Any,
+) -> None:
+    """Let the loops take turns; print each round, the medians, and how often faster the first is than each other.
+
+    `goals`, by name of the other loop, say how often it should be.
+    """
     rounds_to = sys.stderr if options.json else sys.stdout
     first, *others = loops
     device = {"device": runtime.device_name, "precision": runtime.precision, "torch": torch.__version__}
@@ -62,12 +74,14 @@ def compare(loops: dict[str, Loop], options: argparse.Namespace, *, runtime: Run
     if options.json:
         result = {**facts, "unit": f"{unit}/s", "rates": rates, "medians": medians, "ratios": ratios}
         result["median_ratios"] = {name: statistics.median(of) for name, of in ratios.items()}
+        result["goals"] = dict(goals)
         print(json.dumps(result))
         return
     print("median:  " + ", ".join(f"{name} {median:,.0f}" for name, median in medians.items()) + f" {unit}/s")
     for other, pairs in ratios.items():
         listed = ", ".join(f"{ratio:.2f}" for ratio in pairs)
-        print(f"{first} is {statistics.median(pairs):.2f} times as fast as {other} (by round: {listed})")
+        goal = f"goal {goals[other]:.2f}; " if other in goals else ""
+        print(f"{first} is {statistics.median(pairs):.2f} times as fast as {other} ({goal}by round: {listed})")
 
 
 def rate(loop: Loop, seconds: float) -> float:

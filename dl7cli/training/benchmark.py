@@ -1,0 +1,246 @@
+"""What the parts of a training step cost on this machine, one way of running it beside another.
+
+The ways take turns, round after round, so that whatever else the machine does meets them all alike. Knows no console.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from dl7cli.data.sources import Progress as ProgressCall
+from dl7cli.data.sources import silent
+from dl7cli.device import Runtime, choose, precisions, synchronise
+from dl7cli.errors import UserError
+from dl7cli.tasks import Task
+from dl7cli.tasks.classification import Classification
+from dl7cli.training import compilation
+from dl7cli.training.loop import Trainer, total_steps
+
+PHASES = ("data", "forward", "backward", "optimiser")
+LAYOUTS = {"channels-last": torch.channels_last, "nchw": torch.contiguous_format}
+ROUNDS = 5
+SETTLING_STEPS = 2
+"""Untimed, before the first round: they take memory and choose kernels."""
+
+
+class Setting(NamedTuple):
+    """A way of running the training of a recipe, which changes its speed and not what is trained."""
+
+    precision: str
+    layout: str | None
+    """Of images in memory; None where there are none."""
+    compiled: bool
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.precision, self.layout, "compiled" if self.compiled else None)))
+
+
+class Measured(NamedTuple):
+    """Medians over the rounds."""
+
+    setting: Setting
+    rate: float
+    """Images or target tokens per second."""
+    rates: list[float]
+    """The same by round."""
+    seconds: dict[str, float]
+    """Of a step, by phase."""
+    compile_seconds: float | None
+
+
+class Benchmark(NamedTuple):
+    measured: list[Measured]
+    chosen: Measured
+    """The fastest."""
+    reason: str
+    notes: list[str]
+    """Settings that could not be measured, with why."""
+
+    def document(self) -> dict[str, Any]:
+        """For `--json`; times of a step in milliseconds."""
+        return {
+            "results": [
+                {
+                    **one.setting._asdict(),
+                    "rate": round(one.rate, 1),
+                    "rates": [round(rate, 1) for rate in one.rates],
+                    "step_ms": {phase: round(1000 * value, 3) for phase, value in one.seconds.items()},
+                    "compile_seconds": None if one.compile_seconds is None else round(one.compile_seconds, 1),
+                }
+                for one in self.measured
+            ],
+            "chosen": self.chosen.setting._asdict(),
+            "reason": self.reason,
+            "notes": self.notes,
+        }
+
+
+def benchmark(task: Task, *, seconds: float, progress: ProgressCall = silent) -> Benchmark:
+    """Time training steps of the task on its own batches, `seconds` in all for each way its device can run them.
+
+    `training.compile` of the recipe holds here, too: `never` leaves out what is compiled, `always` all else. Raises
+    UserError where nothing can be measured, as where only compilation was asked for and there is no compiler.
+    """
+    next(iter(task.batches(0)))  # reads and encodes the data, which the contenders share
+    notes: list[str] = []
+    contenders = []
+    wanted = settings(task)
+    for number, setting in enumerate(wanted):
+        progress("preparing", number, len(wanted))
+        contender = _Contender(task, setting)
+        try:
+            contender.settle()
+        except _NotCompiledError as problem:
+            notes.append(f"{setting}: cannot be compiled here: {problem}")
+        else:
+            contenders.append(contender)
+    progress("preparing", len(wanted), len(wanted))
+    if not contenders:
+        raise UserError("; ".join(notes), hint="use `--set training.compile=never`")
+    turns = ROUNDS * len(contenders)
+    for turn in range(turns):
+        progress("timing", turn, turns)
+        contenders[turn % len(contenders)].turn(seconds / ROUNDS)
+    progress("timing", turns, turns)
+    measured = [contender.measured() for contender in contenders]
+    chosen = max(measured, key=lambda one: one.rate)
+    return Benchmark(measured, chosen, _reason(chosen, measured, task), notes)
+
+
+def settings(task: Task) -> list[Setting]:
+    """Every way in which the task can be run on its device."""
+    known = precisions(task.runtime.device)
+    if not isinstance(task, Classification):
+        return [Setting(precision, None, False) for precision in known]
+    compiled = {"auto": (False, True), "never": (False,), "always": (True,)}[task.recipe.training.compile]
+    return [Setting(precision, layout, one) for one in compiled for precision in known for layout in LAYOUTS]
+
+
+class _NotCompiledError(Exception):
+    """The model cannot be compiled on this machine."""
+
+
+class _Contender:
+    """A copy of the task's model that trains in one setting, and what its steps have cost."""
+
+    def __init__(self, task: Task, setting: Setting) -> None:
+        self.setting = setting
+        self.compile_seconds: float | None = None
+        self._task = _variant(task, setting)
+        self._trainer = Trainer.of(self._task)
+        # So that the weights stay what they are at the start of a training, however long this takes.
+        for group in self._trainer.optimiser.param_groups:
+            group["lr"] = 0.0
+        self._batches = _endless(self._task)
+        self._rates: list[float] = []
+        self._seconds: list[list[float]] = []
+
+    def settle(self) -> None:
+        """Do what only the first steps do. Raises _NotCompiledError where that fails."""
+        if self.setting.compiled:
+            assert isinstance(self._task, Classification)
+            begin = time.perf_counter()
+            try:
+                self._task.compile()
+            except Exception as problem:  # torch names no type for what may go wrong
+                raise _NotCompiledError(compilation.reason(problem)) from None
+            self.compile_seconds = time.perf_counter() - begin
+        self._task.model.train()
+        for _ in range(SETTLING_STEPS):
+            self._step()
+
+    def turn(self, seconds: float) -> None:
+        """Train for so many seconds, and one step at least."""
+        sums = [0.0] * len(PHASES)
+        examples = steps = 0
+        while not steps or sum(sums) < seconds:
+            times, count = self._step()
+            sums = [total + time for total, time in zip(sums, times, strict=True)]
+            examples += count
+            steps += 1
+        self._rates.append(examples / sum(sums))
+        self._seconds.append([total / steps for total in sums])
+
+    def measured(self) -> Measured:
+        medians = map(statistics.median, zip(*self._seconds, strict=True))
+        return Measured(
+            self.setting,
+            statistics.median(self._rates),
+            self._rates,
+            dict(zip(PHASES, medians, strict=True)),
+            self.compile_seconds,
+        )
+
+    def _step(self) -> tuple[list[float], int]:
+        """Seconds of each phase of one step as the training loop takes it, and its examples."""
+        optimiser, scaler = self._trainer.optimiser, self._trainer.scaler
+        parameters = list(self._task.model.parameters())
+        clip_norm = self._task.recipe.optim.clip_norm
+        clock = [self._now()]
+        batch = next(self._batches)
+        clock.append(self._now())
+        total, examples = self._task.loss(batch)
+        mean = total / examples
+        clock.append(self._now())
+        optimiser.zero_grad(set_to_none=True)
+        scaler.scale(mean).backward()  # type: ignore[no-untyped-call]
+        clock.append(self._now())
+        scaler.unscale_(optimiser)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if clip_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        scaler.step(optimiser)
+        scaler.update()
+        clock.append(self._now())
+        return [after - before for before, after in pairwise(clock)], examples
+
+    def _now(self) -> float:
+        """The time at which the device has done all it was given."""
+        synchronise(self._task.runtime.device)
+        return time.perf_counter()
+
+
+def _variant(task: Task, setting: Setting) -> Task:
+    """The task with the same data and first weights, and a model of its own."""
+    name = str(task.runtime.device)
+    other = copy.copy(task)
+    chosen = choose(name, setting.precision)
+    other.runtime = Runtime(task.runtime.device, chosen.precision, chosen.device_name, chosen.reason)
+    if isinstance(other, Classification):
+        other.model = copy.deepcopy(other.model)
+        other.lay_out(LAYOUTS[setting.layout or "channels-last"])
+    else:
+        other.model = copy.deepcopy(other.model)
+    return other
+
+
+def _endless(task: Task) -> Iterator[Any]:
+    """The training batches, epoch after epoch."""
+    epoch = 0
+    while True:
+        yield from task.batches(epoch)
+        epoch += 1
+
+
+def _reason(chosen: Measured, measured: list[Measured], task: Task) -> str:
+    """Why this one: how much faster it is than the next, and what its compilation costs."""
+    text = f"{chosen.rate:,.0f} {task.unit}/s"
+    others = sorted((one for one in measured if one is not chosen), key=lambda one: -one.rate)
+    if others:
+        after = others[0]
+        won = sum(own > other for own, other in zip(chosen.rates, after.rates, strict=True))
+        text += f", {chosen.rate / after.rate - 1:.1%} more than {after.setting}"
+        text += f" (faster in {won} of {len(chosen.rates)} rounds)"
+    eager = next((one for one in others if one.setting == chosen.setting._replace(compiled=False)), None)
+    if eager is not None and chosen.compile_seconds is not None:
+        saved = sum(eager.seconds.values()) - sum(chosen.seconds.values())
+        if saved > 0:
+            needed = chosen.compile_seconds / saved
+            text += f"; compiling took {chosen.compile_seconds:.1f} s, repaid after {needed:,.0f} steps"
+            text += f" of the recipe's {total_steps(task):,}"
+    return text
