@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -444,6 +444,8 @@ def _flat(table: Any, prefix: str = "") -> list[tuple[str, Any]]:
 def _explain(error: Any, schema: type[BaseModel]) -> str:
     """One pydantic error as a line that names the key, what was seen and what is allowed."""
     location = [str(part) for part in error["loc"]]
+    if location[:1] == ["model"] and location[1:2] and location[1] in _BY_KIND:
+        del location[1]  # pydantic puts the kind there
     key = ".".join(location)
     match error["type"]:
         case "extra_forbidden":
@@ -460,8 +462,9 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
     paths = []
     for name, field in schema.model_fields.items():
         paths.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            paths.extend(_keys(field.annotation, f"{prefix}{name}."))
+        for section in (field.annotation, *get_args(field.annotation)):  # itself, or one of several kinds
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                paths.extend(_keys(section, f"{prefix}{name}."))
     return paths
 
 

@@ -421,9 +421,10 @@ def test_eval_gives_the_score_of_training(work: Path) -> None:
     }
     assert {**result, "seconds": 0} == {key: trained[key] for key in result} | {"seconds": 0}
     shown = succeed("eval", "runs/resnet-1", "--split", "validation", cwd=work).out
-    first, interval, details, blank, *table = shown.splitlines()
+    first, interval, views, details, blank, *table = shown.splitlines()
     assert re.fullmatch(r"accuracy \d\.\d{4} on the validation split of .* \(3 images, \d+s\)", first)
     assert re.fullmatch(r"95 % interval \d\.\d{4} to \d\.\d{4} \(Wilson\)", interval)
+    assert views == "scores are the mean of 2 views of each image (evaluation.flip, evaluation.shift)"
     number = r"\d\.\d{4}"
     assert re.fullmatch(
         rf"negative log-likelihood {number}, expected calibration error {number} \(15 bins\)", details
@@ -439,7 +440,7 @@ def result_of(confusion: list[list[int]], names: list[str]) -> dict[str, Any]:
         {"class": name, "examples": sum(row), "accuracy": row[number] / sum(row) if sum(row) else None}
         for number, (name, row) in enumerate(zip(names, confusion, strict=True))
     ]
-    numbers = {"flip": True, "accuracy_interval": [0.25, 0.75], "negative_log_likelihood": None}
+    numbers = {"flip": True, "shift": 0, "accuracy_interval": [0.25, 0.75], "negative_log_likelihood": None}
     details = {**numbers, "expected_calibration_error": 0.125, "classes": classes, "confusion": confusion}
     return {
         **{"run": "r", "task": "classification", "recipe": "x", "data": "d", "split": "test", "examples": 9},
@@ -455,7 +456,7 @@ def test_classes_are_a_table_that_wide_characters_do_not_disturb(capsys: pytest.
     assert capsys.readouterr().out.splitlines() == [
         "accuracy 0.5000 on the test split of d (9 images, 1s)",
         "95 % interval 0.2500 to 0.7500 (Wilson)",
-        "each image was scored both ways round (evaluation.flip)",
+        "scores are the mean of 2 views of each image (evaluation.flip, evaluation.shift)",
         "top-5 accuracy 0.8750, negative log-likelihood -, expected calibration error 0.1250 (15 bins)",
         "",
         "CLASS  IMAGES  ACCURACY  MOST OFTEN TAKEN FOR",

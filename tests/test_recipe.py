@@ -16,8 +16,11 @@ from dl7cli.errors import UserError
 def test_every_shipped_recipe_loads_with_its_fallback_and_says_what_it_is(name: str) -> None:
     resolved = recipe.resolve(name)
     assert resolved.recipe.name == name
-    assert resolved.fallback is not None
-    assert resolved.fallback.data.source.startswith("builtin:")
+    if name in ("resnet", "seq2seq"):
+        assert resolved.fallback is not None
+        assert resolved.fallback.data.source.startswith("builtin:")
+    else:
+        assert resolved.fallback is None, "what reproduces a paper's figure does so on the paper's data alone"
     header = recipe.header(name)
     assert f"dl7 train {name}" in " ".join(header)
     assert len(header) >= 4
@@ -51,7 +54,7 @@ def test_there_is_a_fallback_only_where_the_data_was_not_asked_for() -> None:
 
 
 def test_the_fallback_is_the_same_recipe_as_asking_for_the_built_in_set() -> None:
-    for name in recipe.shipped():
+    for name in ("resnet", "seq2seq"):
         stand_in = recipe.resolve(name, ["training.seed=7"]).fallback
         assert stand_in is not None
         assert recipe.resolve(name, ["training.seed=7"], data=stand_in.data.source).recipe == stand_in

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from dl7cli.cli import console
+from dl7cli.recipe import ResNetModel
 
 if TYPE_CHECKING:
     import rich.progress
@@ -122,14 +123,15 @@ class Terminal:
 def describe(plan: "Plan") -> str:
     """Say what a training will do, in lines."""
     recipe = plan.recipe
-    model = recipe.model.model_dump()
-    kind = model.pop("kind")
-    details = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in model.items())
+    model = recipe.model.model_dump(exclude={"kind"}, exclude_defaults=True)
+    if isinstance(recipe.model, ResNetModel):
+        model = {"depth": recipe.model.depth, **model}
+    details = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in model.items()) or "as it is by default"
     splits = ", ".join(f"{plan.splits[split]:,} {split}" for split in _SPLITS if split in plan.splits)
     lines = [
         f"training recipe {recipe.name}",
         f"  data       {plan.data}: {splits}",
-        f"  model      {kind} with {plan.parameters:,} parameters ({details})",
+        f"  model      {recipe.model.kind} with {plan.parameters:,} parameters ({details})",
         f"  device     {plan.device}, {plan.precision} ({plan.reason})",
         f"  steps      {plan.steps:,} in {console.count(plan.epochs, 'epoch')}, seed {recipe.training.seed}",
         f"  run        {plan.run}",
