@@ -196,6 +196,9 @@ class Classification:
                 # not before its gradient.
                 total, count = self.loss(next(self.batches(0)))
                 (total / count).backward()  # type: ignore[no-untyped-call]
+                gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+                if not torch.nn.utils.get_total_norm(gradients).isfinite():
+                    raise RuntimeError("its gradient is not finite when compiled")
         except BaseException:
             self._compiled = None
             raise
