@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from dl7cli.errors import UserError
 
@@ -183,7 +183,7 @@ class Training(Section):
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
     """A checkpoint is written after every epoch and at least this often."""
     ema_decay: Fraction = 0.0
-    """Validated and kept as best is a moving average of the weights, this much of it the one before; 0: none."""
+    """Validated and used is a moving average of the weights, this much of it the one before; 0: none."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
 
 
@@ -215,9 +215,12 @@ class Optim(Section):
     momentum: Fraction = 0.9
     """Of `sgd` and `muon`; the first beta of `adamw`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Not applied to biases and normalisation parameters."""
+    """Not applied to biases and normalisation parameters, nor by `muon` to the filters, whose norm it keeps."""
     schedule: Literal["constant", "linear", "cosine", "step", "one-cycle"] = "cosine"
-    """How the learning rate falls from its greatest value to zero; `step`: by `factor` at each of `milestones`."""
+    """How the learning rate falls from its greatest value, to zero but for `constant` and `step`.
+
+    `step`: by `factor` at each of `milestones`; `one-cycle`: by half a cosine, after rising by half a cosine.
+    """
     milestones: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = (0.5, 0.75)
     """Of `step`: parts of all steps, as 32,000 and 48,000 of 64,000 in He et al. 2015."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -254,12 +257,18 @@ class ClassificationRecipe(Section):
         return "classification"
 
 
+def _without_muon(optim: Optim) -> Optim:
+    if optim.name == "muon":
+        raise ValueError("`muon` is for the filters of convolutions, of which this model has none")
+    return optim
+
+
 class TranslationRecipe(Section):
     name: str
     data: PairData = PairData()
     model: Seq2SeqModel
     training: PairTraining
-    optim: Optim
+    optim: Annotated[Optim, AfterValidator(_without_muon)]
     decoding: Decoding = Decoding()
 
     @property

@@ -9,7 +9,8 @@ import torch
 from dl7cli import tasks
 from dl7cli.data import augmentation
 from dl7cli.device import Runtime
-from dl7cli.models.fast_resnet import FastResNet
+from dl7cli.errors import UserError
+from dl7cli.models.fast_resnet import FastResNet, smallest_image
 from dl7cli.recipe import resolve
 from dl7cli.tasks.classification import Classification
 
@@ -91,3 +92,32 @@ def test_scores_are_averaged_over_shifts(tiny: dict[str, Path], tmp_path: Path) 
         task.model.eval()
         expected = sum(task.model(torch.from_numpy(view)).numpy() for view in views) / 6
     assert np.abs(task._scores(shown).numpy() - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("training.small_size=17", "`training.small_size` is 17, and the images"),
+        ("evaluation.shift=8", "`evaluation.shift` is 8, and the images"),
+        ("model.widths=[8, 8, 8]", "a fast_resnet cannot take images of 8 pixels"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_before_training(
+    change: str, said: str, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said):
+        fast(tiny, tmp_path, change)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_the_smallest_image_is_just_large_enough(stages: int) -> None:
+    network = FastResNet(2, (4, 4, 4)[:stages]).eval()
+    size = smallest_image(stages)
+    assert network(torch.zeros(1, 3, size, size)).shape == (1, 2)
+    with pytest.raises(RuntimeError):
+        network(torch.zeros(1, 3, size - 1, size - 1))
+
+
+def test_a_translator_has_no_filters_for_muon(tiny: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"`optim` is .*of which this model has none"):
+        resolve(str(tiny["seq2seq"]), ["optim.name=muon"])

@@ -137,6 +137,19 @@ def test_a_network_that_leaves_out_blocks_at_random_goes_on_exactly(
     check_every_report(resolve(str(tiny["resnet"]), changes).recipe, CPU, tmp_path)
 
 
+@pytest.mark.parametrize("schedule", ["one-cycle", "step"])
+def test_a_training_with_everything_that_draws_or_remembers_goes_on_exactly(
+    schedule: str, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    changes = [
+        *("data.flip=alternating", "data.cutout=3", "data.random_erasing=0.5"),
+        *("training.mixup=0.4", "training.cutmix=1.0", "training.ema_decay=0.9", "training.label_smoothing=0.1"),
+        *("optim.name=muon", "optim.other_learning_rate=0.1", f"optim.schedule={schedule}"),
+        *("evaluation.flip=true", "evaluation.shift=1"),
+    ]
+    check_every_report(resolve(str(tiny["resnet"]), changes).recipe, CPU, tmp_path)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -48,7 +48,7 @@ class _Normalisation(nn.BatchNorm2d):
 
 
 class FastResNet(nn.Module):
-    """Images (B, 3, H, W), normalised, H and W at least 17, to class scores (B, classes) before the softmax.
+    """Images (B, 3, H, W), normalised, of `smallest_image` pixels a side or more, to class scores (B, classes).
 
     The first layer is random until `whiten` has seen images; it is not trained, apart from its shift.
     """
@@ -76,10 +76,20 @@ class FastResNet(nn.Module):
         Its filters are the eigenvectors of the covariance of all 2x2 patches, each over the root of its eigenvalue, and
         their negatives, so that what a GELU cuts off in one is kept by the other.
         """
-        patches = functional.unfold(images.float(), _PATCH).transpose(1, 2).reshape(-1, _PATCH_VALUES)
-        values, vectors = torch.linalg.eigh(patches.double().T @ patches.double() / len(patches))
+        products = torch.zeros(_PATCH_VALUES, _PATCH_VALUES, dtype=torch.float64)
+        count = 0
+        for some in torch.split(images, 100):  # each image becomes four times as large
+            patches = functional.unfold(some.double(), _PATCH).transpose(1, 2).reshape(-1, _PATCH_VALUES)
+            products += patches.T @ patches
+            count += len(patches)
+        values, vectors = torch.linalg.eigh(products / count)
         filters = (vectors / (values + 5e-4).sqrt()).T.reshape(-1, 3, _PATCH, _PATCH)
         self.whitening.weight.copy_(torch.cat([filters, -filters]))
+
+
+def smallest_image(stages: int) -> int:
+    """Pixels a side of the smallest image that a network of so many stages leaves anything of."""
+    return (1 << stages) + 1
 
 
 def _identity_convolution(width_in: int, width: int) -> nn.Conv2d:

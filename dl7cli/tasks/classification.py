@@ -21,7 +21,7 @@ from dl7cli.data.transfer import moved
 from dl7cli.device import Runtime, evaluation_mode, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
-from dl7cli.models.fast_resnet import FastResNet
+from dl7cli.models.fast_resnet import FastResNet, smallest_image
 from dl7cli.models.resnet import ResNet
 from dl7cli.recipe import ClassificationRecipe, FastResNetModel, ResNetModel
 
@@ -86,10 +86,28 @@ class Classification:
                 hint="`--set model.stem=cifar`, or `--set data.image_size=64`",
             )
         self._normalise = augmentation.Normalisation(assets["mean"], assets["deviation"], runtime.device)
+        for key, value, limit in (
+            ("training.small_size", recipe.training.small_size or 0, assets["image_size"]),
+            ("evaluation.shift", recipe.evaluation.shift, assets["image_size"] - 1),
+        ):
+            if value > limit:
+                raise UserError(
+                    f"`{key}` is {value}, and the images of `{recipe.data.source}` have {assets['image_size']} pixels",
+                    hint=f"`--set {key}={limit}` is the most there can be",
+                )
+        smallest = min(assets["image_size"], recipe.training.small_size or assets["image_size"])
+        if isinstance(section, FastResNetModel) and smallest < smallest_image(len(section.widths)):
+            raise UserError(
+                f"a fast_resnet cannot take images of {smallest} pixels",
+                hint=f"`data.image_size` and `training.small_size` of {smallest_image(len(section.widths))} or more fit",
+            )
         seed_everything(recipe.training.seed)
         model = _model(recipe.model, len(assets["classes"]))
         if fresh and isinstance(model, FastResNet):
-            some = torch.from_numpy(np.array(self._splits()["train"].images[:WHITENING_IMAGES]))
+            images = self._splits()["train"].images
+            # From all over the set, which may be in the order of its classes.
+            spread = np.linspace(0, len(images) - 1, min(len(images), WHITENING_IMAGES)).astype(int)
+            some = torch.from_numpy(np.array(images[spread]))
             model.whiten(self._normalise(some.to(runtime.device)).cpu())
         self.model = model.to(runtime.device)
         # This is how both oneDNN and cuDNN run these convolutions fastest.

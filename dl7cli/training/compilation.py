@@ -45,9 +45,10 @@ def wanted(task: Task) -> bool:
     if training.compile != "auto":
         return training.compile == "always"
     model = task.recipe.model
-    if not isinstance(model, ResNetModel) or model.survival < 1 or model.checkpointing:
-        # What each step leaves out, or computes again, breaks the graph into pieces; and compiled by torch 2.13 for a
-        # CPU the other kind of network has gradients that are not finite.
+    if not isinstance(model, ResNetModel) or model.survival < 1 or model.checkpointing or training.small_size:
+        # Images of two sizes would be compiled for twice. What each step leaves out, or computes again, breaks the
+        # graph into pieces; and compiled by torch 2.13 for a CPU the other kind of network has gradients that are not
+        # finite.
         return False
     whole = task.splits()["train"] // task.whole_batch * task.whole_batch
     return repays(training.epochs * whole, task.assets["image_size"], task.runtime.device.type)

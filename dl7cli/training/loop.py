@@ -121,9 +121,9 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
                 torch.nn.utils.clip_grads_with_norm_(parameters, optim.clip_norm, norm)
             scaler.step(optimiser)
             scaler.update()
-            if trainer.average is not None:
-                trainer.average.update()
             progress = progress._replace(batch=number, step=progress.step + 1)
+            if trainer.average is not None:
+                trainer.average.update(progress.step)
             yield Report(progress, loss, norm, rate, examples)
         check_weights(task.model, loss, norm, progress.step, rate)
         with swapped(task.model, trainer.weights(task)):

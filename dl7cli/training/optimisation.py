@@ -50,6 +50,8 @@ class Muon(torch.optim.Optimizer):
 
 def _turn(filters: Sequence[Tensor], updates: Sequence[Tensor], rate: float) -> None:
     """Bring each bank of filters to the norm √rows and take a step of `rate` along its update made orthogonal."""
+    if rate == 0:
+        return
     by_shape: dict[torch.Size, list[int]] = {}
     for number, bank in enumerate(filters):
         by_shape.setdefault(bank.shape, []).append(number)
@@ -124,10 +126,11 @@ def _is_filter(parameter: Tensor) -> bool:
 
 
 class WeightAverage:
-    """An exponential moving average of a model's weights: after each step, decay·average + (1-decay)·weights.
+    """An exponential moving average of a model's weights: after step t, d·average + (1-d)·weights.
 
-    It begins as the weights are. Running statistics are averaged too, since they belong to the weights; what counts
-    steps is copied. As in Polyak & Juditsky 1992, with the exponential weights of Tarvainen & Valpola 2017.
+    d is `decay`, but at first no more than (1+t)/(10+t): the weights before training are soon forgotten. Running
+    statistics are averaged too, since they belong to the weights; what counts steps is copied. As in Polyak & Juditsky
+    1992, with the exponential weights of Tarvainen & Valpola 2017.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -136,11 +139,12 @@ class WeightAverage:
         self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take the model's present weights in."""
+    def update(self, step: int) -> None:
+        """Take the model's weights after step `step`, counted from 1, in."""
+        decay = min(self._decay, (1 + step) / (10 + step))
         for name, value in self._model.state_dict().items():
             if value.is_floating_point():
-                self.weights[name].lerp_(value, 1 - self._decay)
+                self.weights[name].lerp_(value, 1 - decay)
             else:
                 self.weights[name].copy_(value)
 
@@ -160,7 +164,8 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     """The learning rate of step `step`, counted from 0, of `steps`: a rise over the warm-up, then the schedule.
 
     The rise is linear from zero, except with `one-cycle` (Smith & Topin 2018, arXiv 1708.07120, in the form of
-    torch.optim.lr_scheduler.OneCycleLR): half a cosine from 1/25 of the greatest rate, and half a cosine to 1/250,000.
+    torch.optim.lr_scheduler.OneCycleLR, with a momentum that stays): half a cosine from 1/25 of the greatest rate, and
+    half a cosine to 1/250,000.
     """
     if optim.schedule == "one-cycle":
         return optim.learning_rate * _one_cycle(step, steps, optim.warmup)
