@@ -99,7 +99,7 @@ class Classification:
         if isinstance(section, FastResNetModel) and smallest < smallest_image(len(section.widths)):
             raise UserError(
                 f"a fast_resnet cannot take images of {smallest} pixels",
-                hint=f"`data.image_size` and `training.small_size` of {smallest_image(len(section.widths))} or more fit",
+                hint=f"`data.image_size` and `training.small_size` from {smallest_image(len(section.widths))} on fit",
             )
         seed_everything(recipe.training.seed)
         model = _model(recipe.model, len(assets["classes"]))
