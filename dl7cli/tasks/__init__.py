@@ -51,8 +51,8 @@ def load(
     if recipe.training.ema_decay:
         # `last` has the weights to go on from; what was validated, and is to be used, is their average.
         training = checkpoint.load(folder, training=True).training
-        average = {name.removeprefix("average."): value for name, value in training.items() if "average." in name[:8]}
-        saved.weights.update(average)
+        average = {name: value for name, value in training.items() if name.startswith("average.")}
+        saved.weights.update({name.removeprefix("average."): value for name, value in average.items()})
     if data is not None:
         # The other source has columns of its own.
         other = {"source": data, **({"image": None, "label": None} if isinstance(recipe.data, ImageData) else {})}
