@@ -30,12 +30,12 @@ from torch import Tensor
 
 State = tuple[Tensor, ...]
 
-Step = Callable[[Tensor, State, State], tuple[Tensor, State]]
-"""`step(previous, context, state) -> (log_probabilities, new_state)`.
+Step = Callable[[Tensor, State, State], tuple[Tensor, State, Tensor | None]]
+"""`step(previous, context, state) -> (log_probabilities, new_state, attention)`.
 
 `previous` (R,) are the latest ids and `log_probabilities` is (R, V), where R = sentences * beam with the
 hypotheses of one sentence adjacent. `context` has one row per sentence, `state` one per hypothesis; both lose
-rows as sentences finish.
+rows as sentences finish. `attention` (R, S) is what the step looked at, or None.
 """
 
 _SPARE = 8  # candidates taken beyond the needed ones, so that the usual tie is settled without a second pass
@@ -106,7 +106,7 @@ def beam_search(
     state = tuple(part.repeat_interleave(beam, dim=0) for part in state)
 
     for length in range(longest + 1):
-        log_probabilities, state = step(previous, context, state)
+        log_probabilities, state, _ = step(previous, context, state)
         live = totals.flatten() > -math.inf
         values, ids = _extensions(log_probabilities, live, needed=beam + 1 + len(banned))
         if len(banned):

@@ -38,13 +38,13 @@ class Model:
     def __init__(self) -> None:
         self.rows: list[int] = []
 
-    def __call__(self, previous: Tensor, context: State, state: State) -> tuple[Tensor, State]:
+    def __call__(self, previous: Tensor, context: State, state: State) -> tuple[Tensor, State, None]:
         (tables,), (before,) = context, state
         assert len(previous) == len(before)
         self.rows.append(len(previous))
         sentence = torch.arange(len(tables), device=previous.device)
         sentence = sentence.repeat_interleave(len(previous) // len(tables))
-        return tables[sentence, before, previous], (previous,)
+        return tables[sentence, before, previous], (previous,), None
 
 
 def search(
@@ -361,8 +361,8 @@ def test_no_sentences_and_no_context() -> None:
 def search_constant(log_probabilities: list[float], sentences: int = 1) -> list[list[Hypothesis]]:
     """Search with a network that always says the same and needs neither context nor state."""
 
-    def step(previous: Tensor, context: State, state: State) -> tuple[Tensor, State]:
-        return torch.tensor(log_probabilities).repeat(len(previous), 1), state
+    def step(previous: Tensor, context: State, state: State) -> tuple[Tensor, State, None]:
+        return torch.tensor(log_probabilities).repeat(len(previous), 1), state, None
 
     return beam_search(step, (), (), beam=2, max_length=[3] * sentences, bos=BOS, eos=EOS)
 
@@ -389,8 +389,8 @@ def test_logits_in_place_of_log_probabilities_are_refused() -> None:
 
 
 def test_misshapen_results_are_refused() -> None:
-    def step(previous: Tensor, context: State, state: State) -> tuple[Tensor, State]:
-        return torch.zeros(len(previous) + 1, 5), state
+    def step(previous: Tensor, context: State, state: State) -> tuple[Tensor, State, None]:
+        return torch.zeros(len(previous) + 1, 5), state, None
 
     with pytest.raises(ValueError, match=r"must return \(2, V >= 2\) numbers, got \(3, 5\)"):
         beam_search(step, (), (), beam=2, max_length=[3], bos=BOS, eos=EOS)

@@ -68,7 +68,7 @@ def test_the_model_is_the_slow_loop() -> None:
     net = model()
     source, lengths = sources()
     previous = torch.tensor([[BOS, 5, 6, 4], [BOS, 9, 0, 0], [BOS, 7, 8, 0]])
-    fast = net(source, lengths, previous)
+    fast = net(source, lengths, previous)[0].readout
     for row, steps in enumerate((4, 2, 3)):
         slow = slow_readouts(net, source[row, : lengths[row]].tolist(), previous[row, :steps].tolist())
         # Attention weights are computed in float32 whatever the rest is.
@@ -108,10 +108,10 @@ def test_step_by_step_is_the_whole_sequence() -> None:
     net = model(layers=2).eval()
     source, lengths = sources()
     previous = torch.tensor([[BOS, 5, 6, 4], [BOS, 9, 1, 4], [BOS, 7, 8, 10]])
-    whole = net.logits(net(source, lengths, previous)).float().log_softmax(dim=2)
+    whole = net.logits(*net(source, lengths, previous)).float().log_softmax(dim=1).unflatten(0, previous.shape)
     context, state = net.encode(source, lengths)
     for step in range(4):
-        log_probabilities, state = net.step(previous[:, step], context, state)
+        log_probabilities, state, _ = net.step(previous[:, step], context, state)
         torch.testing.assert_close(log_probabilities, whole[:, step])
 
 
@@ -121,10 +121,10 @@ def test_the_hypotheses_of_a_sentence_share_its_context() -> None:
     context, state = net.encode(source, lengths)
     words = torch.tensor([4, 5, 6, 7, 8, 9])
     twice = tuple(one.repeat_interleave(2, dim=0) for one in state)
-    together, _ = net.step(words, context, twice)
+    together, _, _ = net.step(words, context, twice)
     for row in range(6):
         alone_context = tuple(one[row // 2 : row // 2 + 1] for one in context)
-        alone, _ = net.step(words[row : row + 1], alone_context, tuple(one[row : row + 1] for one in twice))
+        alone, _, _ = net.step(words[row : row + 1], alone_context, tuple(one[row : row + 1] for one in twice))
         torch.testing.assert_close(together[row : row + 1], alone)
 
 
@@ -132,9 +132,9 @@ def test_padding_changes_nothing() -> None:
     net = model(layers=2).eval()
     source, lengths = sources()
     previous = torch.tensor([[BOS, 5, 6], [BOS, 9, 4], [BOS, 7, 8]])
-    together = net(source, lengths, previous)
+    together = net(source, lengths, previous)[0].readout
     for row, length in enumerate(lengths.tolist()):
-        alone = net(source[row : row + 1, :length], lengths[row : row + 1], previous[row : row + 1])
+        alone = net(source[row : row + 1, :length], lengths[row : row + 1], previous[row : row + 1])[0].readout
         torch.testing.assert_close(together[row : row + 1], alone)
 
 
@@ -151,7 +151,7 @@ def test_attention_sums_to_one_over_real_steps_and_is_zero_on_padding() -> None:
 def test_gradients_reach_every_parameter_and_never_the_padding_row() -> None:
     net = model(dropout=0.2).train()
     source, lengths = sources()
-    net.logits(net(source, lengths, torch.tensor([[BOS, 5], [BOS, 9], [BOS, PAD]]))).logsumexp(dim=2).sum().backward()
+    net.logits(*net(source, lengths, torch.tensor([[BOS, 5], [BOS, 9], [BOS, PAD]]))).logsumexp(dim=1).sum().backward()
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name

@@ -15,11 +15,10 @@ from torch.nn import functional
 
 from dl7cli.models.attention import GeneralAttention
 from dl7cli.models.recurrent import BidirectionalLSTM, run
+from dl7cli.models.translator import Decoded, State, Translator
 
-State = tuple[Tensor, ...]
 
-
-class Seq2Seq(nn.Module):
+class Seq2Seq(Translator):
     """One embedding serves source, target and output words of a joint vocabulary (Press & Wolf 2017, "three-way")."""
 
     def __init__(
@@ -50,10 +49,7 @@ class Seq2Seq(nn.Module):
             self.embedding.weight[pad].zero_()
 
     def encode(self, source: Tensor, lengths: Tensor) -> tuple[State, State]:
-        """source (B, S) padded ids, lengths (B,) → context: memory, keys, mask; state before the first target word.
-
-        Context belongs to a sentence, state to a hypothesis; each has its row on axis 0.
-        """
+        """As `Translator.encode`; context: memory, keys, mask."""
         embedded = functional.dropout(self.embedding(source), self.dropout, self.training)
         memory, last = self.encoder(embedded, lengths)
         memory = functional.dropout(memory, self.dropout, self.training)
@@ -62,35 +58,24 @@ class Seq2Seq(nn.Module):
         state = (lower, torch.zeros_like(lower), upper, torch.zeros_like(upper))
         return (memory, self.attention.keys(memory), mask), state
 
-    def decode(self, previous: Tensor, context: State, state: State) -> tuple[Tensor, State]:
-        """Run over the target words `previous` (R, T) → readouts (R, T, E), state after the last of them.
-
-        R may be a multiple K of the sentences in `context`, the hypotheses of one sentence side by side.
-        """
+    def decode(self, previous: Tensor, context: State, state: State) -> Decoded:
         memory, keys, mask = context
         embedded = functional.dropout(self.embedding(previous), self.dropout, self.training)
         asked, (lower, lower_cell) = run(self.lower, embedded, (state[0][None], state[1][None]))
         asked = functional.dropout(asked, self.dropout, self.training)
         queries = asked.reshape(memory.size(0), -1, asked.size(2))
-        found = self.attention(queries, keys, memory, mask)[0].reshape(*asked.shape[:2], memory.size(2))
+        found, weights = self.attention(queries, keys, memory, mask)
+        found = found.reshape(*asked.shape[:2], memory.size(2))
         answered, (upper, upper_cell) = run(
             self.upper, torch.cat([asked, found], dim=2), (state[2][None], state[3][None])
         )
         answered = functional.dropout(answered, self.dropout, self.training)
         readout = torch.tanh(self.readout(torch.cat([answered, found, embedded], dim=2)))
         readout = functional.dropout(readout, self.dropout, self.training)
-        return readout, (lower[0], lower_cell[0], upper[0], upper_cell[0])
+        after = (lower[0], lower_cell[0], upper[0], upper_cell[0])
+        return Decoded(readout, weights.reshape(*asked.shape[:2], memory.size(1)), after)
 
-    def logits(self, readout: Tensor) -> Tensor:
-        """readout (…, E) → (…, V), before the softmax."""
+    def logits(self, decoded: Decoded, context: State, at: Tensor | None = None) -> Tensor:
+        readout = decoded.readout.flatten(0, 1)
+        readout = readout if at is None else readout.index_select(0, at)
         return functional.linear(readout, self.embedding.weight, self.output_bias)
-
-    def forward(self, source: Tensor, lengths: Tensor, previous: Tensor) -> Tensor:
-        """Teacher forcing: source (B, S), lengths (B,), previous (B, T) from bos on → readouts (B, T, E)."""
-        context, state = self.encode(source, lengths)
-        return self.decode(previous, context, state)[0]
-
-    def step(self, previous: Tensor, context: State, state: State) -> tuple[Tensor, State]:
-        """One target word for every hypothesis: previous (R,) → log-probabilities (R, V) in float32, state."""
-        readout, state = self.decode(previous[:, None], context, state)
-        return self.logits(readout[:, 0]).float().log_softmax(dim=1), state

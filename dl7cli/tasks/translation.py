@@ -17,7 +17,8 @@ from dl7cli.data.vocabulary import BOS, EOS, PAD, UNKNOWN, Vocabulary
 from dl7cli.device import Runtime, evaluation_mode, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, bleu
-from dl7cli.models.seq2seq import Seq2Seq, State
+from dl7cli.models.seq2seq import Seq2Seq
+from dl7cli.models.translator import State, Translator
 from dl7cli.recipe import TranslationRecipe
 from dl7cli.search import Hypothesis, beam_search
 
@@ -36,6 +37,8 @@ class PairBatch(NamedTuple):
     """(B, T) target subwords from bos on: what the decoder reads"""
     target: Tensor
     """(B, T) target subwords up to eos: what it should answer"""
+    real: Tensor
+    """(N,) where `target`, flattened, is not padding"""
 
 
 class TranslatedLine(NamedTuple):
@@ -83,7 +86,7 @@ class Translation:
         self.assets = assets
         self.vocabulary = Vocabulary.from_json(assets["vocabulary"])
         seed_everything(recipe.training.seed)
-        self.model = Seq2Seq(
+        self.model: Translator = Seq2Seq(
             len(self.vocabulary),
             pad=PAD,
             embedding_width=recipe.model.embedding_width,
@@ -128,11 +131,10 @@ class Translation:
 
     def loss(self, batch: PairBatch) -> tuple[Tensor, int]:
         """Cross-entropy with label smoothing summed over the target subwords, eos included, and how many they are."""
-        real = batch.target != PAD
         with self.runtime.autocast():
-            readout = self.model(batch.source, batch.lengths, batch.previous)
-            logits = self.model.logits(readout[real])
-        target = batch.target[real]
+            decoded, context = self.model(batch.source, batch.lengths, batch.previous)
+            logits = self.model.logits(decoded, context, batch.real)
+        target = batch.target.flatten().index_select(0, batch.real)
         smoothing = self.recipe.training.label_smoothing
         total = functional.cross_entropy(logits.float(), target, reduction="sum", label_smoothing=smoothing)
         return total, len(target)
@@ -192,14 +194,14 @@ class Translation:
         """Beam search in float32 whatever the training precision, so that near ties do not depend on the batch."""
         source, lengths = self._padded([[*ids, EOS] for ids in sources])
 
-        def step(previous: Tensor, context: State, state: State) -> tuple[Tensor, State]:
-            log_probabilities, state = self.model.step(previous, context, state)
+        def step(previous: Tensor, context: State, state: State) -> tuple[Tensor, State, Tensor | None]:
+            log_probabilities, state, attention = self.model.step(previous, context, state)
             # A softmax over anything not finite is NaN in every place, so one of them tells.
             if log_probabilities[:, 0].isnan().any():
                 raise UserError(
                     "the model's output is not a number", hint="lower `--set optim.learning_rate=…` and train again"
                 )
-            return log_probabilities, state
+            return log_probabilities, state, attention
 
         with evaluation_mode(self.model):
             context, state = self.model.encode(source, lengths)
@@ -273,16 +275,21 @@ class Translation:
     def _batch(self, pairs: list[tuple[list[int], list[int]]]) -> PairBatch:
         source, lengths = self._padded([[*ids, EOS] for ids, _ in pairs])
         previous, _ = self._padded([[BOS, *ids] for _, ids in pairs])
-        target, _ = self._padded([[*ids, EOS] for _, ids in pairs])
-        return PairBatch(source, lengths, previous, target)
+        target = _rectangle([[*ids, EOS] for _, ids in pairs])
+        # Found before it is moved: a device would have to be waited for.
+        real = (target != PAD).flatten().nonzero().flatten()
+        device = self.runtime.device
+        return PairBatch(source, lengths, previous, moved(target, device), moved(real, device))
 
     def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Rows of ids as one tensor (B, longest), and their lengths (B,), on the device."""
-        lengths = [len(row) for row in rows]
-        longest = max(lengths)
-        padded = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
         device = self.runtime.device
-        return moved(padded, device), moved(torch.tensor(lengths), device)
+        return moved(_rectangle(rows), device), moved(torch.tensor([len(row) for row in rows]), device)
+
+
+def _rectangle(rows: list[list[int]]) -> Tensor:
+    longest = max(len(row) for row in rows)
+    return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
 
 
 def _fill(order: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
