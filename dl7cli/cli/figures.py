@@ -3,7 +3,6 @@
 Only the functions that draw import matplotlib, and of it neither pyplot nor a window: figures are plain objects here.
 """
 
-import contextlib
 import io
 import math
 import os
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from dl7cli import files
 from dl7cli.cli import console
 from dl7cli.errors import UserError
 
@@ -68,17 +68,10 @@ def save(figure: "Figure", path: Path) -> None:
         figure.savefig(
             drawn, format=kind, dpi=_DOTS_PER_INCH, metadata={"Date": None} if kind == "svg" else {"Software": None}
         )
-    path = path.resolve()
-    new = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with new.open("wb") as file:
+        with files.replacing(path) as file:
             file.write(drawn.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink()
         raise UserError(f"`{path}` cannot be written: {console.reason(error)}", hint="name another file") from None
 
 
