@@ -232,9 +232,37 @@ class Optim(Section):
 
 
 class Decoding(Section):
+    method: Literal["beam", "sample"] = "beam"
+    """The best that a beam finds, or words drawn at random by their probabilities."""
     beam: Annotated[int, Field(ge=1, le=100)] = 5
+    length_normalisation: Literal["gnmt", "average", "none"] = "gnmt"
+    """What a log-probability is divided by to rank: by Wu et al. 2016, eq. 14, the length itself, or nothing."""
     length_penalty: Annotated[float, Field(ge=0, le=5)] = 0.6
-    """Exponent of the length penalty of Wu et al. 2016, eq. 14."""
+    """Exponent of what `length_normalisation` divides by: 0 is none, more gives longer output."""
+    coverage_penalty: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Weight of the coverage penalty of Wu et al. 2016, eq. 14; 0: none."""
+    min_length: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Fewest subwords of a translation, as far as the greatest length allows."""
+    max_length_ratio: Annotated[float, Field(ge=0, le=10)] = 2.0
+    """Most subwords of a translation: this for each subword of the source, and `max_length_offset`."""
+    max_length_offset: Annotated[int, Field(ge=0, le=1000)] = 10
+    no_repeat_ngram: Annotated[int, Field(ge=0, le=20)] = 0
+    """No sequence of this many subwords appears twice in a translation; 0: any may."""
+    allow_unknown: bool = False
+    """Whether the unknown word may be an answer."""
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Of `sample`: logits are divided by it; below 1 the probable becomes more so."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Of `sample`: only this many most probable words are drawn from; 0: all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of `sample`: only the fewest most probable words that together reach this probability are drawn from."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    """Of `sample`."""
+
+    def updated(self, **changes: Any) -> "Decoding":
+        """With the `changes` that are not None: flags that were not given."""
+        given = {key: value for key, value in changes.items() if value is not None}
+        return type(self).model_validate(self.model_dump() | given)
 
 
 class Evaluation(Section):

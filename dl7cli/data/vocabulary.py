@@ -68,6 +68,10 @@ class Vocabulary:
         """The text of subword ids; specials leave nothing."""
         return str(self._processor.decode(list(ids)))
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The subwords of ids as they are written in the vocabulary, `</s>` for eos."""
+        return [str(self._processor.id_to_piece(one)) for one in ids]
+
     def to_json(self) -> dict[str, Any]:
         """What `from_json` needs to give the same vocabulary back."""
         return {"kind": "sentencepiece", "model": base64.b64encode(self._model).decode("ascii")}

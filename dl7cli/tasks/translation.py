@@ -1,6 +1,7 @@
 """Translation: where a recipe meets sentence pairs, a vocabulary, a sequence-to-sequence model, search and BLEU."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,11 +20,13 @@ from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, bleu
 from dl7cli.models.seq2seq import Seq2Seq
 from dl7cli.models.translator import State, Translator
-from dl7cli.recipe import TranslationRecipe
+from dl7cli.recipe import Decoding, TranslationRecipe
 from dl7cli.search import Hypothesis, beam_search
 
 HYPOTHESES_AT_ONCE = 640
 """Sentences searched at once times the beam."""
+SUBWORDS_AT_ONCE = 8192
+"""Most subwords of a batch that is scored, padding included."""
 
 
 class PairBatch(NamedTuple):
@@ -41,13 +44,49 @@ class PairBatch(NamedTuple):
     """(N,) where `target`, flattened, is not padding"""
 
 
+class Candidate(NamedTuple):
+    """One translation of a line."""
+
+    text: str
+    score: float
+    """What ranks: the log-probability through the length penalty, and the coverage penalty."""
+    log_probability: float
+    tokens: list[str]
+    """Target subwords, `</s>` included."""
+    token_log_probabilities: list[float]
+    attention: np.ndarray | None
+    """(tokens, source tokens) in float32; None where it was not asked for or the model looks at nothing."""
+
+
 class TranslatedLine(NamedTuple):
     text: str
     score: float
-    alternatives: list[tuple[str, float]]
-    """The n best with their scores, the first included; none for a blank line."""
+    source_tokens: list[str]
+    """As the model reads them, `</s>` included; none of a blank line."""
+    alternatives: list[Candidate]
+    """The n best, the first included; none for a blank line."""
     cut: bool
     """Whether the line was longer than the model's limit."""
+
+
+class ScoredPair(NamedTuple):
+    """What the model says of a given translation."""
+
+    log_probability: float
+    tokens: list[str]
+    """Target subwords, `</s>` included."""
+    token_log_probabilities: list[float]
+
+    @property
+    def perplexity(self) -> float:
+        """Of a subword."""
+        return perplexity([self])
+
+
+def perplexity(scored: Sequence[ScoredPair]) -> float:
+    """Of a subword of all these translations together: e to the mean negative log-probability."""
+    total = sum(one.log_probability for one in scored)
+    return math.exp(-total / sum(len(one.tokens) for one in scored))
 
 
 class Translation:
@@ -141,67 +180,100 @@ class Translation:
 
     def validate(self) -> Scores:
         """The scores by which the best epoch is chosen: greedy, as a beam would cost five times as much each epoch."""
-        return self.evaluate("validation", beam=1)
+        return self.evaluate("validation", self.recipe.decoding.updated(method="beam", beam=1))
 
-    def evaluate(self, split: str, *, beam: int | None = None, length_penalty: float | None = None) -> Scores:
+    def evaluate(self, split: str, decoding: Decoding | None = None) -> Scores:
         """BLEU of a split's translations against its references. Raises UserError where the data has no such split."""
         if split not in self._splits():
             raise UserError(f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}")
         pairs = self._splits()[split]
-        translated = self.translate([source for source, _ in pairs], beam=beam, length_penalty=length_penalty)
+        translated = self.translate([source for source, _ in pairs], decoding)
         return bleu([line.text for line in translated], [target for _, target in pairs])
 
     def translate(
         self,
         lines: Sequence[str],
+        decoding: Decoding | None = None,
         *,
-        beam: int | None = None,
-        length_penalty: float | None = None,
         n_best: int = 1,
+        attention: bool = False,
     ) -> list[TranslatedLine]:
-        """Translate each line; a blank one stays blank. Beam and length penalty are the recipe's where not given.
+        """Translate each line; a blank one stays blank. `decoding` is the recipe's where it is not given.
 
         Lines of like length are searched together, which changes no result, only the time. Raises UserError where
         `n_best` is more than the beam.
         """
-        decoding = self.recipe.decoding
-        beam = decoding.beam if beam is None else beam
-        if n_best > beam:
-            raise UserError(f"a beam of {beam} cannot give the {n_best} best", hint=f"use `--beam {n_best}` or more")
+        decoding = self.recipe.decoding if decoding is None else decoding
+        if n_best > decoding.beam:
+            raise UserError(
+                f"a beam of {decoding.beam} cannot give the {n_best} best", hint=f"use `--beam {n_best}` or more"
+            )
         limit = self.recipe.data.max_length
         encoded = self.vocabulary.encode_all([line.strip() for line in lines])
-        answers = [TranslatedLine("", 0.0, [], False)] * len(lines)
+        answers = [TranslatedLine("", 0.0, [], [], False)] * len(lines)
         order = sorted((at for at, ids in enumerate(encoded) if ids), key=lambda at: len(encoded[at]))
-        size = max(1, HYPOTHESES_AT_ONCE // beam)
+        size = max(1, HYPOTHESES_AT_ONCE // decoding.beam)
         for begin in range(0, len(order), size):
             chosen = order[begin : begin + size]
-            found = self._search(
-                [encoded[at][:limit] for at in chosen],
-                beam=beam,
-                length_penalty=decoding.length_penalty if length_penalty is None else length_penalty,
-                n_best=n_best,
-            )
-            for at, hypotheses in zip(chosen, found, strict=True):
-                texts = [(self.vocabulary.decode(one.ids), one.score) for one in hypotheses]
-                text, score = texts[0] if texts else ("", 0.0)
-                answers[at] = TranslatedLine(text, score, texts, len(encoded[at]) > limit)
+            sources = [[*encoded[at][:limit], EOS] for at in chosen]
+            found = self._search(sources, decoding, n_best=n_best, attention=attention)
+            for at, source, hypotheses in zip(chosen, sources, found, strict=True):
+                candidates = [self._candidate(one, len(source)) for one in hypotheses]
+                text, score = (candidates[0].text, candidates[0].score) if candidates else ("", 0.0)
+                tokens = self.vocabulary.pieces(source)
+                answers[at] = TranslatedLine(text, score, tokens, candidates, len(encoded[at]) > limit)
             self._progress("translating", begin + len(chosen), len(order))
         return answers
 
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[ScoredPair]:
+        """The log-probability of each pair's target given its source, by teacher forcing in float32.
+
+        Pairs of like length are run together. A source too long is cut as `translate` cuts it.
+        """
+        sources = self.vocabulary.encode_all([source.strip() for source, _ in pairs])
+        targets = self.vocabulary.encode_all([target.strip() for _, target in pairs])
+        limit = self.recipe.data.max_length
+        answers = [ScoredPair(0.0, [], [])] * len(pairs)
+        if not pairs:
+            return []
+        lengths = np.array([max(len(s), len(t)) + 1 for s, t in zip(sources, targets, strict=True)])
+        for chosen in _fill(np.argsort(lengths, kind="stable"), lengths, SUBWORDS_AT_ONCE):
+            batch = self._batch([(sources[at][:limit], targets[at]) for at in chosen])
+            with evaluation_mode(self.model):
+                decoded, context = self.model(batch.source, batch.lengths, batch.previous)
+                logits = self.model.logits(decoded, context, batch.real)
+                real = batch.target.flatten().index_select(0, batch.real)
+                values = (-functional.cross_entropy(logits.float(), real, reduction="none")).tolist()
+            for at in chosen:
+                length = len(targets[at]) + 1
+                own, values = values[:length], values[length:]
+                answers[at] = ScoredPair(math.fsum(own), self.vocabulary.pieces([*targets[at], EOS]), own)
+        return answers
+
+    def _candidate(self, found: Hypothesis, source_length: int) -> Candidate:
+        return Candidate(
+            self.vocabulary.decode(found.ids),
+            found.score,
+            found.log_probability,
+            self.vocabulary.pieces([*found.ids, EOS]),
+            list(found.token_log_probabilities),
+            None if found.attention is None else found.attention[:, :source_length].numpy(),
+        )
+
     def _search(
-        self, sources: list[list[int]], *, beam: int, length_penalty: float, n_best: int
+        self, sources: list[list[int]], decoding: Decoding, *, n_best: int = 1, attention: bool = False
     ) -> list[list[Hypothesis]]:
         """Beam search in float32 whatever the training precision, so that near ties do not depend on the batch."""
-        source, lengths = self._padded([[*ids, EOS] for ids in sources])
+        source, lengths = self._padded(sources)
 
         def step(previous: Tensor, context: State, state: State) -> tuple[Tensor, State, Tensor | None]:
-            log_probabilities, state, attention = self.model.step(previous, context, state)
+            log_probabilities, state, weights = self.model.step(previous, context, state)
             # A softmax over anything not finite is NaN in every place, so one of them tells.
             if log_probabilities[:, 0].isnan().any():
                 raise UserError(
                     "the model's output is not a number", hint="lower `--set optim.learning_rate=…` and train again"
                 )
-            return log_probabilities, state, attention
+            return log_probabilities, state, weights
 
         with evaluation_mode(self.model):
             context, state = self.model.encode(source, lengths)
@@ -209,13 +281,14 @@ class Translation:
                 step,
                 context,
                 state,
-                beam=beam,
-                max_length=[2 * len(ids) + 10 for ids in sources],
+                beam=decoding.beam,
+                max_length=[2 * len(ids) + 8 for ids in sources],
                 bos=BOS,
                 eos=EOS,
-                length_penalty=length_penalty,
+                length_penalty=decoding.length_penalty,
                 n_best=n_best,
                 forbidden=(PAD, UNKNOWN, BOS),
+                attention=attention,
             )
 
     def _splits(self) -> dict[str, list[tuple[str, str]]]:
