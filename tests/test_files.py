@@ -21,11 +21,15 @@ def test_the_place_is_taken_at_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mistake", [ValueError, OSError, KeyboardInterrupt])
 def test_what_goes_wrong_inside_leaves_nothing(mistake: type[BaseException], tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"before")
-    for name in ("file", "new"):
-        with pytest.raises(mistake), files.replacing(tmp_path / name) as file:
+    def half(path: Path) -> None:
+        with files.replacing(path) as file:
             file.write(b"half")
             raise mistake
+
+    (tmp_path / "file").write_bytes(b"before")
+    for name in ("file", "new"):
+        with pytest.raises(mistake):
+            half(tmp_path / name)
     assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_bytes() == b"before"
 
