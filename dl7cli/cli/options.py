@@ -61,6 +61,14 @@ RunOption = Annotated[
         "--run", metavar="RUN", help="A run folder or a checkpoint in it; the newest that fits, if not given."
     ),
 ]
+RunsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--run",
+        metavar="RUN",
+        help="A run folder or a checkpoint in it; the newest that fits, if not given. Several: an ensemble.",
+    ),
+]
 RunArgument = Annotated[
     str | None,
     typer.Argument(metavar="RUN", help="A run folder or a checkpoint in it; the newest if not given."),
