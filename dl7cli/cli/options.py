@@ -48,7 +48,8 @@ DecodingSet = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change how the run searches, such as decoding.min_length=5; may be given several times.",
+        help="Change how the run searches, such as decoding.min_length=5 (dl7 recipes show seq2seq lists the keys); "
+        "may be given several times.",
     ),
 ]
 Seed = Annotated[
