@@ -132,8 +132,8 @@ def translate(
                 elif target is not None or not as_json:
                     output.writelines(f"{text}\n" for text in as_lines(line.number, translated, n_best))
             output.flush()
-    if attention is not None and not drawn:
-        raise UserError("there is no sentence whose attention could be drawn", hint="give one sentence")
+        if attention is not None and not drawn:
+            raise UserError("there is no sentence whose attention could be drawn", hint="give one sentence")
     if as_json:
         console.document({"run": names[0], "others": names[1:], "translations": documents})
 
