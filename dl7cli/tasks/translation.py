@@ -267,7 +267,7 @@ class Translation:
         for other in others:
             if other.assets != self.assets:
                 raise UserError(
-                    f"`{self.recipe.name}` and `{other.recipe.name}` have different vocabularies",
+                    f"`{self.recipe.name}` and `{other.recipe.name}` differ in vocabulary or languages",
                     hint="train the runs of an ensemble on the same data with the same keys of `data`",
                 )
         tasks = [self, *others]
