@@ -53,12 +53,33 @@ class PairData(Section):
     """A hub id, a folder of parallel text files, TSV or JSONL, one such file, or `builtin:phrases`."""
     source_language: str = "en"
     target_language: str = "de"
+    lowercase: bool = False
+    """Whether the model reads and writes lower case alone; the references of a score stay as they are."""
+    vocabulary: Literal["bpe", "unigram", "word", "character"] = "bpe"
+    """Subwords (Sennrich et al. 2016; Kudo 2018), or the most frequent words and punctuation marks, or characters."""
     vocabulary_size: Annotated[int, Field(ge=32, le=64000)] = 6000
-    """Subwords of the joint vocabulary; fewer where the training text does not hold as many."""
+    """Most entries of a vocabulary, four special ones included; fewer where the training text does not hold as many."""
+    joint: bool = True
+    """Whether one vocabulary serves both languages; otherwise each has one of that size."""
+    subword_sampling: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How training sentences are cut into subwords at random; 0: not at all.
+
+    Of `bpe` the probability that a merge is left out (Provilkov et al. 2020), usually 0.1; of `unigram` the exponent of
+    a segmentation's probability (Kudo 2018), usually 0.2: the smaller, the more random.
+    """
+    source_order: Literal["forward", "reversed", "doubled"] = "forward"
+    """How a source is read: as it is, reversed (Sutskever et al. 2014, §3.3) or twice (Zaremba & Sutskever 2014)."""
     max_length: Annotated[int, Field(ge=8, le=1000)] = 100
-    """Most subwords of a sentence: longer training pairs are left out, longer input is cut."""
+    """Most subwords of a sentence, also of one read twice: longer training pairs are left out, longer input is cut."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Part of the training pairs kept for validation where the data has no such split."""
+
+    @field_validator("subword_sampling")
+    @classmethod
+    def _sampling_fits(cls, amount: float, info: ValidationInfo) -> float:
+        if amount > 0 and info.data.get("vocabulary") in ("word", "character"):
+            raise ValueError('only subwords can be sampled: `data.vocabulary = "bpe"` or `"unigram"`')
+        return amount
 
 
 def _depths(stages: int, block: str, preactivation: bool) -> tuple[str, list[int]]:

@@ -100,7 +100,7 @@ def test_every_image_is_used_once_an_epoch(build: Callable[..., Any], tiny: dict
 def test_every_pair_is_used_once_an_epoch_and_batches_are_bounded(build: Callable[..., Any]) -> None:
     task = build("seq2seq", "training.batch_tokens=40")
     wanted = Counter(
-        (tuple(task.vocabulary.encode(source)), tuple(task.vocabulary.encode(target)))
+        (tuple(task.source_vocabulary.encode(source)), tuple(task.source_vocabulary.encode(target)))
         for source, target in task._splits()["train"]
     )
     for epoch in (0, 1):
@@ -138,7 +138,9 @@ def test_pairs_beyond_the_limit_are_left_out_and_counted(build: Callable[..., An
     assert task.notes == []  # no more than seven digits
     task.recipe = task.recipe.model_copy(update={"data": task.recipe.data.model_copy(update={"max_length": 4})})
     task._encoded = None
-    short = [pair for pair in task._splits()["train"] if max(len(task.vocabulary.encode(side)) for side in pair) <= 4]
+    short = [
+        pair for pair in task._splits()["train"] if max(len(task.source_vocabulary.encode(side)) for side in pair) <= 4
+    ]
     assert sum(len(batch.lengths) for batch in task.batches(1)) == len(short) < 40
     assert task.notes == [f"{40 - len(short)} training pairs longer than 4 subwords are left out"]
     task.recipe = task.recipe.model_copy(update={"data": task.recipe.data.model_copy(update={"max_length": 0})})
@@ -500,12 +502,12 @@ def test_more_translations_than_the_beam_are_refused(build: Callable[..., Any]) 
 
 def test_a_line_too_long_is_cut_and_said_to_be(build: Callable[..., Any]) -> None:
     task = confident(build("seq2seq", "data.max_length=8"))
-    pieces = task.vocabulary.encode("1 2 3 4 5 6 7 8 9 0 1 2 3")
+    pieces = task.source_vocabulary.encode("1 2 3 4 5 6 7 8 9 0 1 2 3")
     assert len(pieces) > 8
     within, beyond = task.translate(["1 2 3", "1 2 3 4 5 6 7 8 9 0 1 2 3"])
     assert (within.cut, beyond.cut) == (False, True)
-    start = task.vocabulary.decode(pieces[:8])
-    assert task.vocabulary.encode(start) == pieces[:8]
+    start = task.source_vocabulary.decode(pieces[:8])
+    assert task.source_vocabulary.encode(start) == pieces[:8]
     assert beyond.text == task.translate([start])[0].text
 
 
@@ -515,10 +517,10 @@ def test_the_score_is_that_of_teacher_forcing(build: Callable[..., Any]) -> None
     lines = ["1 2 3 4 5", "7", "0 0 9"]
     found = task.translate(lines, task.recipe.decoding.updated(beam=4, length_penalty=0.6), n_best=4)
     for line, translated in zip(lines, found, strict=True):
-        source = task.vocabulary.encode(line)
+        source = task.source_vocabulary.encode(line)
         for one in translated.alternatives:
-            ids = [task.vocabulary._processor.piece_to_id(token) for token in one.tokens[:-1]]
-            assert task.vocabulary.decode(ids) == one.text
+            ids = [task.source_vocabulary._processor.piece_to_id(token) for token in one.tokens[:-1]]
+            assert task.source_vocabulary.decode(ids) == one.text
             batch = task._batch([(source, ids)])
             scores = task.model.logits(*task.model(batch.source, batch.lengths, batch.previous)).log_softmax(-1)
             values = scores.gather(1, batch.target[0][:, None])[:, 0].tolist()
