@@ -19,9 +19,9 @@ from dl7cli.data.vocabulary import BOS, EOS, PAD, UNKNOWN, Subwords, Vocabulary
 from dl7cli.device import Runtime, evaluation_mode, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, bleu
-from dl7cli.models.seq2seq import Seq2Seq
+from dl7cli.models.seq2seq import Seq2Seq, Seq2SeqOptions
 from dl7cli.models.translator import State, Translator
-from dl7cli.recipe import Decoding, TranslationRecipe
+from dl7cli.recipe import Decoding, Seq2SeqModel, TranslationRecipe
 from dl7cli.search import Hypothesis, beam_search
 
 HYPOTHESES_AT_ONCE = 640
@@ -90,6 +90,11 @@ def perplexity(scored: Sequence[ScoredPair]) -> float:
     return math.exp(-total / sum(len(one.tokens) for one in scored))
 
 
+def translator(model: Seq2SeqModel, source_words: int, target_words: int) -> Translator:
+    """The network that the keys of `model` describe, for vocabularies of these sizes."""
+    return Seq2Seq(Seq2SeqOptions(**model.model_dump(exclude={"kind"})), source_words, target_words, pad=PAD)
+
+
 class Translation:
     """A translator with its data; `assets` are the vocabularies and the languages, all that using it needs."""
 
@@ -125,15 +130,8 @@ class Translation:
         if "target_vocabulary" in assets:
             self.target_vocabulary = Vocabulary.from_json(assets["target_vocabulary"])
         seed_everything(recipe.training.seed)
-        self.model: Translator = Seq2Seq(
-            max(len(self.source_vocabulary), len(self.target_vocabulary)),
-            pad=PAD,
-            embedding_width=recipe.model.embedding_width,
-            encoder_width=recipe.model.encoder_width,
-            encoder_layers=recipe.model.encoder_layers,
-            decoder_width=recipe.model.decoder_width,
-            dropout=recipe.model.dropout,
-        ).to(runtime.device)
+        words = len(self.source_vocabulary), len(self.target_vocabulary)
+        self.model: Translator = translator(recipe.model, *words).to(runtime.device)
 
     @property
     def data_name(self) -> str:
@@ -170,13 +168,22 @@ class Translation:
             yield self._batch(self._sampled(chosen, epoch, number) if sampled else [pairs[index] for index in chosen])
 
     def loss(self, batch: PairBatch) -> tuple[Tensor, int]:
-        """Cross-entropy with label smoothing summed over the target subwords, eos included, and how many they are."""
+        """Cross-entropy with label smoothing summed over the target subwords, eos included, and how many they are.
+
+        With a coverage weight, the coverage loss of See et al. 2017, eq. 12, is added: at each target subword the
+        overlap of what attention looks at with all that it has looked at before.
+        """
         with self.runtime.autocast():
             decoded, context = self.model(batch.source, batch.lengths, batch.previous)
             logits = self.model.logits(decoded, context, batch.real)
         target = batch.target.flatten().index_select(0, batch.real)
         smoothing = self.recipe.training.label_smoothing
         total = functional.cross_entropy(logits.float(), target, reduction="sum", label_smoothing=smoothing)
+        if self.recipe.training.coverage_weight:
+            assert decoded.attention is not None
+            covered = decoded.attention.cumsum(dim=1) - decoded.attention
+            overlap = torch.minimum(decoded.attention, covered).sum(dim=2)
+            total = total + self.recipe.training.coverage_weight * overlap.flatten().index_select(0, batch.real).sum()
         return total, len(target)
 
     def validate(self) -> Scores:
