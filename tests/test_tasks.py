@@ -100,7 +100,7 @@ def test_every_image_is_used_once_an_epoch(build: Callable[..., Any], tiny: dict
 def test_every_pair_is_used_once_an_epoch_and_batches_are_bounded(build: Callable[..., Any]) -> None:
     task = build("seq2seq", "training.batch_tokens=40")
     wanted = Counter(
-        (tuple(task.vocabulary.encode(source)), tuple(task.vocabulary.encode(target)))
+        (tuple(task.source_vocabulary.encode(source)), tuple(task.source_vocabulary.encode(target)))
         for source, target in task._splits()["train"]
     )
     for epoch in (0, 1):
@@ -138,7 +138,9 @@ def test_pairs_beyond_the_limit_are_left_out_and_counted(build: Callable[..., An
     assert task.notes == []  # no more than seven digits
     task.recipe = task.recipe.model_copy(update={"data": task.recipe.data.model_copy(update={"max_length": 4})})
     task._encoded = None
-    short = [pair for pair in task._splits()["train"] if max(len(task.vocabulary.encode(side)) for side in pair) <= 4]
+    short = [
+        pair for pair in task._splits()["train"] if max(len(task.source_vocabulary.encode(side)) for side in pair) <= 4
+    ]
     assert sum(len(batch.lengths) for batch in task.batches(1)) == len(short) < 40
     assert task.notes == [f"{40 - len(short)} training pairs longer than 4 subwords are left out"]
     task.recipe = task.recipe.model_copy(update={"data": task.recipe.data.model_copy(update={"max_length": 0})})
@@ -531,8 +533,8 @@ def test_attention_is_there_where_it_is_asked_for(build: Callable[..., Any]) -> 
             assert one.attention is not None
             assert one.attention.shape == (len(one.tokens), len(line.source_tokens))
             assert one.attention.sum(axis=1) == pytest.approx(1, abs=1e-5)
-            ids = [task.vocabulary._processor.piece_to_id(token) for token in one.tokens[:-1]]
-            source = [task.vocabulary._processor.piece_to_id(token) for token in line.source_tokens[:-1]]
+            ids = [task.source_vocabulary._processor.piece_to_id(token) for token in one.tokens[:-1]]
+            source = [task.source_vocabulary._processor.piece_to_id(token) for token in line.source_tokens[:-1]]
             batch = task._batch([(source, ids)])
             expected = task.model.eval()(batch.source, batch.lengths, batch.previous)[0].attention[0]
             assert one.attention == pytest.approx(expected.detach().numpy(), abs=1e-5)
@@ -570,8 +572,8 @@ def test_an_ensemble_answers_by_the_mean_of_its_probabilities(build: Callable[..
     pairs = []
     for line, translated in zip(LINES, task.translate(LINES, decoding, n_best=3, others=[other]), strict=True):
         for one in translated.alternatives:
-            ids = [task.vocabulary._processor.piece_to_id(token) for token in one.tokens[:-1]]
-            batch = task._batch([(task.vocabulary.encode(line.strip()), ids)])
+            ids = [task.source_vocabulary._processor.piece_to_id(token) for token in one.tokens[:-1]]
+            batch = task._batch([(task.source_vocabulary.encode(line.strip()), ids)])
             each = []
             for member in (task, other):
                 scores = member.model.logits(*member.model.eval()(batch.source, batch.lengths, batch.previous))
@@ -579,16 +581,17 @@ def test_an_ensemble_answers_by_the_mean_of_its_probabilities(build: Callable[..
             assert not torch.allclose(*each, rtol=0.1)
             expected = ((each[0] + each[1]) / 2).log().tolist()
             assert one.token_log_probabilities == pytest.approx(expected, abs=1e-4)
-            if task.vocabulary.encode(one.text) == ids:
+            if task.source_vocabulary.encode(one.text) == ids:
                 pairs.append((line, one.text, expected))
     assert len(pairs) > 5
     scored = task.score([(line, text) for line, text, _ in pairs], others=[other])
     for one, (_, _, expected) in zip(scored, pairs, strict=True):
         assert one.token_log_probabilities == pytest.approx(expected, abs=1e-4)
-    stranger = build("seq2seq", 'data.source_language="de"', 'data.target_language="en"')
-    for use in (lambda: task.translate(["1"], others=[stranger]), lambda: task.score([], others=[stranger])):
-        with pytest.raises(UserError, match="differ in vocabulary or languages"):
-            use()
+    languages = ['data.source_language="de"', 'data.target_language="en"']
+    for stranger in (build("seq2seq", *languages), build("seq2seq", 'data.source_order="reversed"')):
+        for use in (task.translate, task.score):
+            with pytest.raises(UserError, match="do not read and write the same subwords"):
+                use([], others=[stranger])
 
 
 def test_scores_of_given_translations(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -596,11 +599,11 @@ def test_scores_of_given_translations(build: Callable[..., Any], monkeypatch: py
     pairs = [("1 2 3", "3 2 1"), ("7", ""), (" ", "5"), ("1 2 3 4 5 6 7 8 9 0 1 2 3", "4 4 4 4 4 4 4 4 4"), ("0", "ä")]
     found = task.score(pairs)
     for (source, target), one in zip(pairs, found, strict=True):
-        ids = task.vocabulary.encode(target)
-        batch = task._batch([(task.vocabulary.encode(source.strip())[:8], ids)])
+        ids = task.source_vocabulary.encode(target)
+        batch = task._batch([(task.source_vocabulary.encode(source.strip())[:8], ids)])
         scores = task.model.eval().double().logits(*task.model(batch.source, batch.lengths, batch.previous))
         expected = scores.detach().log_softmax(-1).gather(1, batch.target[0][:, None])[:, 0]
-        assert one.tokens == task.vocabulary.pieces([*ids, EOS])
+        assert one.tokens == task.source_vocabulary.pieces([*ids, EOS])
         assert one.token_log_probabilities == pytest.approx(expected.tolist(), abs=1e-4)
         assert one.log_probability == pytest.approx(float(expected.sum()), abs=1e-4)
         assert one.perplexity == pytest.approx(float((-expected.mean()).exp()), rel=1e-4)
@@ -633,12 +636,12 @@ def test_more_translations_than_the_beam_are_refused(build: Callable[..., Any]) 
 
 def test_a_line_too_long_is_cut_and_said_to_be(build: Callable[..., Any]) -> None:
     task = confident(build("seq2seq", "data.max_length=8"))
-    pieces = task.vocabulary.encode("1 2 3 4 5 6 7 8 9 0 1 2 3")
+    pieces = task.source_vocabulary.encode("1 2 3 4 5 6 7 8 9 0 1 2 3")
     assert len(pieces) > 8
     within, beyond = task.translate(["1 2 3", "1 2 3 4 5 6 7 8 9 0 1 2 3"])
     assert (within.cut, beyond.cut) == (False, True)
-    start = task.vocabulary.decode(pieces[:8])
-    assert task.vocabulary.encode(start) == pieces[:8]
+    start = task.source_vocabulary.decode(pieces[:8])
+    assert task.source_vocabulary.encode(start) == pieces[:8]
     assert beyond.text == task.translate([start])[0].text
 
 
