@@ -98,8 +98,8 @@ def confusion_matrix(
     table = np.asarray(counts, dtype=np.float64)
     totals = table.sum(axis=1, keepdims=True)
     shares = np.divide(table, totals, out=np.zeros_like(table), where=totals > 0)
-    side = max(4.0, 0.55 * number) if number <= MOST_CLASSES_WITH_NUMBERS else max(8.0, 0.16 * number)
-    figure, axes, bar = _heat_map(shares, names, names, title, cell=side / number, power=0.5, above=False)
+    cell = max(4.0 / number, 0.55) if number <= MOST_CLASSES_WITH_NUMBERS else max(8.0 / number, 0.16)
+    figure, axes, bar = _heat_map(shares, names, names, title, cell=cell, power=0.5, above=False)
     axes.set_xlabel("class given by the model")
     axes.set_ylabel("class of the image")
     bar.set_label("share of the images of the class")
@@ -187,7 +187,7 @@ def _heat_map(
 
 def readable(tokens: Sequence[str]) -> list[str]:
     """Tokens as a reader wants them: the first of a word without its marker, other letters after a dot."""
-    marked = any(token.startswith(_WORD) for token in tokens)
+    marked = any(token.startswith(_WORD) and token != _WORD for token in tokens)
     shown = []
     for number, token in enumerate(tokens):
         if token == "</s>":

@@ -17,7 +17,7 @@ from dl7cli.cli import console
 from dl7cli.errors import UserError
 
 BATCH = 1024
-CHUNK = 1 << 16
+CHUNK = 1 << 18
 
 
 class Line(NamedTuple):

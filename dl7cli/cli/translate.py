@@ -26,8 +26,8 @@ def translate(
         bool,
         typer.Option(
             "--jsonl",
-            help="Read a JSON object on each line, as from a .jsonl file: what is in its field source, text or the "
-            "source language's code is translated, and it is printed with fields translation and score added.",
+            help="Read a JSON object on each line, as from a .jsonl file: its field named as the source language, "
+            "such as en, or else source or text is translated, and fields translation and score are added.",
         ),
     ] = False,
     target: options.Output = None,
