@@ -25,6 +25,7 @@ class Section(BaseModel):
 
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Tied = Literal["all", "output", "none"]
 
 
 class ImageData(Section):
@@ -177,6 +178,47 @@ class Seq2SeqModel(Section):
     dropout: Fraction = 0.3
 
 
+class TransformerModel(Section):
+    kind: Literal["transformer"]
+    width: Annotated[int, Field(ge=2, le=4096, multiple_of=2)] = 128
+    """Of embeddings and of what every layer gives; even, as positions are pairs of a sine and a cosine."""
+    heads: Annotated[int, Field(ge=1, le=64, validate_default=True)] = 4
+    """Of each attention; they share the width."""
+    feedforward_width: Annotated[int, Field(ge=1)] = 256
+    """Between the two matrices that follow each attention."""
+    encoder_layers: Annotated[int, Field(ge=1, le=64)] = 4
+    decoder_layers: Annotated[int, Field(ge=1, le=64)] = 4
+    dropout: Fraction = 0.3
+    """Of embeddings and of what attention and feed-forward layers add."""
+    tied: Tied = "all"
+    """Which matrices are one: source, target and output words; target and output words; none."""
+
+    @field_validator("heads")
+    @classmethod
+    def _heads_fit(cls, heads: int, info: ValidationInfo) -> int:
+        if "width" in info.data and info.data["width"] % heads:
+            raise ValueError(f"the heads must share a width of {info.data['width']} evenly")
+        return heads
+
+
+class ConvS2SModel(Section):
+    kind: Literal["convs2s"]
+    embedding_width: Annotated[int, Field(ge=1)] = 256
+    width: Annotated[int, Field(ge=1)] = 256
+    """Channels of every convolution, after its gate."""
+    encoder_layers: Annotated[int, Field(ge=1, le=64)] = 4
+    decoder_layers: Annotated[int, Field(ge=1, le=64)] = 3
+    """Each with an attention of its own."""
+    kernel: Annotated[int, Field(ge=1, le=15)] = 3
+    """Steps that a convolution reads: around its own in the encoder, up to its own in the decoder."""
+    positions: Annotated[int, Field(ge=1)] = 256
+    """Positions that are learned, of source and of target words; all steps beyond share the last."""
+    dropout: Fraction = 0.3
+    """Of embeddings, of what the convolutions read and of the decoder's answer."""
+    tied: Tied = "all"
+    """Which matrices are one: source, target and output words; target and output words; none."""
+
+
 class Training(Section):
     epochs: Annotated[int, Field(ge=1)]
     label_smoothing: Fraction = 0.0
@@ -216,10 +258,11 @@ class Optim(Section):
     """Of `sgd` and `muon`; the first beta of `adamw`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Not applied to biases and normalisation parameters, nor by `muon` to the filters, whose norm it keeps."""
-    schedule: Literal["constant", "linear", "cosine", "step", "one-cycle"] = "cosine"
-    """How the learning rate falls from its greatest value, to zero but for `constant` and `step`.
+    schedule: Literal["constant", "linear", "cosine", "step", "one-cycle", "inverse-sqrt"] = "cosine"
+    """How the learning rate falls from its greatest value, to zero but for `constant`, `step` and `inverse-sqrt`.
 
-    `step`: by `factor` at each of `milestones`; `one-cycle`: by half a cosine, after rising by half a cosine.
+    `step`: by `factor` at each of `milestones`; `one-cycle`: by half a cosine, after rising by half a cosine;
+    `inverse-sqrt`: as one over the square root of the step.
     """
     milestones: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = (0.5, 0.75)
     """Of `step`: parts of all steps, as 32,000 and 48,000 of 64,000 in He et al. 2015."""
@@ -266,7 +309,7 @@ def _without_muon(optim: Optim) -> Optim:
 class TranslationRecipe(Section):
     name: str
     data: PairData = PairData()
-    model: Seq2SeqModel
+    model: Annotated[Seq2SeqModel | TransformerModel | ConvS2SModel, Field(discriminator="kind")]
     training: PairTraining
     optim: Annotated[Optim, AfterValidator(_without_muon)]
     decoding: Decoding = Decoding()
@@ -281,6 +324,8 @@ _BY_KIND: dict[str, type[ClassificationRecipe] | type[TranslationRecipe]] = {
     "resnet": ClassificationRecipe,
     "fast_resnet": ClassificationRecipe,
     "seq2seq": TranslationRecipe,
+    "transformer": TranslationRecipe,
+    "convs2s": TranslationRecipe,
 }
 
 

@@ -17,9 +17,11 @@ from dl7cli.data.vocabulary import BOS, EOS, PAD, UNKNOWN, Vocabulary
 from dl7cli.device import Runtime, evaluation_mode, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, bleu
+from dl7cli.models.convolutional import ConvS2S
 from dl7cli.models.seq2seq import Seq2Seq
+from dl7cli.models.transformer import Transformer
 from dl7cli.models.translator import State, Translator
-from dl7cli.recipe import TranslationRecipe
+from dl7cli.recipe import ConvS2SModel, Seq2SeqModel, TransformerModel, TranslationRecipe
 from dl7cli.search import Hypothesis, beam_search
 
 HYPOTHESES_AT_ONCE = 640
@@ -48,6 +50,20 @@ class TranslatedLine(NamedTuple):
     """The n best with their scores, the first included; none for a blank line."""
     cut: bool
     """Whether the line was longer than the model's limit."""
+
+
+def translator(
+    model: Seq2SeqModel | TransformerModel | ConvS2SModel, source_words: int, target_words: int
+) -> Translator:
+    """The network of a recipe's `model` for vocabularies of so many words."""
+    options = model.model_dump(exclude={"kind"})
+    match model:
+        case Seq2SeqModel():
+            return Seq2Seq(target_words, pad=PAD, **options)
+        case TransformerModel():
+            return Transformer(source_words, target_words, pad=PAD, **options)
+        case ConvS2SModel():
+            return ConvS2S(source_words, target_words, pad=PAD, **options)
 
 
 class Translation:
@@ -86,15 +102,8 @@ class Translation:
         self.assets = assets
         self.vocabulary = Vocabulary.from_json(assets["vocabulary"])
         seed_everything(recipe.training.seed)
-        self.model: Translator = Seq2Seq(
-            len(self.vocabulary),
-            pad=PAD,
-            embedding_width=recipe.model.embedding_width,
-            encoder_width=recipe.model.encoder_width,
-            encoder_layers=recipe.model.encoder_layers,
-            decoder_width=recipe.model.decoder_width,
-            dropout=recipe.model.dropout,
-        ).to(runtime.device)
+        words = len(self.vocabulary)
+        self.model: Translator = translator(recipe.model, words, words).to(runtime.device)
 
     @property
     def data_name(self) -> str:
