@@ -53,12 +53,33 @@ class PairData(Section):
     """A hub id, a folder of parallel text files, TSV or JSONL, one such file, or `builtin:phrases`."""
     source_language: str = "en"
     target_language: str = "de"
+    lowercase: bool = False
+    """Whether the model reads and writes lower case alone; the references of a score stay as they are."""
+    vocabulary: Literal["bpe", "unigram", "word", "character"] = "bpe"
+    """Subwords (Sennrich et al. 2016; Kudo 2018), or the most frequent words and punctuation marks, or characters."""
     vocabulary_size: Annotated[int, Field(ge=32, le=64000)] = 6000
-    """Subwords of the joint vocabulary; fewer where the training text does not hold as many."""
+    """Most entries of a vocabulary, four special ones included; fewer where the training text does not hold as many."""
+    joint: bool = True
+    """Whether one vocabulary serves both languages; otherwise each has one of that size."""
+    subword_sampling: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How training sentences are cut into subwords at random; 0: not at all.
+
+    Of `bpe` the probability that a merge is left out (Provilkov et al. 2020), usually 0.1; of `unigram` the exponent of
+    a segmentation's probability (Kudo 2018), usually 0.2: the smaller, the more random.
+    """
+    source_order: Literal["forward", "reversed", "doubled"] = "forward"
+    """How a source is read: as it is, reversed (Sutskever et al. 2014, §3.3) or twice (Zaremba & Sutskever 2014)."""
     max_length: Annotated[int, Field(ge=8, le=1000)] = 100
-    """Most subwords of a sentence: longer training pairs are left out, longer input is cut."""
+    """Most subwords of a sentence, also of one read twice: longer training pairs are left out, longer input is cut."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Part of the training pairs kept for validation where the data has no such split."""
+
+    @field_validator("subword_sampling")
+    @classmethod
+    def _sampling_fits(cls, amount: float, info: ValidationInfo) -> float:
+        if amount > 0 and info.data.get("vocabulary") in ("word", "character"):
+            raise ValueError('only subwords can be sampled: `data.vocabulary = "bpe"` or `"unigram"`')
+        return amount
 
 
 def _depths(stages: int, block: str, preactivation: bool) -> tuple[str, list[int]]:
@@ -330,9 +351,37 @@ class Optim(Section):
 
 
 class Decoding(Section):
+    method: Literal["beam", "sample"] = "beam"
+    """The best that a beam finds, or words drawn at random by their probabilities."""
     beam: Annotated[int, Field(ge=1, le=100)] = 5
+    length_normalisation: Literal["gnmt", "average", "none"] = "gnmt"
+    """What a log-probability is divided by to rank: by Wu et al. 2016, eq. 14, the length itself, or nothing."""
     length_penalty: Annotated[float, Field(ge=0, le=5)] = 0.6
-    """Exponent of the length penalty of Wu et al. 2016, eq. 14."""
+    """Exponent of what `length_normalisation` divides by: 0 is none, more gives longer output."""
+    coverage_penalty: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Weight of the coverage penalty of Wu et al. 2016, eq. 14; 0: none."""
+    min_length: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Fewest subwords of a translation, as far as the greatest length allows."""
+    max_length_ratio: Annotated[float, Field(ge=0, le=10)] = 2.0
+    """Most subwords of a translation: this for each subword of the source, and `max_length_offset`."""
+    max_length_offset: Annotated[int, Field(ge=0, le=1000)] = 10
+    no_repeat_ngram: Annotated[int, Field(ge=0, le=20)] = 0
+    """No sequence of this many subwords appears twice in a translation; 0: any may."""
+    allow_unknown: bool = False
+    """Whether the unknown word may be an answer."""
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Of `sample`: logits are divided by it; below 1 the probable becomes more so."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Of `sample`: only this many most probable words are drawn from; 0: all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of `sample`: only the fewest most probable words that together reach this probability are drawn from."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    """Of `sample`."""
+
+    def updated(self, **changes: Any) -> "Decoding":
+        """With the `changes` that are not None: flags that were not given."""
+        given = {key: value for key, value in changes.items() if value is not None}
+        return type(self).model_validate(self.model_dump() | given)
 
 
 class Evaluation(Section):
@@ -368,10 +417,20 @@ def _with_coverage(training: PairTraining, info: ValidationInfo) -> PairTraining
     return training
 
 
+def _with_its_vocabularies(model: Seq2SeqModel, info: ValidationInfo) -> Seq2SeqModel:
+    data = info.data.get("data")
+    if data is not None and not data.joint:
+        if model.tied == "all":
+            raise ValueError('a vocabulary for each language needs `model.tied = "output"` or `"none"`')
+        if model.copying:
+            raise ValueError("copying needs one vocabulary for both languages: `data.joint = true`")
+    return model
+
+
 class TranslationRecipe(Section):
     name: str
     data: PairData = PairData()
-    model: Seq2SeqModel
+    model: Annotated[Seq2SeqModel, AfterValidator(_with_its_vocabularies)]
     training: Annotated[PairTraining, AfterValidator(_with_coverage)]
     optim: Annotated[Optim, AfterValidator(_without_muon)]
     decoding: Decoding = Decoding()
