@@ -47,6 +47,8 @@ class Hypothesis(NamedTuple):
     ids: tuple[int, ...]  # without bos and eos
     score: float  # log-probability divided by the length penalty: what ranks
     log_probability: float  # natural logarithm, the sum over ids and the closing eos
+    token_log_probabilities: tuple[float, ...]  # of each of the ids and of eos
+    attention: Tensor | None = None  # (len(ids) + 1, S) on the CPU, where it was asked for and there is any
 
 
 def beam_search(
@@ -61,6 +63,7 @@ def beam_search(
     length_penalty: float = 0.0,
     n_best: int = 1,
     forbidden: Sequence[int] = (),
+    attention: bool = False,
 ) -> list[list[Hypothesis]]:
     """Find the `n_best` best outputs of every sentence, best first, sentences in the order given.
 
@@ -100,13 +103,18 @@ def beam_search(
     totals = torch.full((sentences, beam), -math.inf, dtype=torch.float64)
     totals[:, 0] = 0
     prefixes = torch.empty((sentences, beam, 0), dtype=torch.int64)
+    gained = torch.empty((sentences, beam, 0), dtype=torch.float64)
+    looked: Tensor | None = None
     finished = torch.zeros(sentences, dtype=torch.int64)
     best_scores = torch.full((sentences, n_best), -math.inf, dtype=torch.float64)
     previous = torch.full((sentences * beam,), bos, dtype=torch.int64, device=device)
     state = tuple(part.repeat_interleave(beam, dim=0) for part in state)
 
     for length in range(longest + 1):
-        log_probabilities, state, _ = step(previous, context, state)
+        log_probabilities, state, weights = step(previous, context, state)
+        if attention and weights is not None:
+            now = weights.float().cpu().view(len(sentence), beam, 1, -1)
+            looked = now if looked is None else torch.cat([looked, now], dim=2)
         live = totals.flatten() > -math.inf
         values, ids = _extensions(log_probabilities, live, needed=beam + 1 + len(banned))
         if len(banned):
@@ -124,6 +132,7 @@ def beam_search(
         ranked, order = ranked[:, : 2 * beam], order[:, : 2 * beam]
         tokens = ids.view(-1, beam * width).gather(1, order)
         parents = order // width
+        gains = ranked - totals.gather(1, parents)
         ends = (tokens == eos) & (ranked > -math.inf)
 
         finishing = ends[:, :beam]
@@ -135,17 +144,20 @@ def beam_search(
                 prefixes[row, parents[row, rank]].tolist(),
                 scores[row, rank].tolist(),
                 ranked[row, rank].tolist(),
+                torch.cat([gained[row, parents[row, rank]], gains[row, rank][:, None]], dim=1).tolist(),
+                [None] * len(row) if looked is None else list(looked[row, parents[row, rank]]),
                 strict=True,
             )
-            for index, prefix, score, log_probability in found:
-                results[index].append(Hypothesis(tuple(prefix), score, log_probability))
+            for index, prefix, score, log_probability, tokens_gained, weights in found:
+                one = Hypothesis(tuple(prefix), score, log_probability, tuple(tokens_gained), weights)
+                results[index].append(one)
             finished = finished + finishing.sum(dim=1)
             scores = scores.masked_fill(~finishing, -math.inf)
             best_scores = torch.cat([best_scores, scores], dim=1).topk(n_best, dim=1).values
 
         going_on = ends.byte().argsort(dim=1, stable=True)[:, :beam]
         totals, tokens = ranked.gather(1, going_on), tokens.gather(1, going_on)
-        parents = parents.gather(1, going_on)
+        parents, gains = parents.gather(1, going_on), gains.gather(1, going_on)
         reachable = totals[:, 0] / penalties[limits + 1]
         done = (finished >= beam) | (reachable <= best_scores[:, -1])  # -inf <= -inf where nothing lives
         kept = (~done).nonzero().flatten()
@@ -154,6 +166,9 @@ def beam_search(
 
         totals, tokens, parents = totals[kept], tokens[kept], parents[kept]
         prefixes = torch.cat([prefixes[kept[:, None], parents], tokens[:, :, None]], dim=2)
+        gained = torch.cat([gained[kept[:, None], parents], gains[kept][:, :, None]], dim=2)
+        if looked is not None:
+            looked = looked[kept[:, None], parents]
         if beam > 1 or len(kept) < len(done):
             rows_kept = (kept[:, None] * beam + parents).flatten().to(device)
             state = tuple(part.index_select(0, rows_kept) for part in state)

@@ -355,7 +355,7 @@ def test_the_tables_of_the_network_are_left_alone() -> None:
 def test_no_sentences_and_no_context() -> None:
     assert search_constant([-1.0, -1.0], sentences=0) == []
     ((found,),) = search_constant([-1.0, -0.5], sentences=1)
-    assert found == Hypothesis((), -0.5, -0.5)
+    assert found == Hypothesis((), -0.5, -0.5, (-0.5,))
 
 
 def search_constant(log_probabilities: list[float], sentences: int = 1) -> list[list[Hypothesis]]:

@@ -100,7 +100,7 @@ def test_every_image_is_used_once_an_epoch(build: Callable[..., Any], tiny: dict
 def test_every_pair_is_used_once_an_epoch_and_batches_are_bounded(build: Callable[..., Any]) -> None:
     task = build("seq2seq", "training.batch_tokens=40")
     wanted = Counter(
-        (tuple(task.vocabulary.encode(source)), tuple(task.vocabulary.encode(target)))
+        (tuple(task.source_vocabulary.encode(source)), tuple(task.source_vocabulary.encode(target)))
         for source, target in task._splits()["train"]
     )
     for epoch in (0, 1):
@@ -138,7 +138,9 @@ def test_pairs_beyond_the_limit_are_left_out_and_counted(build: Callable[..., An
     assert task.notes == []  # no more than seven digits
     task.recipe = task.recipe.model_copy(update={"data": task.recipe.data.model_copy(update={"max_length": 4})})
     task._encoded = None
-    short = [pair for pair in task._splits()["train"] if max(len(task.vocabulary.encode(side)) for side in pair) <= 4]
+    short = [
+        pair for pair in task._splits()["train"] if max(len(task.source_vocabulary.encode(side)) for side in pair) <= 4
+    ]
     assert sum(len(batch.lengths) for batch in task.batches(1)) == len(short) < 40
     assert task.notes == [f"{40 - len(short)} training pairs longer than 4 subwords are left out"]
     task.recipe = task.recipe.model_copy(update={"data": task.recipe.data.model_copy(update={"max_length": 0})})
@@ -255,6 +257,26 @@ def test_padding_does_not_change_a_sentences_loss(smoothing: float, build: Calla
             scores, state, _ = task.model.step(torch.tensor([previous]), context, state)
             expected -= ((1 - smoothing) * scores[0, word] + smoothing * scores[0].mean()).item()
     assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_coverage_loss_is_the_overlap_with_what_was_looked_at_before(build: Callable[..., Any]) -> None:
+    keys = ("model.attention=additive", "model.coverage=true")
+    without, task = build("seq2seq", *keys), build("seq2seq", *keys, "training.coverage_weight=0.7")
+    ids = [([5, 8, 4], [6, 7, 8, 9]), ([5, 6, 7, 8, 9, 10, 11], [4]), ([9, 4], [7, 7])]
+    batch = task._batch(ids)
+    expected = 0.0
+    for source, target in ids:
+        context, state = task.model.eval().encode(torch.tensor([[*source, EOS]]), torch.tensor([len(source) + 1]))
+        covered = [0.0] * (len(source) + 1)
+        for previous in [BOS, *target]:
+            _, state, looked = task.model.step(torch.tensor([previous]), context, state)
+            weights = looked[0].tolist()
+            expected += sum(min(pair) for pair in zip(weights, covered, strict=True))
+            covered = [sum(pair) for pair in zip(weights, covered, strict=True)]
+    assert expected > 1
+    without.model.eval()
+    added = task.loss(batch)[0] - without.loss(batch)[0]
+    assert added.item() == pytest.approx(0.7 * expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -458,34 +480,36 @@ def test_a_translation_does_not_depend_on_its_neighbours(
 ) -> None:
     task = confident(build("seq2seq"))
 
-    def translate(lines: list[str]) -> list[translation.TranslatedLine]:
-        found = task.translate(lines, beam=beam, length_penalty=0.6, n_best=n_best)
+    decoding = task.recipe.decoding.updated(beam=beam)
+
+    def translate(lines: list[str]) -> list[tuple[str, list[str], list[tuple[str, float]]]]:
         return [
-            line._replace(score=round(line.score, 4), alternatives=[(text, round(score, 4)) for text, score in rest])
-            for line, rest in ((line, line.alternatives) for line in found)
+            (line.text, line.source_tokens, [(one.text, round(one.score, 4)) for one in line.alternatives])
+            for line in task.translate(lines, decoding, n_best=n_best)
         ]
 
     together = translate(LINES)
-    assert len({line.text for line in together}) > 5
+    assert len({text for text, _, _ in together}) > 5
     assert together == [translate([line])[0] for line in LINES]
     order = np.random.default_rng(0).permutation(len(LINES)).tolist()
     assert translate([LINES[at] for at in order]) == [together[at] for at in order]
     monkeypatch.setattr(translation, "HYPOTHESES_AT_ONCE", 3 * beam)
     assert translate(LINES) == together
-    for line, source in zip(together, LINES, strict=True):
+    for (text, tokens, alternatives), source in zip(together, LINES, strict=True):
         if not source.strip():
-            assert line == ("", 0.0, [], False)
+            assert (text, tokens, alternatives) == ("", [], [])
             continue
-        assert (line.text, line.score) == line.alternatives[0]
-        assert len(line.alternatives) == n_best
-        scores = [score for _, score in line.alternatives]
+        assert "".join(tokens).replace("▁", " ") == f" {source.strip()}</s>"
+        assert text == alternatives[0][0]
+        assert len(alternatives) == n_best
+        scores = [score for _, score in alternatives]
         assert scores == sorted(scores, reverse=True)
 
 
 def test_no_line_and_only_blank_lines(build: Callable[..., Any]) -> None:
     task = build("seq2seq")
     assert task.translate([]) == []
-    assert task.translate(["", "\t "]) == [("", 0.0, [], False)] * 2
+    assert task.translate(["", "\t "]) == [("", 0.0, [], [], False)] * 2
 
 
 def test_more_translations_than_the_beam_are_refused(build: Callable[..., Any]) -> None:
@@ -493,43 +517,47 @@ def test_more_translations_than_the_beam_are_refused(build: Callable[..., Any]) 
     with pytest.raises(UserError, match="a beam of 2 cannot give the 3 best"):
         task.translate(["1 2 3"], n_best=3)
     with pytest.raises(UserError, match="a beam of 4 cannot give the 5 best"):
-        task.translate(["1 2 3"], beam=4, n_best=5)
+        task.translate(["1 2 3"], task.recipe.decoding.updated(beam=4), n_best=5)
 
 
 def test_a_line_too_long_is_cut_and_said_to_be(build: Callable[..., Any]) -> None:
     task = confident(build("seq2seq", "data.max_length=8"))
-    pieces = task.vocabulary.encode("1 2 3 4 5 6 7 8 9 0 1 2 3")
+    pieces = task.source_vocabulary.encode("1 2 3 4 5 6 7 8 9 0 1 2 3")
     assert len(pieces) > 8
     within, beyond = task.translate(["1 2 3", "1 2 3 4 5 6 7 8 9 0 1 2 3"])
     assert (within.cut, beyond.cut) == (False, True)
-    start = task.vocabulary.decode(pieces[:8])
-    assert task.vocabulary.encode(start) == pieces[:8]
+    start = task.source_vocabulary.decode(pieces[:8])
+    assert task.source_vocabulary.encode(start) == pieces[:8]
     assert beyond.text == task.translate([start])[0].text
 
 
 def test_the_score_is_that_of_teacher_forcing(build: Callable[..., Any]) -> None:
     task = confident(build("seq2seq"))
     task.model.eval()
-    found = task._search(
-        [task.vocabulary.encode(line) for line in ("1 2 3 4 5", "7")], beam=4, length_penalty=0.6, n_best=4
-    )
-    for line, hypotheses in zip(("1 2 3 4 5", "7"), found, strict=True):
-        for one in hypotheses:
-            batch = task._batch([(task.vocabulary.encode(line), list(one.ids))])
+    lines = ["1 2 3 4 5", "7", "0 0 9"]
+    found = task.translate(lines, task.recipe.decoding.updated(beam=4, length_penalty=0.6), n_best=4)
+    for line, translated in zip(lines, found, strict=True):
+        source = task.source_vocabulary.encode(line)
+        for one in translated.alternatives:
+            ids = [task.source_vocabulary._processor.piece_to_id(token) for token in one.tokens[:-1]]
+            assert task.source_vocabulary.decode(ids) == one.text
+            batch = task._batch([(source, ids)])
             scores = task.model.logits(*task.model(batch.source, batch.lengths, batch.previous)).log_softmax(-1)
-            total = scores.gather(1, batch.target[0][:, None]).sum().item()
-            assert one.log_probability == pytest.approx(total, abs=1e-4)
-            assert one.score == pytest.approx(total / ((5 + len(one.ids) + 1) / 6) ** 0.6, abs=1e-4)
-    lines = task.translate(["1 2 3 4 5", "7"], beam=4, length_penalty=0.6)
-    assert [line.score for line in lines] == pytest.approx([hypotheses[0].score for hypotheses in found], abs=1e-4)
+            values = scores.gather(1, batch.target[0][:, None])[:, 0].tolist()
+            assert one.token_log_probabilities == pytest.approx(values, abs=1e-5)
+            assert one.log_probability == pytest.approx(sum(values), abs=1e-4)
+            assert one.score == pytest.approx(sum(values) / ((5 + len(one.tokens)) / 6) ** 0.6, abs=1e-4)
+        assert (translated.text, translated.score) == translated.alternatives[0][:2]
 
 
 def test_bleu_is_of_the_translations(build: Callable[..., Any]) -> None:
     task = confident(build("seq2seq"))
     pairs = task._splits()["test"]
-    texts = [task.translate([source], beam=3, length_penalty=1.0)[0].text for source, _ in pairs]
-    assert task.evaluate("test", beam=3, length_penalty=1.0) == bleu(texts, [target for _, target in pairs])
-    greedy = [line.text for line in task.translate([source for source, _ in task._splits()["validation"]], beam=1)]
+    decoding = task.recipe.decoding.updated(beam=3, length_penalty=1.0)
+    texts = [task.translate([source], decoding)[0].text for source, _ in pairs]
+    assert task.evaluate("test", decoding) == bleu(texts, [target for _, target in pairs])
+    sources = [source for source, _ in task._splits()["validation"]]
+    greedy = [line.text for line in task.translate(sources, decoding.updated(beam=1))]
     assert task.validate() == bleu(greedy, [target for _, target in task._splits()["validation"]])
     own = [(source, line.text) for (source, _), line in zip(pairs, task.translate([s for s, _ in pairs]), strict=True)]
     task._splits()["test"][:] = own

@@ -164,6 +164,8 @@ def test_tied_matrices_are_one_and_padding_is_nothing() -> None:
         ("model.tied=some", '`model.tied` is `"some"`'),
         ("model.kernel=3", "unknown key `model.kernel`"),
         ("model.with=64", "did you mean `model.width`?"),
+        ("data.joint=false", 'a vocabulary for each language needs `model.tied = "output"`'),
+        ("training.coverage_weight=1.0", "needs `model.coverage = true`"),
         ("optim.name=muon", "`muon` is for the filters of convolutions"),
     ],
 )

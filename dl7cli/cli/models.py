@@ -60,8 +60,7 @@ def _of_recipe(recipe: "Recipe") -> dict[str, Any]:
             operations: int | None = multiply_adds(model, _IMAGE_SIZE["cifar"])
     else:
         with torch.device("meta"):
-            words = recipe.data.vocabulary_size
-            model = translator(recipe.model, words, words)
+            model = translator(recipe.model, recipe.data.vocabulary_size, recipe.data.vocabulary_size)
         operations = None
     return {
         "model": recipe.model.kind,

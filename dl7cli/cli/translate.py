@@ -85,15 +85,15 @@ def translate(
         found, folder = runs.find(run, task="translation")
         task = tasks.load(folder, runtime=devices.choose(device, precision, gpus), offline=offline)
         assert isinstance(task, Translation)
-        width = task.recipe.decoding.beam if beam is None else beam
-        if n_best > width:
-            raise UserError(f"`--n-best {n_best}` is more than the beam of {width}", hint=f"add `--beam {n_best}`")
+        decoding = task.recipe.decoding.updated(beam=beam, length_penalty=length_penalty)
+        if n_best > decoding.beam:
+            raise UserError(
+                f"`--n-best {n_best}` is more than the beam of {decoding.beam}", hint=f"add `--beam {n_best}`"
+            )
         translations: list[dict[str, Any]] = []
         to_standard_output = output is None and not as_json
         for batch in batches:
-            lines = task.translate(
-                [line.text for line in batch], beam=beam, length_penalty=length_penalty, n_best=n_best
-            )
+            lines = task.translate([line.text for line in batch], decoding, n_best=n_best)
             for line, translated in zip(batch, lines, strict=True):
                 if translated.cut:
                     limit = task.recipe.data.max_length
@@ -171,7 +171,7 @@ def as_lines(line: Line, translated: "TranslatedLine", n_best: int) -> list[str]
     """Return the lines to print for a line: its translation, or with several their number, score and text."""
     if n_best == 1:
         return [translated.text]
-    alternatives = translated.alternatives or [(translated.text, translated.score)]
+    alternatives = [(one.text, one.score) for one in translated.alternatives] or [(translated.text, translated.score)]
     return [f"{line.number}\t{score:.4f}\t{text}" for text, score in alternatives]
 
 
@@ -181,7 +181,7 @@ def as_document(line: Line, translated: "TranslatedLine") -> dict[str, Any]:
         "source": line.text,
         "text": translated.text,
         "score": translated.score,
-        "alternatives": [{"text": text, "score": score} for text, score in translated.alternatives],
+        "alternatives": [{"text": one.text, "score": one.score} for one in translated.alternatives],
     }
 
 
