@@ -13,7 +13,7 @@ from dl7cli.device import Runtime
 from dl7cli.models.translator import Translator
 from dl7cli.recipe import ConvS2SModel, Seq2SeqModel, TransformerModel
 from dl7cli.runs import Run
-from dl7cli.search import beam_search
+from dl7cli.search import Rules, beam_search
 from dl7cli.tasks.translation import translator
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
@@ -140,22 +140,26 @@ def test_logits_of_some_steps_are_those_of_all(name: str) -> None:
 @every_model
 def test_search_in_a_batch_is_search_alone_and_scores_as_teacher_forcing(name: str) -> None:
     net = model(name)
+    limits = [9, 12, 7]
+
+    def rules(sentences: list[int]) -> Rules:
+        longest = [limits[row] for row in sentences]
+        return Rules(bos=BOS, eos=EOS, max_length=longest, forbidden=(0, 1, BOS), length_penalty=0.6)
+
     with torch.inference_mode():
         context, state = net.encode(SOURCE, LENGTHS)
-        limits = [9, 12, 7]
-        options = {"beam": 3, "n_best": 3, "bos": BOS, "eos": EOS, "length_penalty": 0.6, "forbidden": (0, 1, BOS)}
-        together = beam_search(net.step, context, state, max_length=limits, **options)
+        together = beam_search(net.step, context, state, rules([0, 1, 2]), beam=3, n_best=3, attention=True)
         for row in range(3):
-            alone = beam_search(
-                net.step, rows(context, [row]), rows(state, [row]), max_length=limits[row : row + 1], **options
-            )[0]
+            own, begin = rows(context, [row]), rows(state, [row])
+            alone = beam_search(net.step, own, begin, rules([row]), beam=3, n_best=3)[0]
             assert [one.ids for one in alone] == [one.ids for one in together[row]]
-            for hypothesis in alone:
+            for hypothesis in together[row]:
                 previous = torch.tensor([[BOS, *hypothesis.ids]])
-                decoded, own = net(SOURCE[row : row + 1], LENGTHS[row : row + 1], previous)
+                decoded = net.decode(previous, own, begin)
                 scores = net.logits(decoded, own).log_softmax(dim=1)
                 total = sum(scores[step, word].item() for step, word in enumerate((*hypothesis.ids, EOS)))
                 assert hypothesis.log_probability == pytest.approx(total, abs=1e-4)
+                torch.testing.assert_close(torch.tensor(hypothesis.attention), decoded.attention[0].float())
 
 
 @every_model

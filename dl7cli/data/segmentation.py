@@ -13,6 +13,8 @@ from random import Random
 
 WORDS_KEPT = 1 << 15
 """Of so many words what can become of them is kept: most come again and again."""
+LONGEST_KEPT = 30
+"""Letters of a word that is; a sentence in a script without spaces is one long word and hardly comes again."""
 UNKNOWN_PENALTY = 10.0
 """Nats by which a character that is no subword is less probable than any subword, as in sentencepiece."""
 
@@ -32,7 +34,7 @@ class UnigramSampling:
         self._kept_lattice = lru_cache(WORDS_KEPT)(self._lattice)
 
     def sample(self, word: str, random: Random) -> Sequence[str]:
-        lattice = self._kept_lattice(word)
+        lattice = self._kept_lattice(word) if len(word) <= LONGEST_KEPT else self._lattice(word)
         pieces = []
         end = len(word)
         while end:
@@ -72,30 +74,32 @@ class BPEDropout:
         """`scores` rank the subwords: of two merges that with the greater score comes first."""
         self._scores = scores
         self._probability = probability
-        self._kept_path = lru_cache(WORDS_KEPT)(self._path)
+        self._kept_segmentation = lru_cache(WORDS_KEPT)(self._segmentation)
 
     def sample(self, word: str, random: Random) -> Sequence[str]:
-        path, whole = self._kept_path(word)
-        for pieces, merges in path:
+        merges, whole = self._kept_segmentation(word) if len(word) <= LONGEST_KEPT else self._segmentation(word)
+        for made in range(merges):
             if random.random() < self._probability:
-                return self._without_the_best(pieces, merges, random)
+                return self._without_the_best(word, made, random)
         return whole
 
-    def _without_the_best(self, pieces: list[str], merges: list[int], random: Random) -> list[str]:
-        """What becomes of `pieces` where the first of their `merges` has just been left out."""
-        merges = merges[1:]
+    def _segmentation(self, word: str) -> tuple[int, Sequence[str]]:
+        """What BPE makes of a word when nothing is left out, and by how many merges."""
+        pieces = list(word)
+        while merges := self._merges(pieces):
+            pieces = _merged(pieces, merges[0])
+        return len(word) - len(pieces), pieces
+
+    def _without_the_best(self, word: str, made: int, random: Random) -> Sequence[str]:
+        """What becomes of a word of which a best merge is left out for the first time, after `made` merges."""
+        pieces = list(word)
+        for _ in range(made):
+            pieces = _merged(pieces, self._merges(pieces)[0])
+        merges = self._merges(pieces)[1:]
         while (at := next((at for at in merges if random.random() >= self._probability), None)) is not None:
             pieces = _merged(pieces, at)
             merges = self._merges(pieces)
         return pieces
-
-    def _path(self, word: str) -> tuple[list[tuple[list[str], list[int]]], list[str]]:
-        """What BPE does when nothing is left out: the pieces and their possible merges at each step, and the end."""
-        path, pieces = [], list(word)
-        while merges := self._merges(pieces):
-            path.append((pieces, merges))
-            pieces = _merged(pieces, merges[0])
-        return path, pieces
 
     def _merges(self, pieces: list[str]) -> list[int]:
         """The places of two neighbours that make a subword, best first, and of equal ones from the left."""
