@@ -25,6 +25,7 @@ class Section(BaseModel):
 
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Tied = Literal["all", "output", "none"]
 
 
 class ImageData(Section):
@@ -216,7 +217,7 @@ class Seq2SeqModel(Section):
     """Of `luong`: whether the lowest layer also reads the readout of the step before; a third of the speed or less."""
     readout: Literal["tanh", "maxout"] = "tanh"
     """What stands between the decoder and the output words: a layer with tanh, or the greater of each two values."""
-    tied: Literal["all", "output", "none"] = "all"
+    tied: Tied = "all"
     """Embeddings that are one matrix: of source, target and output words, of target and output words, or none."""
     readout_width: Annotated[int, Field(ge=1)] | None = None
     """Width of the readout where the output words are not tied; the embedding's where it is not given."""
@@ -294,6 +295,47 @@ def _memory_width(model: dict[str, Any]) -> int:
     return directions * int(model.get("encoder_width", 0))
 
 
+class TransformerModel(Section):
+    kind: Literal["transformer"]
+    width: Annotated[int, Field(ge=2, le=4096, multiple_of=2)] = 128
+    """Of embeddings and of what every layer gives; even, as positions are pairs of a sine and a cosine."""
+    heads: Annotated[int, Field(ge=1, le=64, validate_default=True)] = 4
+    """Of each attention; they share the width."""
+    feedforward_width: Annotated[int, Field(ge=1)] = 256
+    """Between the two matrices that follow each attention."""
+    encoder_layers: Annotated[int, Field(ge=1, le=64)] = 4
+    decoder_layers: Annotated[int, Field(ge=1, le=64)] = 4
+    dropout: Fraction = 0.3
+    """Of embeddings and of what attention and feed-forward layers add."""
+    tied: Tied = "all"
+    """Embeddings that are one matrix: of source, target and output words, of target and output words, or none."""
+
+    @field_validator("heads")
+    @classmethod
+    def _heads_fit(cls, heads: int, info: ValidationInfo) -> int:
+        if "width" in info.data and info.data["width"] % heads:
+            raise ValueError(f"the heads must share a width of {info.data['width']} evenly")
+        return heads
+
+
+class ConvS2SModel(Section):
+    kind: Literal["convs2s"]
+    embedding_width: Annotated[int, Field(ge=1)] = 256
+    width: Annotated[int, Field(ge=1)] = 256
+    """Channels of every convolution, after its gate."""
+    encoder_layers: Annotated[int, Field(ge=1, le=64)] = 4
+    decoder_layers: Annotated[int, Field(ge=1, le=64)] = 3
+    """Each with an attention of its own."""
+    kernel: Annotated[int, Field(ge=1, le=15)] = 3
+    """Steps that a convolution reads: around its own in the encoder, up to its own in the decoder."""
+    positions: Annotated[int, Field(ge=1)] = 256
+    """Positions that are learned, of source and of target words; all steps beyond share the last."""
+    dropout: Fraction = 0.3
+    """Of embeddings, of what the convolutions read and of the decoder's answer."""
+    tied: Tied = "all"
+    """Embeddings that are one matrix: of source, target and output words, of target and output words, or none."""
+
+
 class Training(Section):
     epochs: Annotated[int, Field(ge=1)]
     label_smoothing: Fraction = 0.0
@@ -335,10 +377,11 @@ class Optim(Section):
     """Of `sgd` and `muon`; the first beta of `adamw`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Not applied to biases and normalisation parameters, nor by `muon` to the filters, whose norm it keeps."""
-    schedule: Literal["constant", "linear", "cosine", "step", "one-cycle"] = "cosine"
-    """How the learning rate falls from its greatest value, to zero but for `constant` and `step`.
+    schedule: Literal["constant", "linear", "cosine", "step", "one-cycle", "inverse-sqrt"] = "cosine"
+    """How the learning rate falls from its greatest value, to zero but for `constant`, `step` and `inverse-sqrt`.
 
-    `step`: by `factor` at each of `milestones`; `one-cycle`: by half a cosine, after rising by half a cosine.
+    `step`: by `factor` at each of `milestones`; `one-cycle`: by half a cosine, after rising by half a cosine;
+    `inverse-sqrt`: as one over the square root of the step.
     """
     milestones: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = (0.5, 0.75)
     """Of `step`: parts of all steps, as 32,000 and 48,000 of 64,000 in He et al. 2015."""
@@ -404,6 +447,9 @@ class ClassificationRecipe(Section):
         return "classification"
 
 
+_PairModel = Seq2SeqModel | TransformerModel | ConvS2SModel
+
+
 def _without_muon(optim: Optim) -> Optim:
     if optim.name == "muon":
         raise ValueError("`muon` is for the filters of convolutions, of which this model has none")
@@ -412,17 +458,18 @@ def _without_muon(optim: Optim) -> Optim:
 
 def _with_coverage(training: PairTraining, info: ValidationInfo) -> PairTraining:
     model = info.data.get("model")
-    if training.coverage_weight and model is not None and not model.coverage:
+    covers = isinstance(model, Seq2SeqModel) and model.coverage
+    if training.coverage_weight and model is not None and not covers:
         raise ValueError("`training.coverage_weight` needs `model.coverage = true`")
     return training
 
 
-def _with_its_vocabularies(model: Seq2SeqModel, info: ValidationInfo) -> Seq2SeqModel:
+def _with_its_vocabularies(model: _PairModel, info: ValidationInfo) -> _PairModel:
     data = info.data.get("data")
     if data is not None and not data.joint:
         if model.tied == "all":
             raise ValueError('a vocabulary for each language needs `model.tied = "output"` or `"none"`')
-        if model.copying:
+        if isinstance(model, Seq2SeqModel) and model.copying:
             raise ValueError("copying needs one vocabulary for both languages: `data.joint = true`")
     return model
 
@@ -430,7 +477,7 @@ def _with_its_vocabularies(model: Seq2SeqModel, info: ValidationInfo) -> Seq2Seq
 class TranslationRecipe(Section):
     name: str
     data: PairData = PairData()
-    model: Annotated[Seq2SeqModel, AfterValidator(_with_its_vocabularies)]
+    model: Annotated[_PairModel, Field(discriminator="kind"), AfterValidator(_with_its_vocabularies)]
     training: Annotated[PairTraining, AfterValidator(_with_coverage)]
     optim: Annotated[Optim, AfterValidator(_without_muon)]
     decoding: Decoding = Decoding()
@@ -445,6 +492,8 @@ _BY_KIND: dict[str, type[ClassificationRecipe] | type[TranslationRecipe]] = {
     "resnet": ClassificationRecipe,
     "fast_resnet": ClassificationRecipe,
     "seq2seq": TranslationRecipe,
+    "transformer": TranslationRecipe,
+    "convs2s": TranslationRecipe,
 }
 
 

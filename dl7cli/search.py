@@ -23,7 +23,7 @@ What is found, exactly:
 Sentences do not touch one another, so neither batch nor order matters to the result. What is kept of a step is which
 hypothesis goes on with which id; outputs are read off backwards at the end. All of it runs where the tensors are, in
 double precision (on the CPU where a device has none), and a device is waited for only at a look at which sentences are
-done, every few steps. Those found done leave then; until they do, nothing that happens to them counts.
+done, every few steps. Where those are many they leave; until they do, nothing that happens to them counts.
 """
 
 import math
@@ -305,7 +305,9 @@ class Walk:
         if self.length % STEPS_BETWEEN_LOOKS.get(self._device.type, 8) == 0:
             self._refuse_nonsense()
             walking = live.any(dim=1)
-            if not walking.all():
+            gone = len(walking) - int(walking.sum())
+            # What stays is copied: that costs more than a step of the few that could have left.
+            if gone * live.shape[1] * 4 >= len(walking):
                 kept = walking.nonzero().flatten()
         rows = torch.arange(len(parents), device=self.books)[:, None] * self._width + parents
         moved = kept is not None or tokens.shape[1] > 1

@@ -19,9 +19,11 @@ from dl7cli.data.vocabulary import BOS, EOS, PAD, Subwords, Vocabulary
 from dl7cli.device import Runtime, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, bleu
+from dl7cli.models.convolutional import ConvS2S
 from dl7cli.models.seq2seq import Seq2Seq, Seq2SeqOptions
+from dl7cli.models.transformer import Transformer
 from dl7cli.models.translator import Translator
-from dl7cli.recipe import Decoding, Seq2SeqModel, TranslationRecipe
+from dl7cli.recipe import ConvS2SModel, Decoding, Seq2SeqModel, TransformerModel, TranslationRecipe
 from dl7cli.search import Hypothesis
 from dl7cli.tasks.decoding import search, teacher_forced
 
@@ -91,9 +93,18 @@ def perplexity(scored: Sequence[ScoredPair]) -> float:
     return math.exp(-total / sum(len(one.tokens) for one in scored))
 
 
-def translator(model: Seq2SeqModel, source_words: int, target_words: int) -> Translator:
+def translator(
+    model: Seq2SeqModel | TransformerModel | ConvS2SModel, source_words: int, target_words: int
+) -> Translator:
     """The network that the keys of `model` describe, for vocabularies of these sizes."""
-    return Seq2Seq(Seq2SeqOptions(**model.model_dump(exclude={"kind"})), source_words, target_words, pad=PAD)
+    options = model.model_dump(exclude={"kind"})
+    match model:
+        case Seq2SeqModel():
+            return Seq2Seq(Seq2SeqOptions(**options), source_words, target_words, pad=PAD)
+        case TransformerModel():
+            return Transformer(source_words, target_words, pad=PAD, **options)
+        case ConvS2SModel():
+            return ConvS2S(source_words, target_words, pad=PAD, **options)
 
 
 class Translation:
@@ -272,14 +283,16 @@ class Translation:
 
     def _ensemble(self, others: Sequence["Translation"]) -> tuple[list[Translator], int]:
         """The models that answer together, and the most subwords that all of them read."""
-        tasks = [self, *others]
-        read = [(one.assets, one.recipe.data.source_order, one.recipe.data.lowercase) for one in tasks]
-        for one, what in zip(tasks, read, strict=True):
-            if what != read[0]:
+        own = self.recipe.data
+        for other in others:
+            data = other.recipe.data
+            read_alike = (data.source_order, data.lowercase) == (own.source_order, own.lowercase)
+            if other.assets != self.assets or not read_alike:
                 raise UserError(
-                    f"`{self.recipe.name}` and `{one.recipe.name}` do not read and write the same subwords",
+                    f"`{self.recipe.name}` and `{other.recipe.name}` differ in vocabulary, languages or reading order",
                     hint="train the runs of an ensemble on the same data with the same keys of `data`",
                 )
+        tasks = [self, *others]
         return [one.model for one in tasks], min(one.recipe.data.max_length for one in tasks)
 
     def _candidate(self, found: Hypothesis, source_length: int) -> Candidate:
