@@ -74,10 +74,10 @@ def test_a_translator_learns_lines_by_heart(pairs: Path, precision: str) -> None
     task = trained(pairs, runtime=Runtime(CPU.device, precision, "cpu", "as asked"))
     assert isinstance(task, Translation)
     known = task._splits()["train"]
-    found = task.translate([source for source, _ in known], beam=3)
+    found = task.translate([source for source, _ in known], task.recipe.decoding.updated(beam=3))
     right = sum(line.text == target for line, (_, target) in zip(found, known, strict=True))
     assert right / len(known) > 0.9
-    assert task.evaluate("train", beam=3).score > 90
+    assert task.evaluate("train", task.recipe.decoding.updated(beam=3)).score > 90
 
 
 @pytest.mark.slow

@@ -136,6 +136,18 @@ def test_steps_are_those_of_the_paper() -> None:
     assert [learning_rate(other, step, 10) for step in range(10)] == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125]
 
 
+def test_the_inverse_square_root_is_the_papers() -> None:
+    """Vaswani et al. 2017, eq. 3: d^-0.5 · min(step^-0.5, step · warmup^-1.5), of steps counted from 1."""
+    width, rising, steps = 512, 4000, 100_000
+    paper = optim(schedule="inverse-sqrt", warmup=rising / steps, learning_rate=(width * rising) ** -0.5)
+    for step in (1, 2, 1000, 3999, 4000, 4001, 16_000, 100_000):
+        expected = width**-0.5 * min(step**-0.5, step * rising**-1.5)
+        assert learning_rate(paper, step - 1, steps) == pytest.approx(expected, rel=1e-12)
+    assert [learning_rate(optim(schedule="inverse-sqrt", warmup=0.0), step, 10) for step in (0, 3, 8)] == pytest.approx(
+        [2, 1, 2 / 3]
+    )
+
+
 def test_the_average_of_weights_is_exponential() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     average = WeightAverage(model, 0.9)

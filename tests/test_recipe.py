@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from dl7cli import recipe
 from dl7cli.errors import UserError
@@ -103,6 +104,35 @@ def test_a_mistake_names_its_key(overrides: list[str], seen: str) -> None:
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("overrides", "seen"),
+    [
+        (["encoder_direction=forward", "encoder_stack=alternating"], 'need `model.encoder_direction = "both"`'),
+        (["attention=dot", "decoder_width=100"], "need `model.decoder_width = 512`"),
+        (["attention=dot", "encoder_direction=forward", "decoder_width=100"], "need `model.decoder_width = 256`"),
+        (["attention=multihead", "heads=6"], "`model.heads` is `6`: the width of the encoder's outputs, 512, must be"),
+        (["attention=none", "encoder_layers=2"], "`model.decoder_layers` is `1`: without attention it must be"),
+        (["attention=none", "decoder=luong", "input_feeding=true"], "`model.input_feeding`"),
+        (["input_feeding=true"], 'it needs attention and `model.decoder = "luong"`'),
+        (["readout_width=100"], 'needs `model.tied = "none"`'),
+        (["coverage=true"], '`model.coverage` is `true`: it needs `model.attention = "additive"`'),
+        (["attention=none", "copying=true"], "`model.copying` is `true`"),
+    ],
+)
+def test_keys_of_the_recurrent_model_that_do_not_go_together_are_named(overrides: list[str], seen: str) -> None:
+    with pytest.raises(UserError) as caught:
+        recipe.resolve("seq2seq", [f"model.{override}" for override in overrides])
+    assert seen in caught.value.message
+    assert "mistakes" not in caught.value.message
+
+
+def test_a_weight_of_coverage_needs_coverage() -> None:
+    with pytest.raises(UserError, match=r"needs `model\.coverage = true`"):
+        recipe.resolve("seq2seq", ["training.coverage_weight=1"])
+    keys = ["training.coverage_weight=1", "model.coverage=true", "model.attention=concat"]
+    assert recipe.resolve("seq2seq", keys).recipe.training.coverage_weight == 1  # type: ignore[union-attr]
+
+
 def test_an_unknown_recipe_suggests_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean `resnet`"):
         recipe.resolve("resent")
@@ -154,3 +184,14 @@ def test_values_keep_their_type(value: Any) -> None:
 @given(st.lists(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), min_size=1, max_size=4))
 def test_key_paths_come_back(names: list[str]) -> None:
     assert recipe.parse_override(".".join(names) + "=1") == (names, 1)
+
+
+def test_flags_that_were_given_change_how_a_run_searches() -> None:
+    decoding = recipe.Decoding(beam=7, length_penalty=1.0)
+    changed = decoding.updated(beam=2, length_penalty=None, method="sample", top_k=None)
+    assert changed == recipe.Decoding(beam=2, length_penalty=1.0, method="sample")
+    assert decoding.updated() == decoding
+    assert decoding.updated(beam=None, min_length=0).min_length == 0
+    for wrong in ({"beam": 0}, {"top_p": 0.0}, {"temperature": 0.0}, {"length_normalisation": "mean"}, {"width": 3}):
+        with pytest.raises(ValidationError):
+            decoding.updated(**wrong)

@@ -1,8 +1,10 @@
 """Translation: where a recipe meets sentence pairs, a vocabulary, a sequence-to-sequence model, search and BLEU."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,17 +15,22 @@ from torch.nn import functional
 from dl7cli.data.pairs import Pairs, read_pairs
 from dl7cli.data.sources import Progress, silent
 from dl7cli.data.transfer import moved
-from dl7cli.data.vocabulary import BOS, EOS, PAD, UNKNOWN, Vocabulary
-from dl7cli.device import Runtime, evaluation_mode, seed_everything
+from dl7cli.data.vocabulary import BOS, EOS, PAD, Subwords, Vocabulary
+from dl7cli.device import Runtime, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, bleu
-from dl7cli.models.seq2seq import Seq2Seq
-from dl7cli.models.translator import State, Translator
-from dl7cli.recipe import TranslationRecipe
-from dl7cli.search import Hypothesis, beam_search
+from dl7cli.models.convolutional import ConvS2S
+from dl7cli.models.seq2seq import Seq2Seq, Seq2SeqOptions
+from dl7cli.models.transformer import Transformer
+from dl7cli.models.translator import Translator
+from dl7cli.recipe import ConvS2SModel, Decoding, Seq2SeqModel, TransformerModel, TranslationRecipe
+from dl7cli.search import Hypothesis
+from dl7cli.tasks.decoding import search, teacher_forced
 
 HYPOTHESES_AT_ONCE = 640
 """Sentences searched at once times the beam."""
+SUBWORDS_AT_ONCE = 8192
+"""Most subwords of a batch that is scored, padding included."""
 
 
 class PairBatch(NamedTuple):
@@ -32,7 +39,7 @@ class PairBatch(NamedTuple):
     source: Tensor
     """(B, S)"""
     lengths: Tensor
-    """(B,) subwords of each source sentence, eos included"""
+    """(B,) ids of each source sentence as the model reads it, eos included"""
     previous: Tensor
     """(B, T) target subwords from bos on: what the decoder reads"""
     target: Tensor
@@ -41,17 +48,67 @@ class PairBatch(NamedTuple):
     """(N,) where `target`, flattened, is not padding"""
 
 
+class Candidate(NamedTuple):
+    """One translation of a line."""
+
+    text: str
+    score: float
+    """What ranks: the log-probability through the length penalty, and the coverage penalty."""
+    log_probability: float
+    tokens: list[str]
+    """Target subwords, `</s>` included."""
+    token_log_probabilities: list[float]
+    attention: np.ndarray | None
+    """(tokens, source tokens) in float32; None where it was not asked for or the model looks at nothing."""
+
+
 class TranslatedLine(NamedTuple):
     text: str
     score: float
-    alternatives: list[tuple[str, float]]
-    """The n best with their scores, the first included; none for a blank line."""
+    source_tokens: list[str]
+    """As the model reads them, `</s>` included; none of a blank line."""
+    alternatives: list[Candidate]
+    """The n best, the first included; none for a blank line."""
     cut: bool
     """Whether the line was longer than the model's limit."""
 
 
+class ScoredPair(NamedTuple):
+    """What the model says of a given translation."""
+
+    log_probability: float
+    tokens: list[str]
+    """Target subwords, `</s>` included."""
+    token_log_probabilities: list[float]
+
+    @property
+    def perplexity(self) -> float:
+        """Of a subword."""
+        return perplexity([self])
+
+
+def perplexity(scored: Sequence[ScoredPair]) -> float:
+    """Of a subword of all these translations together: e to the mean negative log-probability."""
+    total = sum(one.log_probability for one in scored)
+    return math.exp(-total / sum(len(one.tokens) for one in scored))
+
+
+def translator(
+    model: Seq2SeqModel | TransformerModel | ConvS2SModel, source_words: int, target_words: int
+) -> Translator:
+    """The network that the keys of `model` describe, for vocabularies of these sizes."""
+    options = model.model_dump(exclude={"kind"})
+    match model:
+        case Seq2SeqModel():
+            return Seq2Seq(Seq2SeqOptions(**options), source_words, target_words, pad=PAD)
+        case TransformerModel():
+            return Transformer(source_words, target_words, pad=PAD, **options)
+        case ConvS2SModel():
+            return ConvS2S(source_words, target_words, pad=PAD, **options)
+
+
 class Translation:
-    """A translator with its data; `assets` are the vocabulary and the languages, all that using it needs."""
+    """A translator with its data; `assets` are the vocabularies and the languages, all that using it needs."""
 
     unit = "target tokens"
 
@@ -71,30 +128,22 @@ class Translation:
         self._progress = progress
         self._pairs: dict[str, list[tuple[str, str]]] | None = None
         self._encoded: list[tuple[list[int], list[int]]] | None = None
+        self._texts: list[tuple[str, str]] = []
         self._plan: tuple[int, list[np.ndarray]] | None = None
         self._steps: dict[int, int] = {}
         if assets is None:
-            train = self._splits()["train"]
-            progress("learning the vocabulary", 0, 1)
-            vocabulary = Vocabulary.train((text for pair in train for text in pair), recipe.data.vocabulary_size)
-            progress("learning the vocabulary", 1, 1)
             assets = {
-                "vocabulary": vocabulary.to_json(),
+                **self._learn_vocabularies(),
                 "source_language": recipe.data.source_language,
                 "target_language": recipe.data.target_language,
             }
         self.assets = assets
-        self.vocabulary = Vocabulary.from_json(assets["vocabulary"])
+        self.source_vocabulary = self.target_vocabulary = Vocabulary.from_json(assets["vocabulary"])
+        if "target_vocabulary" in assets:
+            self.target_vocabulary = Vocabulary.from_json(assets["target_vocabulary"])
         seed_everything(recipe.training.seed)
-        self.model: Translator = Seq2Seq(
-            len(self.vocabulary),
-            pad=PAD,
-            embedding_width=recipe.model.embedding_width,
-            encoder_width=recipe.model.encoder_width,
-            encoder_layers=recipe.model.encoder_layers,
-            decoder_width=recipe.model.decoder_width,
-            dropout=recipe.model.dropout,
-        ).to(runtime.device)
+        words = len(self.source_vocabulary), len(self.target_vocabulary)
+        self.model: Translator = translator(recipe.model, *words).to(runtime.device)
 
     @property
     def data_name(self) -> str:
@@ -126,97 +175,135 @@ class Translation:
     def batches(self, epoch: int, start: int = 0) -> Iterator[PairBatch]:
         """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
         pairs = self._training_pairs()
-        for chosen in self._batch_plan(epoch)[start:]:
-            yield self._batch([pairs[index] for index in chosen])
+        sampled = self.recipe.data.subword_sampling > 0
+        for number, chosen in enumerate(self._batch_plan(epoch)[start:], start):
+            yield self._batch(self._sampled(chosen, epoch, number) if sampled else [pairs[index] for index in chosen])
 
     def loss(self, batch: PairBatch) -> tuple[Tensor, int]:
-        """Cross-entropy with label smoothing summed over the target subwords, eos included, and how many they are."""
+        """Cross-entropy with label smoothing summed over the target subwords, eos included, and how many they are.
+
+        With a coverage weight, the coverage loss of See et al. 2017, eq. 12, is added: at each target subword the
+        overlap of what attention looks at with all that it has looked at before.
+        """
         with self.runtime.autocast():
             decoded, context = self.model(batch.source, batch.lengths, batch.previous)
             logits = self.model.logits(decoded, context, batch.real)
         target = batch.target.flatten().index_select(0, batch.real)
         smoothing = self.recipe.training.label_smoothing
         total = functional.cross_entropy(logits.float(), target, reduction="sum", label_smoothing=smoothing)
+        if self.recipe.training.coverage_weight:
+            assert decoded.attention is not None
+            covered = decoded.attention.cumsum(dim=1) - decoded.attention
+            overlap = torch.minimum(decoded.attention, covered).sum(dim=2)
+            total = total + self.recipe.training.coverage_weight * overlap.flatten().index_select(0, batch.real).sum()
         return total, len(target)
 
     def validate(self) -> Scores:
         """The scores by which the best epoch is chosen: greedy, as a beam would cost five times as much each epoch."""
-        return self.evaluate("validation", beam=1)
+        return self.evaluate("validation", self.recipe.decoding.updated(method="beam", beam=1))
 
-    def evaluate(self, split: str, *, beam: int | None = None, length_penalty: float | None = None) -> Scores:
+    def evaluate(self, split: str, decoding: Decoding | None = None) -> Scores:
         """BLEU of a split's translations against its references. Raises UserError where the data has no such split."""
         if split not in self._splits():
             raise UserError(f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}")
         pairs = self._splits()[split]
-        translated = self.translate([source for source, _ in pairs], beam=beam, length_penalty=length_penalty)
+        translated = self.translate([source for source, _ in pairs], decoding)
         return bleu([line.text for line in translated], [target for _, target in pairs])
 
     def translate(
         self,
         lines: Sequence[str],
+        decoding: Decoding | None = None,
         *,
-        beam: int | None = None,
-        length_penalty: float | None = None,
         n_best: int = 1,
+        prefixes: Sequence[str] | None = None,
+        others: Sequence["Translation"] = (),
+        attention: bool = False,
+        first_line: int = 1,
     ) -> list[TranslatedLine]:
-        """Translate each line; a blank one stays blank. Beam and length penalty are the recipe's where not given.
+        """Translate each line; a blank one stays blank. `decoding` is the recipe's where it is not given.
 
-        Lines of like length are searched together, which changes no result, only the time. Raises UserError where
-        `n_best` is more than the beam.
+        By the method `sample` the n best are n samples in the order drawn; they depend on `decoding.seed` and on the
+        number of the line, counted from `first_line`. `prefixes` are texts that the translations begin with, `others`
+        the rest of an ensemble. `attention`: whether candidates have theirs. Lines of like length are searched
+        together, which changes no result, only the time. Raises UserError where `n_best` is more than the beam, and
+        where the models of an ensemble do not read and write the same.
         """
-        decoding = self.recipe.decoding
-        beam = decoding.beam if beam is None else beam
-        if n_best > beam:
-            raise UserError(f"a beam of {beam} cannot give the {n_best} best", hint=f"use `--beam {n_best}` or more")
-        limit = self.recipe.data.max_length
-        encoded = self.vocabulary.encode_all([line.strip() for line in lines])
-        answers = [TranslatedLine("", 0.0, [], False)] * len(lines)
+        decoding = self.recipe.decoding if decoding is None else decoding
+        if decoding.method == "beam" and n_best > decoding.beam:
+            raise UserError(
+                f"a beam of {decoding.beam} cannot give the {n_best} best", hint=f"use `--beam {n_best}` or more"
+            )
+        models, limit = self._ensemble(others)
+        encoded = self._ids(self.source_vocabulary, lines)
+        begun = self._ids(self.target_vocabulary, prefixes or [""] * len(lines))
+        answers = [TranslatedLine("", 0.0, [], [], False)] * len(lines)
         order = sorted((at for at, ids in enumerate(encoded) if ids), key=lambda at: len(encoded[at]))
-        size = max(1, HYPOTHESES_AT_ONCE // beam)
+        size = max(1, HYPOTHESES_AT_ONCE // (decoding.beam if decoding.method == "beam" else n_best))
         for begin in range(0, len(order), size):
             chosen = order[begin : begin + size]
-            found = self._search(
-                [encoded[at][:limit] for at in chosen],
-                beam=beam,
-                length_penalty=decoding.length_penalty if length_penalty is None else length_penalty,
+            sentences = [encoded[at][:limit] for at in chosen]
+            found = search(
+                models,
+                *self._padded([self._source(ids) for ids in sentences]),
+                decoding,
+                subwords=[len(ids) for ids in sentences],
+                prefixes=[begun[at] for at in chosen],
+                numbers=[first_line + at for at in chosen],
                 n_best=n_best,
+                attention=attention,
             )
-            for at, hypotheses in zip(chosen, found, strict=True):
-                texts = [(self.vocabulary.decode(one.ids), one.score) for one in hypotheses]
-                text, score = texts[0] if texts else ("", 0.0)
-                answers[at] = TranslatedLine(text, score, texts, len(encoded[at]) > limit)
+            for at, ids, hypotheses in zip(chosen, sentences, found, strict=True):
+                tokens = self.source_tokens(ids)
+                candidates = [self._candidate(one, len(tokens)) for one in hypotheses]
+                text, score = (candidates[0].text, candidates[0].score) if candidates else ("", 0.0)
+                answers[at] = TranslatedLine(text, score, tokens, candidates, len(encoded[at]) > limit)
             self._progress("translating", begin + len(chosen), len(order))
         return answers
 
-    def _search(
-        self, sources: list[list[int]], *, beam: int, length_penalty: float, n_best: int
-    ) -> list[list[Hypothesis]]:
-        """Beam search in float32 whatever the training precision, so that near ties do not depend on the batch."""
-        source, lengths = self._padded([[*ids, EOS] for ids in sources])
+    def score(self, pairs: Sequence[tuple[str, str]], *, others: Sequence["Translation"] = ()) -> list[ScoredPair]:
+        """What the model, or an ensemble with `others`, says of each pair's target given its source.
 
-        def step(previous: Tensor, context: State, state: State) -> tuple[Tensor, State, Tensor | None]:
-            log_probabilities, state, attention = self.model.step(previous, context, state)
-            # A softmax over anything not finite is NaN in every place, so one of them tells.
-            if log_probabilities[:, 0].isnan().any():
+        By teacher forcing. A source too long is cut as `translate` cuts it. Raises UserError as `translate` does for an
+        ensemble.
+        """
+        models, limit = self._ensemble(others)
+        sources = self._ids(self.source_vocabulary, [source for source, _ in pairs])
+        targets = self._ids(self.target_vocabulary, [target for _, target in pairs])
+        answers = [ScoredPair(0.0, [], [])] * len(pairs)
+        lengths = np.array([max(len(s), len(t)) + 1 for s, t in zip(sources, targets, strict=True)])
+        for chosen in _fill(np.argsort(lengths, kind="stable"), lengths, SUBWORDS_AT_ONCE) if pairs else []:
+            batch = self._batch([(sources[at][:limit], targets[at]) for at in chosen])
+            values = teacher_forced(models, *batch).tolist()
+            for at in chosen:
+                length = len(targets[at]) + 1
+                own, values = values[:length], values[length:]
+                answers[at] = ScoredPair(math.fsum(own), self.target_vocabulary.pieces([*targets[at], EOS]), own)
+        return answers
+
+    def _ensemble(self, others: Sequence["Translation"]) -> tuple[list[Translator], int]:
+        """The models that answer together, and the most subwords that all of them read."""
+        own = self.recipe.data
+        for other in others:
+            data = other.recipe.data
+            read_alike = (data.source_order, data.lowercase) == (own.source_order, own.lowercase)
+            if other.assets != self.assets or not read_alike:
                 raise UserError(
-                    "the model's output is not a number", hint="lower `--set optim.learning_rate=…` and train again"
+                    f"`{self.recipe.name}` and `{other.recipe.name}` differ in vocabulary, languages or reading order",
+                    hint="train the runs of an ensemble on the same data with the same keys of `data`",
                 )
-            return log_probabilities, state, attention
+        tasks = [self, *others]
+        return [one.model for one in tasks], min(one.recipe.data.max_length for one in tasks)
 
-        with evaluation_mode(self.model):
-            context, state = self.model.encode(source, lengths)
-            return beam_search(
-                step,
-                context,
-                state,
-                beam=beam,
-                max_length=[2 * len(ids) + 10 for ids in sources],
-                bos=BOS,
-                eos=EOS,
-                length_penalty=length_penalty,
-                n_best=n_best,
-                forbidden=(PAD, UNKNOWN, BOS),
-            )
+    def _candidate(self, found: Hypothesis, source_length: int) -> Candidate:
+        return Candidate(
+            self.target_vocabulary.decode(found.ids),
+            found.score,
+            found.log_probability,
+            self.target_vocabulary.pieces([*found.ids, EOS]),
+            list(found.token_log_probabilities),
+            None if found.attention is None else found.attention[:, :source_length],
+        )
 
     def _splits(self) -> dict[str, list[tuple[str, str]]]:
         if self._pairs is None:
@@ -239,15 +326,34 @@ class Translation:
             self.notes.append(f"{len(splits['validation']):,} pairs of train are kept for validation")
         return splits
 
+    def _learn_vocabularies(self) -> dict[str, Any]:
+        """The assets `vocabulary`, of the source or of both languages, and `target_vocabulary` where they have two."""
+        data, train = self.recipe.data, self._splits()["train"]
+        texts = {"vocabulary": [text for pair in train for text in pair]}
+        if not data.joint:
+            texts = {
+                "vocabulary": [source for source, _ in train],
+                "target_vocabulary": [target for _, target in train],
+            }
+        learnt = {}
+        for number, (name, lines) in enumerate(texts.items()):
+            self._progress("learning the vocabulary", number, len(texts))
+            lines = [self._text(line) for line in lines]
+            learnt[name] = Vocabulary.train(lines, data.vocabulary_size, data.vocabulary).to_json()
+        self._progress("learning the vocabulary", len(texts), len(texts))
+        return learnt
+
     def _training_pairs(self) -> list[tuple[list[int], list[int]]]:
         """Training pairs as subword ids, without those longer than the recipe's limit."""
         if self._encoded is None:
             pairs = self._splits()["train"]
             limit = self.recipe.data.max_length
-            sources = self.vocabulary.encode_all([source for source, _ in pairs])
-            targets = self.vocabulary.encode_all([target for _, target in pairs])
-            both = zip(sources, targets, strict=True)
-            self._encoded = [(source, target) for source, target in both if max(len(source), len(target)) <= limit]
+            sources = self._ids(self.source_vocabulary, [source for source, _ in pairs])
+            targets = self._ids(self.target_vocabulary, [target for _, target in pairs])
+            both = list(zip(sources, targets, strict=True))
+            within = [at for at, (source, target) in enumerate(both) if max(len(source), len(target)) <= limit]
+            self._encoded = [both[at] for at in within]
+            self._texts = [pairs[at] for at in within]
             if not self._encoded:
                 raise UserError(
                     f"no training pair of `{self.data_name}` is within {limit} subwords",
@@ -259,12 +365,15 @@ class Translation:
         return self._encoded
 
     def _batch_plan(self, epoch: int) -> list[np.ndarray]:
-        """The pairs of each batch: of like length, at most `batch_tokens` padded steps a side, in random order."""
+        """The pairs of each batch: of like length, at most `batch_tokens` padded steps a side, in random order.
+
+        Lengths are those without sampling, so that the number of steps is known before anything is drawn.
+        """
         if self._plan is None or self._plan[0] != epoch:
             pairs = self._training_pairs()
             random = np.random.default_rng([self.recipe.training.seed, epoch])
             targets = np.array([len(target) + 1 for _, target in pairs])
-            sources = np.array([len(source) + 1 for source, _ in pairs])
+            sources = np.array([len(self._source(source)) for source, _ in pairs])
             # The noise lets pairs meet other partners in every epoch.
             noise = random.integers(0, 2, len(pairs))
             order = np.lexsort((sources + random.random(len(pairs)), targets + noise))
@@ -272,8 +381,53 @@ class Translation:
             self._plan = epoch, [batches[index] for index in random.permutation(len(batches))]
         return self._plan[1]
 
+    def _sampled(self, chosen: np.ndarray, epoch: int, number: int) -> list[tuple[list[int], list[int]]]:
+        """Pairs in subwords drawn anew: a function of the seed, the epoch and the batch's number in it.
+
+        A sentence that gets longer than the recipe's limit is taken as it is without sampling.
+        """
+        limit, pairs = self.recipe.data.max_length, self._training_pairs()
+        random = Random(f"{self.recipe.training.seed} {epoch} {number}")
+
+        def drawn(at: int, side: int) -> list[int]:
+            ids = self._samplers[side](self._text(self._texts[at][side]), random)
+            return ids if len(ids) <= limit else pairs[at][side]
+
+        return [(drawn(at, 0), drawn(at, 1)) for at in chosen]
+
+    @cached_property
+    def _samplers(self) -> list[Callable[[str, Random], list[int]]]:
+        """What draws the subwords of a source and of a target."""
+        data = self.recipe.data
+        samplers = []
+        for vocabulary in (self.source_vocabulary, self.target_vocabulary):
+            assert isinstance(vocabulary, Subwords)
+            samplers.append(vocabulary.sampler(data.vocabulary, data.subword_sampling))
+        return samplers
+
+    def source_tokens(self, ids: Sequence[int]) -> list[str]:
+        """The pieces of a sentence in the order in which the model reads them, `</s>` included."""
+        return self.source_vocabulary.pieces(self._source(ids))
+
+    def _source(self, ids: Sequence[int]) -> list[int]:
+        """A sentence as the model reads it, in training, search and scoring alike."""
+        match self.recipe.data.source_order:
+            case "forward":
+                return [*ids, EOS]
+            case "reversed":
+                return [*reversed(ids), EOS]
+            case "doubled":
+                return [*ids, *ids, EOS]
+
+    def _ids(self, vocabulary: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
+        return vocabulary.encode_all([self._text(text) for text in texts])
+
+    def _text(self, text: str) -> str:
+        """A sentence as the model's vocabularies know it."""
+        return text.strip().lower() if self.recipe.data.lowercase else text.strip()
+
     def _batch(self, pairs: list[tuple[list[int], list[int]]]) -> PairBatch:
-        source, lengths = self._padded([[*ids, EOS] for ids, _ in pairs])
+        source, lengths = self._padded([self._source(ids) for ids, _ in pairs])
         previous, _ = self._padded([[BOS, *ids] for _, ids in pairs])
         target = _rectangle([[*ids, EOS] for _, ids in pairs])
         # Found before it is moved: a device would have to be waited for.

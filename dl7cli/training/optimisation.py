@@ -166,6 +166,8 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     The rise is linear from zero, except with `one-cycle` (Smith & Topin 2018, arXiv 1708.07120, in the form of
     torch.optim.lr_scheduler.OneCycleLR, with a momentum that stays): half a cosine from 1/25 of the greatest rate, and
     half a cosine to 1/250,000.
+
+    `inverse-sqrt` is Vaswani et al. 2017, eq. 3, with the greatest rate in place of 1/√(width · warm-up steps).
     """
     if optim.schedule == "one-cycle":
         return optim.learning_rate * _one_cycle(step, steps, optim.warmup)
@@ -183,6 +185,8 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
         case "step":
             passed = sum(step >= round(milestone * steps) for milestone in optim.milestones)
             return optim.learning_rate * optim.factor**passed
+        case "inverse-sqrt":
+            return optim.learning_rate * math.sqrt(max(rising, 1) / (step + 1))
 
 
 def _one_cycle(step: int, steps: int, warmup: float) -> float:

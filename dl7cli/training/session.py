@@ -177,7 +177,7 @@ def evaluate(
     for text in task.notes:
         note(text)
     if isinstance(task, Translation):
-        scores = task.evaluate(split, beam=beam, length_penalty=length_penalty)
+        scores = task.evaluate(split, task.recipe.decoding.updated(beam=beam, length_penalty=length_penalty))
     else:
         scores = task.evaluate(split)
     result = _result(found, task, split, scores, time.monotonic() - begin)

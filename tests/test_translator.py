@@ -1,0 +1,224 @@
+"""What holds for every translation model, however it is made: the promises of `dl7cli.models.translator`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dl7cli import recipe as recipes
+from dl7cli import tasks, training
+from dl7cli.data.vocabulary import BOS, EOS
+from dl7cli.device import Runtime
+from dl7cli.models.translator import Translator
+from dl7cli.recipe import ConvS2SModel, Seq2SeqModel, TransformerModel
+from dl7cli.runs import Run
+from dl7cli.search import Rules, beam_search
+from dl7cli.tasks.translation import translator
+
+CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
+WORDS = 11
+PREVIOUS = torch.tensor([[BOS, 5, 6, 4, 7, 7], [BOS, 9, 1, 4, 10, 5], [BOS, 7, 8, 10, 4, 4]])
+SOURCE, LENGTHS = torch.tensor([[4, 5, 6, 7, 3], [8, 9, 3, 0, 0], [10, 3, 0, 0, 0]]), torch.tensor([5, 3, 2])
+
+MODELS: dict[str, Seq2SeqModel | TransformerModel | ConvS2SModel] = {
+    "seq2seq": Seq2SeqModel(kind="seq2seq", embedding_width=6, encoder_width=5, decoder_width=7, dropout=0.2),
+    "transformer": TransformerModel(
+        kind="transformer", width=8, heads=2, feedforward_width=12, encoder_layers=2, decoder_layers=3, dropout=0.2
+    ),
+    "transformer-output": TransformerModel(
+        kind="transformer", width=6, heads=3, feedforward_width=5, encoder_layers=1, decoder_layers=1, tied="output"
+    ),
+    "convs2s": ConvS2SModel(
+        kind="convs2s", embedding_width=6, width=8, encoder_layers=2, decoder_layers=3, positions=4, dropout=0.2
+    ),
+    "convs2s-even": ConvS2SModel(
+        kind="convs2s", embedding_width=5, width=4, encoder_layers=1, decoder_layers=1, kernel=4, tied="output"
+    ),
+    "convs2s-pointwise": ConvS2SModel(
+        kind="convs2s", embedding_width=5, width=4, encoder_layers=1, decoder_layers=2, kernel=1, tied="none"
+    ),
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def model(name: str) -> Translator:
+    """In float64 with weights large enough to tell words apart, and not training."""
+    torch.manual_seed(3)
+    made = translator(MODELS[name], WORDS, WORDS).double().eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) / 4)
+    return made
+
+
+def rows(tensors: tuple[Tensor, ...], chosen: list[int]) -> tuple[Tensor, ...]:
+    return tuple(one[chosen] for one in tensors)
+
+
+@every_model
+def test_step_by_step_or_in_pieces_is_the_whole_sequence(name: str) -> None:
+    net = model(name)
+    whole, context = net(SOURCE, LENGTHS, PREVIOUS)
+    expected = net.logits(whole, context).float().log_softmax(dim=1).unflatten(0, PREVIOUS.shape)
+    assert whole.readout.shape[:2] == PREVIOUS.shape
+    _, state = net.encode(SOURCE, LENGTHS)
+    for step in range(PREVIOUS.size(1)):
+        found, state, attention = net.step(PREVIOUS[:, step], context, state)
+        torch.testing.assert_close(found, expected[:, step])
+        torch.testing.assert_close(attention, whole.attention[:, step])
+    for one, same in zip(state, whole.state, strict=True):
+        torch.testing.assert_close(one, same)
+    for pieces in ((1, 5), (2, 1, 3), (4, 2)):
+        _, state = net.encode(SOURCE, LENGTHS)
+        readouts = []
+        for piece in PREVIOUS.split(pieces, dim=1):
+            decoded = net.decode(piece, context, state)
+            readouts.append(decoded.readout)
+            state = decoded.state
+        torch.testing.assert_close(torch.cat(readouts, dim=1), whole.readout)
+
+
+@every_model
+def test_the_hypotheses_of_a_sentence_share_its_context(name: str) -> None:
+    net = model(name)
+    context, state = net.encode(SOURCE, LENGTHS)
+    words = torch.randint(4, WORDS, (6, 4), generator=torch.Generator().manual_seed(1))
+    together = net.decode(words, context, tuple(one.repeat_interleave(2, dim=0) for one in state))
+    for row in range(6):
+        alone = net.decode(words[row : row + 1], rows(context, [row // 2]), rows(state, [row // 2]))
+        torch.testing.assert_close(together.readout[row], alone.readout[0])
+        torch.testing.assert_close(together.attention[row], alone.attention[0])
+        for one, same in zip(together.state, alone.state, strict=True):
+            torch.testing.assert_close(one[row], same[0])
+
+
+@every_model
+def test_neither_padding_nor_batch_nor_order_changes_anything(name: str) -> None:
+    net = model(name)
+    together, context = net(SOURCE, LENGTHS, PREVIOUS)
+    logits = net.logits(together, context).unflatten(0, PREVIOUS.shape)
+    order = [2, 0, 1]
+    wider = torch.nn.functional.pad(SOURCE, (0, 3))[order]
+    turned, other = net(wider, LENGTHS[order], PREVIOUS[order])
+    torch.testing.assert_close(net.logits(turned, other).unflatten(0, PREVIOUS.shape), logits[order])
+    for row, length in enumerate(LENGTHS.tolist()):
+        alone, own = net(SOURCE[row : row + 1, :length], LENGTHS[row : row + 1], PREVIOUS[row : row + 1])
+        torch.testing.assert_close(net.logits(alone, own), logits[row])
+        torch.testing.assert_close(together.attention[row, :, :length], alone.attention[0])
+
+
+@every_model
+def test_attention_sums_to_one_over_real_steps_and_is_zero_on_padding(name: str) -> None:
+    attention = model(name)(SOURCE, LENGTHS, PREVIOUS)[0].attention
+    assert attention.shape == (*PREVIOUS.shape, SOURCE.size(1))
+    torch.testing.assert_close(attention.sum(dim=2), torch.ones(PREVIOUS.shape, dtype=attention.dtype))
+    assert not attention.masked_select(torch.arange(5) >= LENGTHS[:, None, None]).any()
+    assert attention[0].max() > 0.201, "it looks at one word more than at another"
+
+
+@every_model
+def test_a_word_changes_what_follows_and_nothing_before(name: str) -> None:
+    net = model(name)
+    first = net(SOURCE, LENGTHS, PREVIOUS)[0].readout
+    for at in range(1, PREVIOUS.size(1)):
+        changed = PREVIOUS.clone()
+        changed[:, at] = 8
+        second = net(SOURCE, LENGTHS, changed)[0].readout
+        torch.testing.assert_close(second[:, :at], first[:, :at])
+        assert (second[:, at] - first[:, at]).abs().amax(dim=1)[PREVIOUS[:, at] != 8].min() > 1e-3
+
+
+@every_model
+def test_logits_of_some_steps_are_those_of_all(name: str) -> None:
+    net = model(name)
+    decoded, context = net(SOURCE, LENGTHS, PREVIOUS)
+    at = torch.tensor([0, 3, 4, 17])
+    torch.testing.assert_close(net.logits(decoded, context, at), net.logits(decoded, context)[at])
+
+
+@every_model
+def test_search_in_a_batch_is_search_alone_and_scores_as_teacher_forcing(name: str) -> None:
+    net = model(name)
+    limits = [9, 12, 7]
+
+    def rules(sentences: list[int]) -> Rules:
+        longest = [limits[row] for row in sentences]
+        return Rules(bos=BOS, eos=EOS, max_length=longest, forbidden=(0, 1, BOS), length_penalty=0.6)
+
+    with torch.inference_mode():
+        context, state = net.encode(SOURCE, LENGTHS)
+        together = beam_search(net.step, context, state, rules([0, 1, 2]), beam=3, n_best=3, attention=True)
+        for row in range(3):
+            own, begin = rows(context, [row]), rows(state, [row])
+            alone = beam_search(net.step, own, begin, rules([row]), beam=3, n_best=3)[0]
+            assert [one.ids for one in alone] == [one.ids for one in together[row]]
+            for hypothesis in together[row]:
+                previous = torch.tensor([[BOS, *hypothesis.ids]])
+                decoded = net.decode(previous, own, begin)
+                scores = net.logits(decoded, own).log_softmax(dim=1)
+                total = sum(scores[step, word].item() for step, word in enumerate((*hypothesis.ids, EOS)))
+                assert hypothesis.log_probability == pytest.approx(total, abs=1e-4)
+                torch.testing.assert_close(torch.tensor(hypothesis.attention), decoded.attention[0].float())
+
+
+@every_model
+def test_gradients_reach_every_parameter_through_dropout(name: str) -> None:
+    net = model(name).train()
+    net.logits(*net(SOURCE, LENGTHS, PREVIOUS)).logsumexp(dim=1).sum().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@every_model
+def test_bfloat16_is_close_to_float32(name: str) -> None:
+    net = model(name).float()
+    exact = net.logits(*net(SOURCE, LENGTHS, PREVIOUS)).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        context, state = net.encode(SOURCE, LENGTHS)
+        whole = net.logits(net.decode(PREVIOUS, context, state), context)
+        first, state, _ = net.step(PREVIOUS[:, 0], context, state)
+        second, _, _ = net.step(PREVIOUS[:, 1], context, state)
+    assert (whole - exact).abs().mean() < 0.03 * exact.std()
+    stepwise = torch.stack([first, second], dim=1)
+    expected = exact.log_softmax(dim=1).unflatten(0, PREVIOUS.shape)[:, :2]
+    assert (stepwise - expected).abs().mean() < 0.03 * exact.std()
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "seq2seq"])
+def test_a_step_reads_no_number_back_from_the_device(name: str) -> None:
+    """The device `meta` has shapes and no numbers: what asks it for one raises."""
+    with torch.device("meta"):
+        net = translator(MODELS[name], WORDS, WORDS).train()
+        words = torch.zeros(3, 6, dtype=torch.int64)
+        decoded, context = net(words, torch.ones(3, dtype=torch.int64), words)
+        assert net.logits(decoded, context, torch.zeros(7, dtype=torch.int64)).shape == (7, WORDS)
+
+
+class Silent:
+    """A listener that says nothing."""
+
+    def plan(self, plan: training.Plan) -> None: ...
+    def step(self, step: training.Step) -> None: ...
+    def epoch(self, epoch: training.Epoch) -> None: ...
+    def note(self, text: str) -> None: ...
+    def progress(self, what: str, done: int, total: int) -> None: ...
+
+
+@pytest.mark.parametrize("tied", ["all", "output", "none"])
+@pytest.mark.parametrize("name", ["transformer", "convs2s"])
+def test_a_trained_run_scores_the_same_when_loaded(name: str, tied: str, tiny: dict[str, Path], tmp_path: Path) -> None:
+    document = recipes.to_document(recipes.resolve(str(tiny["seq2seq"]), ["training.epochs=2"]).recipe)
+    document["model"] = {**MODELS[name].model_dump(), "tied": tied}
+    document["data"]["joint"] = tied == "all"
+    recipe = recipes.from_document(document, origin="test")
+    result = training.train(recipe, out=tmp_path / "run", runtime=CPU, listener=Silent())
+    loaded = tasks.load(Run(tmp_path / "run").best, runtime=CPU)
+    assert isinstance(loaded, tasks.Translation)
+    assert loaded.evaluate("test").values == result["scores"]
+    assert loaded.parameters == result["parameters"]
+    shapes = [tuple(parameter.shape) for parameter in loaded.model.parameters()]
+    width = loaded.model.words.target.embedding_dim
+    words = {len(loaded.source_vocabulary), len(loaded.target_vocabulary)}
+    assert sum(shapes.count((count, width)) for count in words) == {"all": 1, "output": 2, "none": 3}[tied]
