@@ -58,5 +58,40 @@ def test_coverage_changes_where_attention_looks() -> None:
     _, after = attention(queries, keys, memory, mask, torch.tensor([[[0.0, 9.0, 0.0]]]))
     without = AdditiveAttention(4, 4)
     without.load_state_dict(attention.state_dict(), strict=False)
-    torch.testing.assert_close(before, without(queries, keys, memory, mask)[1])
+    torch.testing.assert_close(before, without(queries, without.keys(memory), memory, mask)[1])
     assert not torch.allclose(before, after, atol=0.01)
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_additive_scores_and_their_gradients_are_those_of_the_formula(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    made = AdditiveAttention(6, 5).double()
+    memory, queries = torch.randn(5, 7, 5).double().requires_grad_(), torch.randn(5, 4, 6).double().requires_grad_()
+    inputs = (memory, queries, *made.parameters())
+    outer = torch.randn(5, 4, 7).double()
+    with torch.no_grad():
+        made.project.weight.mul_(scale)
+    inner = made.query(queries)[:, :, None] + made.project(memory)[:, None]
+    expected = made.energy(inner.tanh())[..., 0]
+    expected_gradients = torch.autograd.grad(expected, inputs, outer)
+    for block in (1, 100, 300, 2**17):  # one pair of steps at a time, some steps, some sentences, all at once
+        monkeypatch.setattr("dl7cli.models.attention._BLOCK", block)
+        scores = made.scores(queries, made.keys(memory), None)
+        torch.testing.assert_close(scores, expected)
+        torch.testing.assert_close(torch.autograd.grad(scores, inputs, outer), expected_gradients)
+
+
+def test_additive_scores_of_great_numbers_are_finite_and_right() -> None:
+    made = AdditiveAttention(1, 1)
+    with torch.no_grad():
+        for parameter, value in ((made.query.weight, 1), (made.query.bias, 0), (made.project.weight, 1)):
+            parameter.fill_(value)
+    numbers = torch.tensor([-90.0, -29.0, -28.0, 0.0, 28.5, 30.0, 80.0]).requires_grad_()
+    scores = made.scores(numbers[None, :, None], made.keys(numbers[None, :, None]), None)
+    expected = made.energy.weight[0, 0] * torch.tanh(numbers.clamp(-30, 30)[:, None] + numbers.clamp(-30, 30))
+    torch.testing.assert_close(scores[0], expected)
+    scores.sum().backward()
+    assert numbers.grad is not None
+    assert numbers.grad.isfinite().all()

@@ -104,6 +104,35 @@ def test_a_mistake_names_its_key(overrides: list[str], seen: str) -> None:
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("overrides", "seen"),
+    [
+        (["encoder_direction=forward", "encoder_stack=alternating"], 'need `model.encoder_direction = "both"`'),
+        (["attention=dot", "decoder_width=100"], "need `model.decoder_width = 512`"),
+        (["attention=dot", "encoder_direction=forward", "decoder_width=100"], "need `model.decoder_width = 256`"),
+        (["attention=multihead", "heads=6"], "`model.heads` is `6`: the width of the encoder's outputs, 512, must be"),
+        (["attention=none", "encoder_layers=2"], "`model.decoder_layers` is `1`: without attention it must be"),
+        (["attention=none", "decoder=luong", "input_feeding=true"], "`model.input_feeding`"),
+        (["input_feeding=true"], 'it needs attention and `model.decoder = "luong"`'),
+        (["readout_width=100"], 'needs `model.tied = "none"`'),
+        (["coverage=true"], '`model.coverage` is `true`: it needs `model.attention = "additive"`'),
+        (["attention=none", "copying=true"], "`model.copying` is `true`"),
+    ],
+)
+def test_keys_of_the_recurrent_model_that_do_not_go_together_are_named(overrides: list[str], seen: str) -> None:
+    with pytest.raises(UserError) as caught:
+        recipe.resolve("seq2seq", [f"model.{override}" for override in overrides])
+    assert seen in caught.value.message
+    assert "mistakes" not in caught.value.message
+
+
+def test_a_weight_of_coverage_needs_coverage() -> None:
+    with pytest.raises(UserError, match=r"needs `model\.coverage = true`"):
+        recipe.resolve("seq2seq", ["training.coverage_weight=1"])
+    keys = ["training.coverage_weight=1", "model.coverage=true", "model.attention=concat"]
+    assert recipe.resolve("seq2seq", keys).recipe.training.coverage_weight == 1  # type: ignore[union-attr]
+
+
 def test_an_unknown_recipe_suggests_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean `resnet`"):
         recipe.resolve("resent")

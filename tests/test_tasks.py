@@ -259,6 +259,26 @@ def test_padding_does_not_change_a_sentences_loss(smoothing: float, build: Calla
     assert total.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_coverage_loss_is_the_overlap_with_what_was_looked_at_before(build: Callable[..., Any]) -> None:
+    keys = ("model.attention=additive", "model.coverage=true")
+    without, task = build("seq2seq", *keys), build("seq2seq", *keys, "training.coverage_weight=0.7")
+    ids = [([5, 8, 4], [6, 7, 8, 9]), ([5, 6, 7, 8, 9, 10, 11], [4]), ([9, 4], [7, 7])]
+    batch = task._batch(ids)
+    expected = 0.0
+    for source, target in ids:
+        context, state = task.model.eval().encode(torch.tensor([[*source, EOS]]), torch.tensor([len(source) + 1]))
+        covered = [0.0] * (len(source) + 1)
+        for previous in [BOS, *target]:
+            _, state, looked = task.model.step(torch.tensor([previous]), context, state)
+            weights = looked[0].tolist()
+            expected += sum(min(pair) for pair in zip(weights, covered, strict=True))
+            covered = [sum(pair) for pair in zip(weights, covered, strict=True)]
+    assert expected > 1
+    without.model.eval()
+    added = task.loss(batch)[0] - without.loss(batch)[0]
+    assert added.item() == pytest.approx(0.7 * expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_half_batches_make_the_gradient_of_the_whole(kind: str, build: Callable[..., Any]) -> None:
     task = build(kind)

