@@ -150,6 +150,14 @@ def test_a_training_with_everything_that_draws_or_remembers_goes_on_exactly(
     check_every_report(resolve(str(tiny["resnet"]), changes).recipe, CPU, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_training_on_subwords_drawn_at_random_goes_on_exactly(
+    kind: str, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    changes = [f"data.vocabulary={kind}", "data.subword_sampling=0.3", "data.joint=false", "model.tied=output"]
+    check_every_report(resolve(str(tiny["seq2seq"]), [*changes, "training.epochs=2"]).recipe, CPU, tmp_path)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("kind", KINDS)

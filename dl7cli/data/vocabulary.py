@@ -86,6 +86,8 @@ class Vocabulary:
 
 
 class Subwords(Vocabulary):
+    """Of sentencepiece, with a mark before each word for the space there, or for the beginning of the text."""
+
     def __init__(self, model: bytes) -> None:
         self._model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)

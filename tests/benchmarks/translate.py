@@ -44,7 +44,7 @@ def main() -> None:
     data = saved.recipe.data
     read = read_pairs(options.data, source_language=data.source_language, target_language=data.target_language)
     pairs = read.splits["test"]
-    vocabulary = Vocabulary.from_json(saved.assets["vocabulary"])
+    vocabulary = Vocabulary.from_json(saved.assets.get("target_vocabulary", saved.assets["vocabulary"]))
     beams = list(dict.fromkeys([options.beam, 1]))
     seconds: dict[int, list[float]] = {beam: [] for beam in beams}
     output: dict[int, list[str]] = {}
