@@ -150,6 +150,19 @@ def load(folder: Path, *, training: bool = False) -> Checkpoint:
     return _read(folder, training)
 
 
+def remove(folder: Path) -> None:
+    """Remove a checkpoint. Killed meanwhile, it leaves either the whole checkpoint or a folder that is none.
+
+    Raises UserError where it may not be removed.
+    """
+    try:
+        (folder / _INDEX).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+    except OSError as error:
+        hint = f"check that `{folder.parent}` is a folder you may write to"
+        raise UserError(f"cannot remove checkpoint `{folder}`: {_reason(error)}", hint) from error
+
+
 def _read(folder: Path, training: bool) -> Checkpoint:
     old = _beside(folder, ".old")
     if _identity(folder) is None and _identity(old) is not None:

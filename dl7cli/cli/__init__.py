@@ -11,7 +11,21 @@ from typing import Annotated
 import typer
 
 from dl7cli import __version__
-from dl7cli.cli import bench, classify, console, data, doctor, evaluate, models, plot, recipes, runs, train, translate
+from dl7cli.cli import (
+    average,
+    bench,
+    classify,
+    console,
+    data,
+    doctor,
+    evaluate,
+    models,
+    plot,
+    recipes,
+    runs,
+    train,
+    translate,
+)
 from dl7cli.errors import UserError
 
 app = typer.Typer(
@@ -24,6 +38,7 @@ app = typer.Typer(
 )
 app.command("train", epilog="Example: dl7 train resnet --set training.epochs=30 --seed 2")(train.train)
 app.command("eval", epilog="Example: dl7 eval runs/resnet-1 --split test")(evaluate.evaluate)
+app.command("average", epilog="Example: dl7 average runs/seq2seq-1 --last 5")(average.average)
 app.command("translate", epilog='Example: dl7 translate --beam 5 "A dog runs."')(translate.translate)
 app.command("classify", epilog="Example: dl7 classify --run runs/resnet-1 cat.png")(classify.classify)
 app.add_typer(recipes.app, name="recipes", epilog="Example: dl7 recipes list")
