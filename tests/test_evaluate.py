@@ -146,7 +146,7 @@ def test_beams_that_are_none() -> None:
     assert parse_beams("5") == [5]
     assert parse_beams("10, 1,2,1") == [10, 1, 2]
     for text in ("", "0", "101", "1,", "1;2", "x", "1.5", "-1", "²"):
-        with pytest.raises(typer.BadParameter, match="takes widths from 1 to 100 with commas"):
+        with pytest.raises(typer.BadParameter, match="is not widths from 1 to 100 with commas"):
             parse_beams(text)
     refused = dl7("eval", "run", "--beam", "1-5")
     assert (refused.exit_code, refused.stdout) == (2, "")

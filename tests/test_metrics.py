@@ -127,6 +127,12 @@ def test_every_score_of_a_translation_is_that_of_the_command_line(hypotheses: li
     assert chrf(hypotheses, REFERENCES) == Scores("chrf", {"chrf": own["chrf"]}, 5, details["signatures"]["chrf"])
 
 
+def test_texts_too_long_for_ter_have_none() -> None:
+    for words, there in ((30, True), (31, False)):
+        details = translation(["one"] * 2, ["ein"] * 2, ["ein " * 10, "ein " * (2 * words - 10)]).details
+        assert (details["ter"] is not None, details["signatures"]["ter"] is not None) == (there, there)
+
+
 def test_sources_are_grouped_by_their_words() -> None:
     groups = translation(SOURCES, HYPOTHESES, REFERENCES).details["source_lengths"]
     chosen = {(0, 5): [0, 2], (6, 10): [1], (31, 50): [3], (51, None): [4]}  # 15, 20 and 30 words: none

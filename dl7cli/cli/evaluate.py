@@ -91,7 +91,7 @@ def parse_beams(text: str | None) -> list[int]:
     """Return the beam widths of `--beam`, each once, in the order given."""
     parts = [] if text is None else text.split(",")
     if not all(part.strip().isdecimal() and 1 <= int(part) <= 100 for part in parts):
-        raise typer.BadParameter(f"--beam takes widths from 1 to 100 with commas between them, not {text}")
+        raise typer.BadParameter(f"{text} is not widths from 1 to 100 with commas between them", param_hint="'--beam'")
     return list(dict.fromkeys(map(int, parts)))
 
 
@@ -152,7 +152,8 @@ def _print_translation(scores: dict[str, float], details: dict[str, Any]) -> Non
     console.write(f"length ratio {details['length_ratio']:.3f}, brevity penalty {details['brevity_penalty']:.3f}")
     console.write(f"BLEU without case {scores['bleu_lowercase']:.2f} ({signatures['bleu_lowercase']})")
     console.write(f"chrF {scores['chrf']:.2f} ({signatures['chrf']})")
-    console.write(f"TER {details['ter']:.2f}, lower is better ({signatures['ter']})")
+    if details["ter"] is not None:
+        console.write(f"TER {details['ter']:.2f}, lower is better ({signatures['ter']})")
     if "rouge_1" in scores:
         console.write(f"F1 of {', '.join(f'{shown} {scores[name]:.2f}' for name, shown in _ROUGE.items())}")
     console.write("")
