@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dl7cli import __version__
+from dl7cli import __version__, files
 from dl7cli.errors import UserError
 from dl7cli.recipe import Recipe, from_document, to_toml
 
@@ -529,17 +529,10 @@ def _parsed(content: bytes) -> dict[str, Any] | None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment it is what it was or what it is to be."""
-    new = path.with_name(path.name + ".new")
     try:
-        with new.open("wb") as file:
+        with files.replacing(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink()
         raise _cannot_write(path, error) from error
 
 

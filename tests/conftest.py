@@ -1,5 +1,6 @@
 """What every test shares: one thread, caches of its own, and the conditions under which a test is skipped."""
 
+import itertools
 import os
 import tempfile
 from collections.abc import Callable
@@ -83,3 +84,28 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         decoding = {{ beam = 2 }}
     """)
     return {"resnet": images, "seq2seq": pairs}
+
+
+WORDS = {"red": "rot", "blue": "blau", "big": "groß", "small": "klein", "old": "alt", "new": "neu"}
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seventy-two sentence pairs that are translated word by word; the other splits are some of them."""
+    folder = tmp_path_factory.mktemp("pairs")
+    sentences = [" ".join(words) for words in list(itertools.permutations(WORDS, 4))[::6]] + [*WORDS] * 2
+    for split, chosen in (("train", sentences), ("validation", sentences[:12]), ("test", sentences[:6])):
+        translated = [" ".join(WORDS[word] for word in sentence.split()) for sentence in chosen]
+        (folder / f"{split}.en").write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
+        (folder / f"{split}.de").write_text("".join(f"{line}\n" for line in translated), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def translator(tmp_path_factory: pytest.TempPathFactory, pairs: Path) -> Path:
+    """A folder with `runs/seq2seq-1`, which has learnt those pairs."""
+    from running import TINY_SEQ2SEQ, succeed
+
+    work = tmp_path_factory.mktemp("translator")
+    succeed("train", "seq2seq", "--data", str(pairs), *TINY_SEQ2SEQ, "--set", "training.epochs=12", cwd=work)
+    return work

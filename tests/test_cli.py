@@ -1,20 +1,15 @@
 """The command line as its users meet it: exit codes, what is printed where, and every command on tiny data."""
 
-import contextlib
-import io
-import itertools
 import json
 import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -22,23 +17,21 @@ import pyarrow.parquet
 import pytest
 import torch
 import typer
+from running import TINY_SEQ2SEQ, dl7, start, succeed
 
 from dl7cli import __version__
-from dl7cli.cli import app, console, main
+from dl7cli.cli import app, console
 from dl7cli.cli.progress import Plain
-from dl7cli.cli.translate import read
 from dl7cli.errors import UserError
 
-WORDS = {"red": "rot", "blue": "blau", "big": "groß", "small": "klein", "old": "alt", "new": "neu"}
-
 COMMON = "--device --gpus --precision --offline --json"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 SURFACE = {
     "": "--version",
     "train": f"RECIPE --data --set --seed --out --resume {COMMON}",
     "eval": f"RUN --split --data --beam --length-penalty --rouge --output --plot {COMMON}",
     "average": f"RUN --last {COMMON}",
-    "translate": f"TEXT --run --input --output --beam --length-penalty --n-best {COMMON}",
+    "translate": "TEXT --run --input --jsonl --output --beam --length-penalty --n-best --sample --seed --set "
+    f"--attention {COMMON}",
     "classify": f"IMAGE --run --top {COMMON}",
     "recipes": "",
     "recipes list": "--json",
@@ -57,62 +50,6 @@ SURFACE = {
     "plot activations": "NAME --all --output",
     "doctor": "--offline --json",
 }
-
-
-class TerminalText(io.TextIOWrapper):
-    """A stream that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        """The one JSON object on standard output; `json.loads` refuses anything before or after it."""
-        value = json.loads(self.out)
-        assert isinstance(value, dict)
-        return value
-
-
-def dl7(*arguments: str, cwd: Path, stdin: bytes = b"", terminal: bool = False, **environment: str) -> Outcome:
-    """Run `dl7` in this process, in the folder `cwd`; `terminal` is for all but standard output."""
-    out = io.TextIOWrapper(io.BytesIO())
-    err = (TerminalText if terminal else io.TextIOWrapper)(io.BytesIO())
-    code: Any = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["dl7", *arguments])
-        patch.setattr(sys, "stdin", (TerminalText if terminal else io.TextIOWrapper)(io.BytesIO(stdin)))
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as stop:
-                code = stop.code
-    printed = []
-    for stream in (out, err):
-        stream.flush()
-        printed.append(stream.buffer.getvalue().decode("utf-8"))  # type: ignore[attr-defined]
-    return Outcome(code or 0, *printed)
-
-
-def succeed(*arguments: str, cwd: Path, stdin: bytes = b"", terminal: bool = False, **environment: str) -> Outcome:
-    outcome = dl7(*arguments, cwd=cwd, stdin=stdin, terminal=terminal, **environment)
-    assert outcome.code == 0, outcome.err
-    return outcome
-
-
-def start(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
-    """Start `dl7` in a process of its own."""
-    command = [sys.executable, "-m", "dl7cli", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=cwd, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT)
 
 
 def commands(command: Any = None, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -141,24 +78,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_images(tmp_path_factory.mktemp("images"), {"train": 16, "test": 4})
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seventy-two sentence pairs that are translated word by word; the other splits are some of them."""
-    folder = tmp_path_factory.mktemp("pairs")
-    sentences = [" ".join(words) for words in list(itertools.permutations(WORDS, 4))[::6]] + [*WORDS] * 2
-    for split, chosen in (("train", sentences), ("validation", sentences[:12]), ("test", sentences[:6])):
-        translated = [" ".join(WORDS[word] for word in sentence.split()) for sentence in chosen]
-        (folder / f"{split}.en").write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
-        (folder / f"{split}.de").write_text("".join(f"{line}\n" for line in translated), encoding="utf-8")
-    return folder
-
-
 TINY_RESNET = ("--set", "model.depth=8", "--set", "training.batch_size=8", "--set", "data.crop_padding=1")
-TINY_SEQ2SEQ = (
-    *("--set", "model.embedding_width=32", "--set", "model.encoder_width=32", "--set", "model.decoder_width=32"),
-    *("--set", "data.vocabulary_size=48", "--set", "data.max_length=20", "--set", "training.batch_tokens=128"),
-    *("--set", "model.dropout=0.0", "--set", "optim.learning_rate=0.02"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -559,93 +479,6 @@ def test_classify_names_a_file_that_is_no_image(work: Path, images: Path, tmp_pa
     failed = dl7("classify", str(images / "test/red/0.png"), str(tmp_path / "text.png"), cwd=work)
     assert (failed.code, failed.out) == (1, "")
     assert "text.png` is not an image that can be read\nhint: what can be read are PNG, JPEG, " in failed.err
-
-
-def test_translate_one_line_in_one_line_out(work: Path, tmp_path: Path) -> None:
-    sentences = ["red blue big small", "", "old new small red", "  ", "big old blue new"]
-    alone = [succeed("translate", sentence, cwd=work).out for sentence in sentences]
-    assert [line.count("\n") for line in alone] == [1] * 5
-    assert alone[1] == alone[3] == "\n"
-    assert len(set(alone)) == 4, "that lines are in order is seen only where they differ"
-    expected = "".join(alone)
-    assert succeed("translate", *sentences, cwd=work).out == expected
-    text = "\n".join(sentences)
-    for data in (text.encode(), f"{text}\n".encode(), f"\ufeff{text}".replace("\n", "\r\n").encode()):
-        assert succeed("translate", cwd=work, stdin=data).out == expected
-    (tmp_path / "in.txt").write_text(text, encoding="utf-8")
-    written = succeed("translate", "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.txt"), cwd=work)
-    assert written.out == ""
-    assert (tmp_path / "out.txt").read_text(encoding="utf-8") == expected
-    assert succeed("translate", cwd=work, stdin=b"").out == ""
-
-
-def test_translate_gives_several(work: Path) -> None:
-    sentences = ("red blue big small", "", "old new small red")
-    shown = succeed("translate", *sentences, "--n-best", "3", "--beam", "4", cwd=work).out
-    rows = [line.split("\t") for line in shown.splitlines()]
-    assert [row[0] for row in rows] == ["1", "1", "1", "2", "3", "3", "3"]
-    best = succeed("translate", *sentences, "--beam", "4", cwd=work).out.splitlines()
-    assert [rows[0][2], rows[3][2], rows[4][2]] == best
-    scores = [float(row[1]) for row in rows]
-    assert scores[:3] == sorted(scores[:3], reverse=True)
-    failed = dl7("translate", "old", "--n-best", "3", "--beam", "2", cwd=work)
-    assert (failed.code, failed.out) == (1, "")
-    assert "hint: add `--beam 3`" in failed.err
-
-
-def test_translate_to_json(work: Path) -> None:
-    document = succeed("translate", "red blue big small", "", "--n-best", "2", "--json", cwd=work).document
-    assert document["run"] == "runs/seq2seq-1"
-    first, blank = document["translations"]
-    assert first["source"] == "red blue big small"
-    assert first["text"] == succeed("translate", "red blue big small", cwd=work).out.removesuffix("\n")
-    assert first["alternatives"][0] == {"text": first["text"], "score": first["score"]}
-    assert len(first["alternatives"]) == 2
-    assert (blank["source"], blank["text"], blank["alternatives"]) == ("", "", [])
-
-
-def test_translate_warns_of_a_line_that_is_cut(work: Path) -> None:
-    done = succeed("translate", cwd=work, stdin=b"red\n" + b"red " * 30 + b"\nblue\n")
-    assert done.out.count("\n") == 3
-    assert done.err == "warning: line 2 is longer than 20 subwords and was cut\n"
-
-
-def test_translate_leaves_nothing_half_written(work: Path, tmp_path: Path) -> None:
-    (tmp_path / "in.txt").write_bytes(b"red\nblue\nna\xefve\n")
-    (tmp_path / "out.txt").write_text("as it was", encoding="utf-8")
-    command = ("translate", "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.txt"))
-    failed = dl7(*command, cwd=work)
-    assert failed.code == 1
-    assert failed.err.startswith(f"error: {tmp_path}/in.txt: line 3 is not UTF-8 (byte 3 is 0xef)\nhint: ")
-    assert (tmp_path / "out.txt").read_text(encoding="utf-8") == "as it was"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.txt"]
-
-
-def test_translate_prompts_at_a_terminal(work: Path) -> None:
-    typed = b"red blue big small\nold new small red\n"
-    shown = succeed("translate", cwd=work, stdin=typed, terminal=True, TERM="xterm")
-    assert shown.out == succeed("translate", cwd=work, stdin=typed).out
-    assert shown.err == "one line in, one line out; Ctrl-D ends\n> > \n"
-
-
-class Dribble(io.BytesIO):
-    """A pipe that has these chunks, one at each reading."""
-
-    def __init__(self, *chunks: bytes) -> None:
-        super().__init__()
-        self.chunks = list(chunks)
-
-    def read1(self, size: int | None = -1, /) -> bytes:
-        return self.chunks.pop(0) if self.chunks else b""
-
-
-def test_lines_are_read_as_they_come_and_never_too_many_at_once() -> None:
-    stream: Any = Dribble(b"one\ntw", b"o\n\n", b"three" + b"\n" * 300, b"last")
-    batches = list(read(stream, "pipe"))
-    assert [[line.text for line in batch] for batch in batches[:2]] == [["one"], ["two", ""]]
-    assert max(map(len, batches)) <= 256
-    assert [line.number for batch in batches for line in batch] == list(range(1, 305))
-    assert batches[-1][-1].text == "last"
 
 
 def test_runs(work: Path, images: Path) -> None:

@@ -1,4 +1,4 @@
-"""Figures: what the files hold, in pixels and in text, whatever the classes are called."""
+"""Figures: what the files hold, in pixels and in text, whatever classes and tokens are called."""
 
 import itertools
 import xml.etree.ElementTree
@@ -22,6 +22,12 @@ def draw(path: Path, counts: list[list[int]], names: list[str], title: str = "ti
 
 def diagonal(number: int) -> list[list[int]]:
     return (9 * np.eye(number, dtype=int)).tolist()
+
+
+def look(path: Path, weights: np.ndarray, source: list[str], target: list[str]) -> list[str]:
+    figure, notes = figures.attention_map(weights, source, target, "title", suffix=path.suffix)
+    figures.save(figure, path)
+    return notes
 
 
 def texts(path: Path) -> list[str]:
@@ -68,9 +74,11 @@ def test_a_name_that_no_font_can_draw_is_a_number(tmp_path: Path, monkeypatch: p
     notes = draw(tmp_path / "x.png", diagonal(3), names)
     assert len(notes) == 1
     assert notes[0].startswith("no installed font can draw 1 class name: numbers stand for them, from 0")
-    assert figures.drawable(names, ".png").labels == ["cat", "1", "dog"]
-    assert figures.drawable(names, ".svg").labels == names
-    assert figures.drawable(["cat", "Ω"], ".png") == figures.Names(["cat", "Ω"], ["DejaVu Sans"], False, [])
+    assert figures.drawable(names, ".png", "class name").labels == ["cat", "1", "dog"]
+    assert figures.drawable(names, ".svg", "class name").labels == names
+    assert figures.drawable(["cat", "Ω"], ".png", "class name") == figures.Names(
+        ["cat", "Ω"], ["DejaVu Sans"], False, []
+    )
 
 
 def test_another_font_helps_out() -> None:
@@ -79,7 +87,7 @@ def test_another_font_helps_out() -> None:
     own = figures._characters(font_manager.findfont("DejaVu Sans"))
     other = figures._characters(font_manager.findfont("STIXGeneral"))  # comes with matplotlib as well
     character = min(other - own)
-    found = figures.drawable(["a", character], ".png")
+    found = figures.drawable(["a", character], ".png", "class name")
     assert found.labels == ["a", character]
     assert found.families[0] == "DejaVu Sans"
     assert len(found.families) == 2
@@ -128,3 +136,58 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("os.access", lambda path, mode: False)  # whoever may write anywhere, as root, is never refused
     with pytest.raises(UserError, match="permission denied"):
         figures.refuse_unwritable(tmp_path / "x.png")
+
+
+def test_rows_are_the_translation_and_columns_the_source(tmp_path: Path) -> None:
+    """Of two target tokens the first looked at the third source token alone, the second at the first."""
+    look(tmp_path / "x.png", np.array([[0, 0, 1.0], [1.0, 0, 0]]), ["▁a", "▁b", "</s>"], ["▁A", "</s>"])
+    with PIL.Image.open(tmp_path / "x.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    dark = (pixels[:, :, 2] - pixels[:, :, 0] > 60) & (pixels[:, :, 2] < 130)
+    dark[:, int(0.8 * dark.shape[1]) :] = False
+    rows, columns = np.nonzero(dark)
+    upper = rows < (rows.min() + rows.max()) / 2
+    assert columns[upper].min() > columns[~upper].max() + np.ptp(columns) / 4, "a column lies between them"
+
+
+def test_tokens_are_drawn_as_a_reader_wants_them(tmp_path: Path) -> None:
+    source = ["▁Schnee", "mann", "▁", "猫", ",", "▁cafe\u0301", "▁x▁y", "</s>"]
+    target = ["雪", "人", "</s>"]
+    assert look(tmp_path / "x.svg", np.full((3, 8), 1 / 8), source, target) == []
+    found = texts(tmp_path / "x.svg")
+    for name in ("Schnee", "·mann", "␣", "·猫", ",", "café", "x y", "雪", "人"):
+        assert found.count(name) == 1, name
+    assert found.count("(end)") == 2
+    assert not [text for text in found if "▁" in text]
+    assert {"source", "translation", "attention weight", "title"} <= set(found)
+
+
+def test_a_token_that_no_font_can_draw_is_a_number(tmp_path: Path) -> None:
+    notes = look(tmp_path / "x.png", np.full((2, 3), 1 / 3), ["▁a", "\U0010fffd", "</s>"], ["\U0010fffd", "</s>"])
+    assert [note.split(":")[0] for note in notes] == [
+        "no installed font can draw 1 source token",
+        "no installed font can draw 1 target token",
+    ]
+    assert look(tmp_path / "x.svg", np.full((1, 1), 1.0), ["\U0010fffd"], ["</s>"]) == []
+
+
+@pytest.mark.parametrize(("target", "source"), [(1, 1), (1, 30), (30, 1), (20, 40)])
+def test_tokens_do_not_overlap_and_nothing_is_cut_off(target: int, source: int) -> None:
+    names = [f"▁{'Donaudampfschiff'[: 1 + number % 16]}" for number in range(40)]
+    weights = np.full((target, source), 1 / source)
+    figure, _ = figures.attention_map(weights, names[:source], names[:target], "a title of words " * 3, suffix=".png")
+    figure.draw_without_rendering()
+    axes, bar = figure.axes
+    above = [label.get_window_extent() for label in axes.get_xticklabels()]
+    beside = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert (len(above), len(beside)) == (source, target)
+    assert all(left.x1 <= right.x0 for left, right in itertools.pairwise(above))
+    assert all(upper.y0 >= lower.y1 for upper, lower in itertools.pairwise(beside))
+    assert min(label.get_fontsize() for label in (*axes.get_xticklabels(), *axes.get_yticklabels())) >= 6
+    title = axes._left_title
+    assert title.get_text().startswith("a title")
+    for box in (*above, *beside, title.get_window_extent(), bar.yaxis.label.get_window_extent()):
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= figure.bbox.x1
+        assert box.y1 <= figure.bbox.y1

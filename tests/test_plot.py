@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib.figure
 import PIL.Image
@@ -69,8 +70,8 @@ def test_what_was_there_stays_where_drawing_fails(tmp_path: Path, monkeypatch: p
     target = tmp_path / "a.png"
     target.write_bytes(b"before")
 
-    def full(figure: object, file: Path, **options: object) -> None:
-        file.write_bytes(b"half")
+    def full(figure: object, file: BinaryIO, **options: object) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", full)

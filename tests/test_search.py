@@ -1,168 +1,96 @@
 """Beam search against enumeration, a greedy loop and a slow search written without tensors."""
 
+import dataclasses
 import itertools
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import BOS, EOS, Model, Sentence, Table, coarse_table, random_table, random_weights, together
 from torch import Tensor
 
-from dl7cli.search import Hypothesis, State, beam_search
+from dl7cli import search
+from dl7cli.search import Hypothesis, Rules, State, beam_search, best_ids
 
-BOS, EOS = 0, 1
-
-# A model of the second order: the row [before, previous] holds the log-probabilities of what comes next.
-Table = Tensor  # (V, V, V)
+NORMALISATIONS = st.sampled_from(["gnmt", "average", "none"])
 
 
-def random_table(vocabulary: int, seed: int) -> Table:
-    generator = torch.Generator().manual_seed(seed)
-    return (2 * torch.randn(vocabulary, vocabulary, vocabulary, generator=generator)).log_softmax(dim=2)
-
-
-def coarse_table(vocabulary: int, seed: int, levels: int) -> Table:
-    """Few different values, all sums of which are exact: ties wherever one looks, and some impossible ids."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (vocabulary, vocabulary, vocabulary)
-    table = -torch.randint(1, levels + 1, shape, generator=generator) / 4
-    return table.masked_fill(torch.rand(shape, generator=generator) < 0.1, -math.inf)
-
-
-class Model:
-    """The step function of one table per sentence; counts the rows it was asked for."""
-
-    def __init__(self) -> None:
-        self.rows: list[int] = []
-
-    def __call__(self, previous: Tensor, context: State, state: State) -> tuple[Tensor, State, None]:
-        (tables,), (before,) = context, state
-        assert len(previous) == len(before)
-        self.rows.append(len(previous))
-        sentence = torch.arange(len(tables), device=previous.device)
-        sentence = sentence.repeat_interleave(len(previous) // len(tables))
-        return tables[sentence, before, previous], (previous,), None
-
-
-def search(
-    tables: Sequence[Table],
-    beam: int,
-    max_length: Sequence[int],
-    *,
-    length_penalty: float = 0.0,
-    n_best: int = 1,
-    forbidden: Sequence[int] = (),
-    device: str = "cpu",
+def find(
+    sentences: Sequence[Sentence], beam: int, n_best: int = 1, *, attention: bool = False, device: str = "cpu"
 ) -> list[list[Hypothesis]]:
-    context = torch.stack(list(tables)).to(device)
-    start = torch.full((len(tables),), BOS, device=device)
-    return beam_search(
-        Model(),
-        (context,),
-        (start,),
-        beam=beam,
-        max_length=max_length,
-        bos=BOS,
-        eos=EOS,
-        length_penalty=length_penalty,
-        n_best=n_best,
-        forbidden=forbidden,
-    )
-
-
-def forced(table: Table, ids: Sequence[int]) -> float:
-    """The log-probability of `ids` and eos, by walking along them."""
-    before, previous, total = BOS, BOS, 0.0
-    for following in (*ids, EOS):
-        total += float(table[before, previous, following])
-        before, previous = previous, following
-    return total
-
-
-def penalised(log_probability: float, ids: Sequence[int], length_penalty: float) -> float:
-    return log_probability / math.pow((5 + len(ids) + 1) / 6, length_penalty)
-
-
-def enumerated(
-    table: Table, max_length: int, length_penalty: float, forbidden: Sequence[int] = ()
-) -> list[tuple[tuple[int, ...], float]]:
-    """Every possible output with its score, best first."""
-    allowed = [one for one in range(len(table)) if one != EOS and one not in forbidden]
-    outputs = []
-    for length in range(max_length + 1):
-        for ids in itertools.product(allowed, repeat=length):
-            score = penalised(forced(table, ids), ids, length_penalty)
-            if score > -math.inf:
-                outputs.append((ids, score))
-    return sorted(outputs, key=lambda output: -output[1])
-
-
-def slow_search(
-    table: Table,
-    beam: int,
-    max_length: int,
-    length_penalty: float = 0.0,
-    n_best: int = 1,
-    forbidden: Sequence[int] = (),
-) -> list[tuple[tuple[int, ...], float]]:
-    """The rules of the module, one candidate at a time and without any early end but `beam` finished."""
-    live: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
-    finished: list[tuple[tuple[int, ...], float]] = []
-    for length in range(max_length + 1):
-        candidates = []
-        for ids, total in live:
-            before, previous = (BOS, BOS, *ids)[-2:] if ids else (BOS, BOS)
-            for following, value in enumerate(table[before, previous].tolist()):
-                banned = following in forbidden or (length == max_length and following != EOS)
-                if value > -math.inf and not banned:
-                    candidates.append((ids, following, total + value))
-        candidates.sort(key=lambda candidate: -candidate[2])  # stable, and they come in order of their index
-        for ids, following, total in candidates[:beam]:
-            if following == EOS:
-                finished.append((ids, penalised(total, ids, length_penalty)))
-        live = [((*ids, following), total) for ids, following, total in candidates if following != EOS][:beam]
-        if len(finished) >= beam or not live:
-            break
-    return sorted(finished, key=lambda output: -output[1])[:n_best]
+    context, state, rules = together(sentences, device)
+    return beam_search(Model(), context, state, rules, beam=beam, n_best=n_best, attention=attention)
 
 
 def ids_of(found: Sequence[Hypothesis]) -> list[tuple[int, ...]]:
     return [hypothesis.ids for hypothesis in found]
 
 
-@given(
-    seed=st.integers(0, 2**32),
-    max_length=st.integers(0, 3),
-    length_penalty=st.sampled_from([0.0, 0.6, 1.0, 2.5]),
-    n_best=st.sampled_from([1, 3, 40]),
-)
-def test_a_beam_wide_enough_equals_enumeration(seed: int, max_length: int, length_penalty: float, n_best: int) -> None:
-    # Three ids besides bos and eos: 1 + 3 + 9 + 27 = 40 outputs of up to three ids.
-    table = random_table(5, seed)
-    expected = enumerated(table, max_length, length_penalty, forbidden=[BOS])[:n_best]
-    (found,) = search([table], 40, [max_length], length_penalty=length_penalty, n_best=n_best, forbidden=[BOS])
+@st.composite
+def sentences(draw: st.DrawFn, vocabulary: int, longest: int, number: int = 1) -> list[Sentence]:
+    """Random models under random rules; lengths, prefixes and what they look at differ from sentence to sentence."""
+    seed = draw(st.integers(0, 2**32))
+    shared: dict[str, Any] = {
+        "min_length": draw(st.integers(0, 3)),
+        "forbidden": draw(st.sampled_from([[BOS], [BOS, 2], []])),
+        "no_repeat_ngram": draw(st.integers(0, 3)),
+        "normalisation": draw(NORMALISATIONS),
+        "length_penalty": draw(st.sampled_from([0.0, 0.6, 1.0, 2.5])),
+        "coverage_penalty": draw(st.sampled_from([0.0, 0.2, 1.0])),
+    }
+    found = []
+    for more in range(number):
+        limit, source = draw(st.integers(0, longest)), draw(st.integers(1, 4))
+        found.append(
+            Sentence(
+                random_table(vocabulary, seed + more),
+                limit,
+                prefix=draw(st.lists(st.integers(2, vocabulary - 1), max_size=min(limit, 2))),
+                weights=random_weights(vocabulary, source, 4, seed + more),
+                source_length=source,
+                **shared,
+            )
+        )
+    return found
+
+
+@given(sentences(vocabulary=5, longest=3), st.sampled_from([1, 3, 85]))
+def test_a_beam_wide_enough_equals_enumeration(one: list[Sentence], n_best: int) -> None:
+    # Four ids besides eos: at most 1 + 4 + 16 + 64 = 85 outputs of up to three ids.
+    expected = one[0].enumerated()[:n_best]
+    (found,) = find(one, 85, n_best)
     assert ids_of(found) == [ids for ids, _ in expected]
     assert [one.score for one in found] == pytest.approx([score for _, score in expected], abs=1e-9)
 
 
-@given(seed=st.integers(0, 2**32), max_length=st.integers(0, 12), forbidden=st.sets(st.integers(2, 5)))
-def test_beam_1_equals_greedy(seed: int, max_length: int, forbidden: set[int]) -> None:
-    table = random_table(12, seed)
-    ids: list[int] = []
-    before = previous = BOS
-    while len(ids) < max_length:
-        scores = table[before, previous].clone()
-        scores[list(forbidden)] = -math.inf
-        following = int(scores.argmax())
+@given(sentences(vocabulary=6, longest=12))
+def test_beam_1_equals_greedy(one: list[Sentence]) -> None:
+    sentence, ids = one[0], []
+    while True:
+        row = sentence.table[(BOS, BOS, *ids)[-2:]].tolist()
+        following = max(filter(lambda id_: sentence.allowed(ids, id_), sentence.ids), key=row.__getitem__)
         if following == EOS:
             break
         ids.append(following)
-        before, previous = previous, following
-    (found,) = search([table], 1, [max_length], forbidden=sorted(forbidden))
+    (found,) = find(one, 1)
     assert ids_of(found) == [tuple(ids)]
+
+
+@given(sentences(vocabulary=6, longest=7), st.integers(1, 6), st.data())
+def test_every_rule_is_followed_and_stopping_early_changes_nothing(
+    one: list[Sentence], beam: int, data: st.DataObject
+) -> None:
+    n_best = data.draw(st.integers(1, beam))
+    expected = one[0].searched(beam, n_best)
+    (found,) = find(one, beam, n_best)
+    assert ids_of(found) == [ids for ids, _ in expected]
+    assert [one.score for one in found] == pytest.approx([score for _, score in expected])
 
 
 @given(
@@ -171,31 +99,20 @@ def test_beam_1_equals_greedy(seed: int, max_length: int, forbidden: set[int]) -
     levels=st.sampled_from([1, 2, 12]),
     beam=st.integers(1, 6),
     max_length=st.integers(0, 7),
+    min_length=st.integers(0, 4),
+    no_repeat_ngram=st.integers(0, 3),
     length_penalty=st.sampled_from([0.0, 0.7, 1.0, 3.0]),
     data=st.data(),
 )
-def test_ties_impossible_ids_and_stopping_early_follow_the_rules(
-    seed: int,
-    vocabulary: int,
-    levels: int,
-    beam: int,
-    max_length: int,
-    length_penalty: float,
-    data: st.DataObject,
+def test_ties_and_impossible_ids_follow_the_rules(
+    seed: int, vocabulary: int, levels: int, beam: int, data: st.DataObject, **rules: Any
 ) -> None:
-    # 40 ids of one or two values: more ties than the spare candidates settle.
-    table = coarse_table(vocabulary, seed, levels)
+    # 40 ids of one or two values: more ties than there are candidates.
     n_best = data.draw(st.integers(1, beam))
     forbidden = data.draw(st.sets(st.sampled_from([one for one in range(vocabulary) if one != EOS])))
-    expected = slow_search(table, beam, max_length, length_penalty, n_best, sorted(forbidden))
-    (found,) = search(
-        [table],
-        beam,
-        [max_length],
-        length_penalty=length_penalty,
-        n_best=n_best,
-        forbidden=sorted(forbidden),
-    )
+    sentence = Sentence(coarse_table(vocabulary, seed, levels), forbidden=sorted(forbidden), **rules)
+    expected = sentence.searched(beam, n_best)
+    (found,) = find([sentence], beam, n_best)
     assert ids_of(found) == [ids for ids, _ in expected]
     assert [one.score for one in found] == pytest.approx([score for _, score in expected])
 
@@ -203,116 +120,173 @@ def test_ties_impossible_ids_and_stopping_early_follow_the_rules(
 @pytest.mark.parametrize("beam", [1, 4])
 def test_ties_among_high_ids(beam: int) -> None:
     # Half of the ids are equally good, one is better, and the low ones are all worse.
-    table = torch.full((60, 60, 60), -3.0)
-    table[:, :, 30:] = -1.0
-    table[:, :, 50] = -0.5
-    expected = slow_search(table, beam, 4, n_best=beam)
-    (found,) = search([table], beam, [4], n_best=beam)
-    assert ids_of(found) == [ids for ids, _ in expected]
+    table = torch.full((600, 600), -3.0)
+    table[:, 300:] = -1.0
+    table[:, 500] = -0.5
+    sentence = Sentence(table.expand(600, 600, 600), 4)
+    context, state, rules = (table[None],), (torch.zeros(1),), together([Sentence(random_table(3, 0), 4)])[2]
+
+    def step(previous: Tensor, context: State, state: State) -> tuple[Tensor, State, None]:
+        return table[previous], state, None
+
+    (found,) = beam_search(step, context, state, rules, beam=beam, n_best=beam)
+    assert ids_of(found) == [ids for ids, _ in sentence.searched(beam, beam)]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_many_of_the_best_ids_forbidden(seed: int) -> None:
-    table = random_table(60, seed)
-    table[:, :, 20:] += 10  # all that is allowed, eos too, comes far behind
-    table = table.log_softmax(dim=2)
-    forbidden = range(20, 60)
-    expected = slow_search(table, 4, 4, n_best=4, forbidden=forbidden)
-    (found,) = search([table], 4, [4], n_best=4, forbidden=forbidden)
-    assert ids_of(found) == [ids for ids, _ in expected]
+@given(
+    rows=st.integers(1, 4),
+    vocabulary=st.integers(2, 300),
+    number=st.integers(1, 12),
+    levels=st.sampled_from([1, 3, 1000]),
+    seed=st.integers(0, 2**32),
+)
+def test_the_best_ids_are_those_of_a_stable_sort(
+    rows: int, vocabulary: int, number: int, levels: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = -torch.randint(0, levels, (rows, vocabulary), generator=generator).float()
+    values = values.masked_fill(torch.rand(rows, vocabulary, generator=generator) < 0.2, -math.inf)
+    expected = values.sort(dim=1, descending=True, stable=True)
+    found, ids = best_ids(values, number)
+    assert torch.equal(found, expected.values[:, :number])
+    possible = found > -math.inf
+    assert torch.equal(ids[possible], expected.indices[:, :number][possible])
+    for nan in (math.nan, -math.nan):
+        values[-1, -1] = nan
+        assert best_ids(values, number)[0][-1, 0].isnan()
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.5])
-@pytest.mark.parametrize("vocabulary", [6, 30])
-def test_batch_and_order_do_not_matter(vocabulary: int, length_penalty: float) -> None:
-    tables = [random_table(vocabulary, seed) for seed in range(25)]
-    limits = [seed % 9 for seed in range(25)]
+RULES = {
+    "none": {},
+    "lengths": {"min_length": 3, "normalisation": "average", "length_penalty": 1.0},
+    "coverage": {"coverage_penalty": 0.4, "length_penalty": 0.6},
+    "n-grams": {"no_repeat_ngram": 2, "length_penalty": 1.5},
+}
 
-    def run(chosen: Sequence[int]) -> list[list[Hypothesis]]:
-        return search(
-            [tables[index] for index in chosen],
-            4,
-            [limits[index] for index in chosen],
-            length_penalty=length_penalty,
-            n_best=3,
+
+def many(vocabulary: int, **rules: Any) -> list[Sentence]:
+    """Sentences that end at different times, some of them with a prefix."""
+    return [
+        Sentence(
+            random_table(vocabulary, seed),
+            seed % 9,
             forbidden=[BOS],
+            prefix=[2, 4, 3][: min(seed % 9, seed % 4)],
+            weights=random_weights(vocabulary, 1 + seed % 5, 5, seed),
+            source_length=1 + seed % 5,
+            **rules,
         )
+        for seed in range(25)
+    ]
 
-    together = run(range(25))
-    assert together == [run([index])[0] for index in range(25)]
+
+def same(found: list[list[Hypothesis]], expected: list[list[Hypothesis]]) -> bool:
+    for one, other in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+        assert one.attention is not None
+        assert other.attention is not None
+        if one[:4] != other[:4] or not np.array_equal(one.attention, other.attention):
+            return False
+    return [len(one) for one in found] == [len(one) for one in expected]
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("vocabulary", [6, 60])
+def test_batch_order_and_when_sentences_leave_do_not_matter(
+    vocabulary: int, rules: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_of_them = many(vocabulary, **rules)
+    expected = find(all_of_them, 4, 3, attention=True)
+    assert len({len(found[0].ids) for found in expected}) > 3, "they do leave at different times"
+    assert same([find([sentence], 4, 3, attention=True)[0] for sentence in all_of_them], expected)
     order = list(range(25))
     random.Random(1).shuffle(order)
-    assert run(order) == [together[index] for index in order]
-    # Sentences did leave the batch at different times.
-    assert len({len(found[0].ids) for found in together}) > 3
+    assert same(find([all_of_them[at] for at in order], 4, 3, attention=True), [expected[at] for at in order])
+    for steps in (3, 1000):
+        monkeypatch.setitem(search.STEPS_BETWEEN_LOOKS, "cpu", steps)
+        assert same(find(all_of_them, 4, 3, attention=True), expected)
 
 
-@given(
-    seed=st.integers(0, 2**32),
-    length_penalty=st.sampled_from([0.0, 0.6, 1.0, 2.0]),
-    max_length=st.integers(0, 15),
-)
-def test_n_best_does_not_change_the_first(seed: int, length_penalty: float, max_length: int) -> None:
-    tables = [random_table(9, seed + more) for more in range(4)]
-    lists = [
-        search(tables, 5, [max_length] * 4, length_penalty=length_penalty, n_best=n_best) for n_best in range(1, 6)
-    ]
+@given(sentences(vocabulary=9, longest=12, number=3))
+@settings(max_examples=50)
+def test_n_best_does_not_change_the_first(three: list[Sentence]) -> None:
+    lists = [find(three, 5, n_best) for n_best in range(1, 6)]
     for found, longer in itertools.pairwise(lists):
-        for few, many in zip(found, longer, strict=True):
-            assert many[: len(few)] == few
+        for few, more in zip(found, longer, strict=True):
+            assert more[: len(few)] == few
 
 
-@given(
-    seed=st.integers(0, 2**32),
-    length_penalty=st.floats(0, 3),
-    beam=st.integers(1, 8),
-    limit=st.integers(0, 10),
-)
-def test_scores_are_those_of_teacher_forcing(seed: int, length_penalty: float, beam: int, limit: int) -> None:
-    tables = [random_table(7, seed + more) for more in range(3)]
-    limits = [limit, limit + 1, limit + 2]
-    results = search(tables, beam, limits, length_penalty=length_penalty, n_best=beam)
-    for table, longest, found in zip(tables, limits, results, strict=True):
+@given(sentences(vocabulary=7, longest=10, number=3), st.integers(1, 8))
+def test_what_is_reported_is_what_teacher_forcing_gives(three: list[Sentence], beam: int) -> None:
+    for sentence, found in zip(three, find(three, beam, beam, attention=True), strict=True):
         assert found
         assert len(set(ids_of(found))) == len(found)
         assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
         for one in found:
-            assert len(one.ids) <= longest
-            assert EOS not in one.ids
-            assert one.log_probability == pytest.approx(forced(table, one.ids), abs=1e-9)
-            assert one.score == pytest.approx(penalised(one.log_probability, one.ids, length_penalty))
+            assert len(one.ids) <= sentence.max_length
+            assert all(sentence.allowed(one.ids[:at], following) for at, following in enumerate((*one.ids, EOS)))
+            assert one.token_log_probabilities == tuple(sentence.steps(one.ids))
+            assert one.log_probability == pytest.approx(math.fsum(one.token_log_probabilities), abs=1e-9)
+            assert one.score == pytest.approx(sentence.score(one.log_probability, one.ids))
+            assert one.attention is not None
+            assert np.array_equal(one.attention, torch.stack(sentence.attention(one.ids)))
 
 
-def test_the_length_penalty_is_that_of_gnmt() -> None:
-    # Two outputs: (), of probability 0.5, and (2,), of 0.45. Their penalties at alpha = 1 are 6/6 and 7/6.
+def two_outputs() -> Table:
+    """(), of probability 0.5, and (2,), of 0.45."""
     table = torch.full((3, 3, 3), -math.inf)
     table[BOS, BOS, EOS], table[BOS, BOS, 2] = math.log(0.5), math.log(0.45)
     table[BOS, 2, EOS] = 0.0
-    ((plain,),) = search([table], 2, [1])
-    assert plain.ids == ()
-    assert plain.score == pytest.approx(math.log(0.5))
-    ((penalty,),) = search([table], 2, [1], length_penalty=1.0)
-    assert penalty.ids == (2,)
-    assert penalty.score == pytest.approx(math.log(0.45) * 6 / 7)
-    assert penalty.log_probability == pytest.approx(math.log(0.45))
+    return table
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected", "score"),
+    [
+        ({}, (), math.log(0.5)),
+        ({"length_penalty": 1.0}, (2,), math.log(0.45) * 6 / 7),
+        ({"length_penalty": 1.0, "normalisation": "average"}, (2,), math.log(0.45) / 2),
+        ({"length_penalty": 0.1, "normalisation": "average"}, (), math.log(0.5)),
+        ({"length_penalty": 2.0, "normalisation": "none"}, (), math.log(0.5)),
+        ({"min_length": 1}, (2,), math.log(0.45)),
+        ({"prefix": [2]}, (2,), math.log(0.45)),
+        ({"prefix": [2], "forbidden": [2]}, (2,), math.log(0.45)),
+        ({"forbidden": [2], "length_penalty": 1.0}, (), math.log(0.5)),
+    ],
+)
+def test_rules_by_hand(rules: dict[str, Any], expected: tuple[int, ...], score: float) -> None:
+    ((found,),) = find([Sentence(two_outputs(), 1, **rules)], 2)
+    assert found.ids == expected
+    assert found.score == pytest.approx(score)
+
+
+def test_coverage_by_hand() -> None:
+    # Both look at the first of two source steps first; only the longer output then looks at the second.
+    weights = torch.zeros(3, 3, 3)
+    weights[BOS, BOS, :2] = torch.tensor([0.75, 0.25])
+    weights[BOS, 2, :2] = torch.tensor([0.5, 0.5])
+    one = Sentence(two_outputs(), 1, coverage_penalty=0.1, weights=weights, source_length=2)
+    first, second = find([one], 2, 2)[0]
+    assert (first.ids, second.ids) == ((2,), ())
+    assert first.score == pytest.approx(math.log(0.45) + 0.1 * (math.log(1) + math.log(0.75)))
+    assert second.score == pytest.approx(math.log(0.5) + 0.1 * (math.log(0.75) + math.log(0.25)))
 
 
 @pytest.mark.parametrize("beam", [1, 5])
 def test_forbidden_ids_never_appear_however_probable(beam: int) -> None:
     table = torch.full((30, 30, 30), -5.0)
     table[:, :, [0, 2, 3]] = -0.1
-    (found,) = search([table], beam, [6], n_best=beam, forbidden=[0, 2, 3])
+    (found,) = find([Sentence(table, 6, forbidden=[0, 2, 3])], beam, beam)
     assert found
     assert not {0, 2, 3} & {one for hypothesis in found for one in hypothesis.ids}
 
 
 def test_max_length_0_gives_the_empty_output() -> None:
-    tables = [random_table(8, seed) for seed in range(3)]
-    results = search(tables, 3, [0, 4, 0], n_best=3)
+    three = [Sentence(random_table(8, seed), limit, min_length=2) for seed, limit in enumerate([0, 4, 0])]
+    results = find(three, 3, 3)
     for index in (0, 2):
         (only,) = results[index]
         assert only.ids == ()
-        assert only.log_probability == pytest.approx(float(tables[index][BOS, BOS, EOS]))
+        assert only.log_probability == pytest.approx(float(three[index].table[BOS, BOS, EOS]))
 
 
 def test_gives_what_there_is_where_little_is_possible() -> None:
@@ -320,9 +294,17 @@ def test_gives_what_there_is_where_little_is_possible() -> None:
     table = random_table(3, 1)
     dead_end = table.clone()
     dead_end[:, :, EOS] = -math.inf
-    results = search([table, dead_end], 10, [2, 2], n_best=10, forbidden=[BOS])
+    results = find([Sentence(one, 2, forbidden=[BOS]) for one in (table, dead_end)], 10, 10)
     assert sorted(ids_of(results[0])) == [(), (2,), (2, 2)]
     assert results[1] == []
+
+
+def test_a_prefix_that_cannot_be_gives_nothing() -> None:
+    table = random_table(4, 1)
+    table[BOS, 2, 3] = -math.inf
+    results = find([Sentence(table, 5, prefix=[2, 3]), Sentence(table, 5, prefix=[2, 2])], 3, 3)
+    assert results[0] == []
+    assert len(results[1]) == 3
 
 
 def test_a_sentence_leaves_the_batch_when_nothing_can_beat_what_it_has() -> None:
@@ -332,23 +314,16 @@ def test_a_sentence_leaves_the_batch_when_nothing_can_beat_what_it_has() -> None
     for previous, following in itertools.pairwise([BOS, 2, 3, 4, 5, EOS]):
         goes_on[:, previous, following] = -0.5
     model = Model()
-    results = beam_search(
-        model,
-        (torch.stack([ends_at_once, goes_on]),),
-        (torch.tensor([BOS, BOS]),),
-        beam=3,
-        max_length=[50, 50],
-        bos=BOS,
-        eos=EOS,
-    )
+    context, state, rules = together([Sentence(ends_at_once, 50), Sentence(goes_on, 50)])
+    results = beam_search(model, context, state, rules, beam=3)
     assert [found[0].ids for found in results] == [(), (2, 3, 4, 5)]
-    assert model.rows == [6, 3, 3, 3, 3]
+    assert model.rows == [2, 3, 3, 3, 3], "the first step is of one hypothesis each"
 
 
 def test_the_tables_of_the_network_are_left_alone() -> None:
     table = random_table(6, 3)
     before = table.clone()
-    search([table], 3, [4], forbidden=[BOS, 2])
+    find([Sentence(table, 4, forbidden=[BOS, 2], prefix=[3])], 3)
     assert torch.equal(table, before)
 
 
@@ -364,23 +339,24 @@ def search_constant(log_probabilities: list[float], sentences: int = 1) -> list[
     def step(previous: Tensor, context: State, state: State) -> tuple[Tensor, State, None]:
         return torch.tensor(log_probabilities).repeat(len(previous), 1), state, None
 
-    return beam_search(step, (), (), beam=2, max_length=[3] * sentences, bos=BOS, eos=EOS)
+    return beam_search(step, (), (), Rules(bos=BOS, eos=EOS, max_length=[3] * sentences), beam=2)
 
 
-def test_nan_is_an_error_that_says_so() -> None:
+@pytest.mark.parametrize("nan", [math.nan, -math.nan])
+def test_nan_is_an_error_that_says_so(nan: float) -> None:
     table = random_table(6, 1)
-    table[:, 3, 4] = math.nan
-    with pytest.raises(ValueError, match="NaN"):
-        search([random_table(6, 0), table], 6, [5, 5])
+    table[:, 3, 4] = nan
+    with pytest.raises(FloatingPointError, match="NaN"):
+        find([Sentence(random_table(6, 0), 5), Sentence(table, 5)], 6)
 
 
 def test_nan_after_an_impossible_id_is_nobodys_business() -> None:
     # What log_softmax makes of a row of -inf; no live hypothesis ever gets there.
     table = random_table(4, 1)
     table[:, :, 3] = -math.inf
-    expected = search([table], 8, [3], n_best=8)
+    expected = find([Sentence(table, 3)], 8, 8)
     table[:, 3] = table[3] = math.nan
-    assert search([table], 8, [3], n_best=8) == expected
+    assert find([Sentence(table, 3)], 8, 8) == expected
 
 
 def test_logits_in_place_of_log_probabilities_are_refused() -> None:
@@ -392,8 +368,16 @@ def test_misshapen_results_are_refused() -> None:
     def step(previous: Tensor, context: State, state: State) -> tuple[Tensor, State, None]:
         return torch.zeros(len(previous) + 1, 5), state, None
 
-    with pytest.raises(ValueError, match=r"must return \(2, V >= 2\) numbers, got \(3, 5\)"):
-        beam_search(step, (), (), beam=2, max_length=[3], bos=BOS, eos=EOS)
+    with pytest.raises(ValueError, match=r"must return \(1, V >= 2\) numbers, got \(2, 5\)"):
+        beam_search(step, (), (), Rules(bos=BOS, eos=EOS, max_length=[3]), beam=2)
+
+
+def test_a_coverage_penalty_needs_attention() -> None:
+    one = Sentence(random_table(4, 0), 3, coverage_penalty=0.2, source_length=2)
+    with pytest.raises(ValueError, match="needs attention"):
+        find([one], 2)
+    with pytest.raises(ValueError, match="needs source_lengths"):
+        dataclasses.replace(together([one])[2], source_lengths=None)
 
 
 @pytest.mark.parametrize(
@@ -405,25 +389,36 @@ def test_misshapen_results_are_refused() -> None:
         ({"length_penalty": -0.1}, "length_penalty"),
         ({"length_penalty": math.nan}, "length_penalty"),
         ({"length_penalty": math.inf}, "length_penalty"),
+        ({"coverage_penalty": -1}, "coverage_penalty"),
+        ({"min_length": -1}, "min_length"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram"),
         ({"max_length": [2, -1]}, "max_length must not be negative, got -1"),
         ({"max_length": [2]}, "max_length has 1 sentences"),
+        ({"prefixes": [[2]]}, "max_length has 2 sentences, another rule has 1"),
+        ({"prefixes": [[2], [2, 3, 2]]}, "a prefix is longer than max_length"),
         ({"forbidden": [0, EOS]}, "eos"),
     ],
 )
-def test_arguments_out_of_range(changed: dict[str, object], reason: str) -> None:
-    arguments: dict[str, object] = {"beam": 2, "max_length": [2, 2], "bos": BOS, "eos": EOS} | changed
+def test_arguments_out_of_range(changed: dict[str, Any], reason: str) -> None:
+    arguments = {"beam": 2, "n_best": 1} | {key: value for key, value in changed.items() if key in ("beam", "n_best")}
+    rules = {key: value for key, value in changed.items() if key not in arguments}
     tables = torch.stack([random_table(4, 0)] * 2)
     with pytest.raises(ValueError, match=reason):
-        beam_search(Model(), (tables,), (torch.tensor([BOS, BOS]),), **arguments)  # type: ignore[arg-type]
+        beam_search(
+            Model(),
+            (tables,),
+            (torch.tensor([BOS, BOS]),),
+            Rules(**({"bos": BOS, "eos": EOS, "max_length": [2, 2]} | rules)),
+            **arguments,
+        )
 
 
 @pytest.mark.gpu
-def test_a_gpu_finds_the_same() -> None:
-    tables = [random_table(30, seed) for seed in range(10)]
-    tables += [coarse_table(30, seed, levels=2) for seed in range(10)]
-    limits = [seed % 9 for seed in range(20)]
-    on_cpu, on_gpu = (
-        search(tables, 5, limits, n_best=5, length_penalty=0.6, forbidden=[BOS], device=device)
-        for device in ("cpu", "cuda")
-    )
-    assert on_gpu == on_cpu
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES.keys())
+def test_a_gpu_finds_the_same(rules: dict[str, Any]) -> None:
+    all_of_them = many(60, **rules)
+    all_of_them += [dataclasses.replace(one, table=coarse_table(60, at, 2)) for at, one in enumerate(all_of_them)]
+    on_cpu, on_gpu = (find(all_of_them, 5, 5, attention=True, device=device) for device in ("cpu", "cuda"))
+    assert [ids_of(found) for found in on_gpu] == [ids_of(found) for found in on_cpu]
+    for one, other in zip(itertools.chain(*on_gpu), itertools.chain(*on_cpu), strict=True):
+        assert one.score == pytest.approx(other.score)

@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from dl7cli.cli import console, figures, options
-from dl7cli.cli.translate import replacing
+from dl7cli.cli import console, figures, options, sentences
 
 MOST_CLASSES = 20
 WORST_CLASSES = 10
@@ -60,7 +59,7 @@ def evaluate(
         figures.refuse_unwritable(plot)
     runtime = devices.choose(device, precision, gpus)
     with contextlib.ExitStack() as stack, console.display() as display:
-        stream = stack.enter_context(replacing(output)) if output is not None else None
+        stream = stack.enter_context(sentences.replacing(output)) if output is not None else None
 
         def write(lines: list[str]) -> None:
             assert stream is not None

@@ -1,22 +1,26 @@
-"""Figures as files: what can be written where, names that fonts can draw, and the confusion matrix.
+"""Figures as files: what can be written where, names that fonts can draw, and heat maps of confusion and attention.
 
 Only the functions that draw import matplotlib, and of it neither pyplot nor a window: figures are plain objects here.
 """
 
-import contextlib
 import io
 import math
 import os
 import textwrap
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from dl7cli import files
 from dl7cli.cli import console
 from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontEntry
 
@@ -26,6 +30,9 @@ LONGEST_NAME = 24
 MOST_CLASSES_WITH_NUMBERS = 20
 _DOTS_PER_INCH = 150
 _POINTS_PER_INCH = 72
+_LONGEST_SIDE = 40.0
+_WORD = "▁"
+"""What sentencepiece begins a word with."""
 
 
 class Names(NamedTuple):
@@ -68,17 +75,10 @@ def save(figure: "Figure", path: Path) -> None:
         figure.savefig(
             drawn, format=kind, dpi=_DOTS_PER_INCH, metadata={"Date": None} if kind == "svg" else {"Software": None}
         )
-    path = path.resolve()
-    new = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with new.open("wb") as file:
+        with files.replacing(path) as file:
             file.write(drawn.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink()
         raise UserError(f"`{path}` cannot be written: {console.reason(error)}", hint="name another file") from None
 
 
@@ -91,56 +91,116 @@ def confusion_matrix(
     straight one. The numbers stand in the cells of up to `MOST_CLASSES_WITH_NUMBERS` classes. Also returns what the
     user has to be told about names that cannot be drawn.
     """
-    import matplotlib
     import numpy as np
-    from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
 
     number = len(classes)
-    names = drawable(classes, suffix)
-    families, missing = _fonts(_plain(title))
-    heading = "".join("?" if character in missing else character for character in _plain(title))
+    names = drawable(classes, suffix, "class name")
     table = np.asarray(counts, dtype=np.float64)
     totals = table.sum(axis=1, keepdims=True)
     shares = np.divide(table, totals, out=np.zeros_like(table), where=totals > 0)
-
-    side = min(40.0, max(4.0, 0.55 * number) if number <= MOST_CLASSES_WITH_NUMBERS else max(8.0, 0.16 * number))
-    every = math.ceil(0.16 * number / side)  # beyond the largest side not every class has room for its name
-    size = min(9.0, 0.65 * _POINTS_PER_INCH * every * side / number)
-    longest = max(console.width(label) for label in names.labels) * 0.62 * size / _POINTS_PER_INCH
-    with matplotlib.rc_context({"font.family": list(dict.fromkeys([*names.families, *families]))}):
-        figure = Figure(figsize=(side + longest + 1.6, side + longest + 1.0), layout="constrained")
-        axes = figure.add_subplot()
-        image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
-        axes.set_xticks(range(0, number, every), names.labels[::every], rotation=90, fontsize=size, parse_math=False)
-        axes.set_yticks(range(0, number, every), names.labels[::every], fontsize=size, parse_math=False)
-        axes.set_xlabel("class given by the model")
-        axes.set_ylabel("class of the image")
-        columns = int(13 * side)
-        axes.set_title("\n".join(textwrap.wrap(heading, columns)), fontsize=10, loc="left", parse_math=False)
-        if number <= MOST_CLASSES_WITH_NUMBERS:
-            for row, column in zip(*np.nonzero(table), strict=True):
-                dark = shares[row, column] > 0.4
-                axes.text(
-                    column,
-                    row,
-                    f"{int(table[row, column])}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white" if dark else "black",
-                )
-        bar = figure.colorbar(image, ax=axes, label="share of the images of the class", shrink=0.6)
-        bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1], labels=["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"])
-        if names.foreign:
-            # Measured by the wrong glyphs, at three fifths of what they may take.
-            spare = 0.4 * longest / figure.get_figwidth()
-            figure.get_layout_engine().set(rect=(spare, spare, 1 - spare, 1 - spare))  # type: ignore[union-attr,call-arg]
+    side = max(4.0, 0.55 * number) if number <= MOST_CLASSES_WITH_NUMBERS else max(8.0, 0.16 * number)
+    figure, axes, bar = _heat_map(shares, names, names, title, cell=side / number, power=0.5, above=False)
+    axes.set_xlabel("class given by the model")
+    axes.set_ylabel("class of the image")
+    bar.set_label("share of the images of the class")
+    bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1], labels=["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"])
+    if number <= MOST_CLASSES_WITH_NUMBERS:
+        for row, column in zip(*np.nonzero(table), strict=True):
+            dark = shares[row, column] > 0.4
+            axes.text(
+                column,
+                row,
+                f"{int(table[row, column])}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if dark else "black",
+            )
     return figure, names.notes
 
 
-def drawable(names: Sequence[str], suffix: str) -> Names:
-    """Shorten names to `LONGEST_NAME` columns and find fonts for them.
+def attention_map(
+    weights: "np.ndarray", source: Sequence[str], target: Sequence[str], title: str, *, suffix: str
+) -> tuple["Figure", list[str]]:
+    """Draw how much each target token (row) looked at each source token (column), for a file that ends in `suffix`.
+
+    weights (target, source), from 0 to 1. As in figure 3 of Bahdanau et al. 2015 the source stands above. Also returns
+    what the user has to be told about tokens that cannot be drawn.
+    """
+    columns = drawable(readable(source), suffix, "source token")
+    rows = drawable(readable(target), suffix, "target token")
+    cell = max(0.3, 2.5 / max(len(source), len(target)))
+    figure, axes, bar = _heat_map(weights, rows, columns, title, cell=cell, power=1.0, above=True)
+    axes.set_xlabel("source")
+    axes.set_ylabel("translation")
+    bar.set_label("attention weight")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.draw_without_rendering()  # what stands above the axes finds its place only in a second layout
+    return figure, [*columns.notes, *rows.notes]
+
+
+def _heat_map(
+    values: "np.ndarray", rows: Names, columns: Names, title: str, *, cell: float, power: float, above: bool
+) -> tuple["Figure", "Axes", "Colorbar"]:
+    """Draw numbers from 0 to 1 as colours in cells of this side in inches, or less where there are very many.
+
+    The colour is that of the number to this power. The names of the columns stand above or below.
+    """
+    import matplotlib
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    families, missing = _fonts(_plain(title))
+    heading = "".join("?" if character in missing else character for character in _plain(title))
+    cell = min(cell, _LONGEST_SIDE / max(values.shape))
+    every = math.ceil(0.16 / cell)  # in very small ones not every name has room
+    size = min(9.0, 0.65 * _POINTS_PER_INCH * every * cell)
+    height, width = (count * cell for count in values.shape)
+    lines = textwrap.wrap(heading, int(13 * (width + 1)))
+    longest_row, longest_column = (
+        max(console.width(label) for label in names.labels) * 0.62 * size / _POINTS_PER_INCH
+        for names in (rows, columns)
+    )
+    with matplotlib.rc_context({"font.family": list(dict.fromkeys([*rows.families, *columns.families, *families]))}):
+        figure = Figure(
+            figsize=(width + longest_row + 1.6, height + longest_column + 0.8 + 0.2 * len(lines)), layout="constrained"
+        )
+        axes = figure.add_subplot()
+        image = axes.imshow(values, cmap="Blues", norm=PowerNorm(power, vmin=0, vmax=1), interpolation="nearest")
+        for axis, names in ((axes.xaxis, columns), (axes.yaxis, rows)):
+            places = range(0, len(names.labels), every)
+            axis.set_ticks(places, names.labels[::every], fontsize=size, parse_math=False)
+        axes.tick_params("x", rotation=90)
+        axes.set_title("\n".join(lines), fontsize=10, loc="left", parse_math=False)
+        bar = figure.colorbar(image, ax=axes, shrink=0.6)
+        if above:
+            axes.xaxis.tick_top()
+            axes.xaxis.set_label_position("top")
+        if rows.foreign or columns.foreign:
+            # Measured by the wrong glyphs, at three fifths of what they may take.
+            left, along = 0.4 * longest_row / figure.get_figwidth(), 0.4 * longest_column / figure.get_figheight()
+            free = (left, 0 if above else along, 1 - left, 1 - along)
+            figure.get_layout_engine().set(rect=free)  # type: ignore[union-attr,call-arg]
+    return figure, axes, bar
+
+
+def readable(tokens: Sequence[str]) -> list[str]:
+    """Tokens as a reader wants them: the first of a word without its marker, other letters after a dot."""
+    marked = any(token.startswith(_WORD) for token in tokens)
+    shown = []
+    for number, token in enumerate(tokens):
+        if token == "</s>":
+            shown.append("(end)")
+        elif token.startswith(_WORD):
+            shown.append(token.replace(_WORD, " ").strip() or "␣")
+        else:
+            shown.append(f"·{token}" if marked and number and token[:1].isalnum() else token)
+    return [unicodedata.normalize("NFC", token) for token in shown]
+
+
+def drawable(names: Sequence[str], suffix: str, what: str) -> Names:
+    """Shorten names to `LONGEST_NAME` columns and find fonts for them; `what` is what one of them is.
 
     In a PNG, a name with characters of no installed font is given by its number, from 0; in an SVG it stays.
     """
@@ -152,8 +212,8 @@ def drawable(names: Sequence[str], suffix: str) -> Names:
     for number in unreadable:
         labels[number] = str(number)
     told = (
-        f"no installed font can draw {console.count(len(unreadable), 'class name')}: numbers stand for them,"
-        " from 0 in the order of the classes; install a font, such as Noto Sans CJK, or draw a .svg"
+        f"no installed font can draw {console.count(len(unreadable), what)}: numbers stand for them,"
+        " from 0 in their order; install a font, such as Noto Sans CJK, or draw a .svg"
     )
     return Names(labels, families, False, [told])
 

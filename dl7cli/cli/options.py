@@ -1,8 +1,13 @@
 """The flags that mean the same on every command. A flag says where and how to run, never what is trained."""
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from dl7cli.recipe import Decoding, TranslationRecipe
 
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -38,6 +43,14 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be given several times."),
 ]
+DecodingSet = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change how the run searches, such as decoding.min_length=5; may be given several times.",
+    ),
+]
 Seed = Annotated[
     int | None,
     typer.Option("--seed", metavar="N", help="Seed of everything random."),
@@ -51,6 +64,14 @@ RunOption = Annotated[
 RunArgument = Annotated[
     str | None,
     typer.Argument(metavar="RUN", help="A run folder or a checkpoint in it; the newest if not given."),
+]
+Input = Annotated[
+    Path | None,
+    typer.Option("--input", metavar="FILE", help="Read lines from this file, not from standard input."),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", metavar="FILE", help="Write to this file; it appears when all is done."),
 ]
 Beam = Annotated[
     int | None,
@@ -66,3 +87,28 @@ LengthPenalty = Annotated[
         help="Length penalty: 0 is none, more gives longer output; the recipe's if not given.",
     ),
 ]
+
+
+def decoding(recipe: "TranslationRecipe", overrides: Sequence[str] | None, **flags: Any) -> "Decoding":
+    """Return how to search: as the recipe says, but for `--set decoding.KEY=VALUE` and flags that are not None.
+
+    Raises UserError, all at once, for what is not such a key or out of its range.
+    """
+    from dl7cli import recipe as recipes
+
+    document = recipes.to_document(recipe)
+    mistakes = []
+    for text in overrides or ():
+        try:
+            path, value = recipes.parse_override(text)
+        except ValueError as error:
+            mistakes.append(str(error))
+            continue
+        if path[0] == "decoding" and len(path) == 2:
+            document["decoding"][path[1]] = value
+        else:
+            mistakes.append(f"`{'.'.join(path)}` was settled in training; only keys of `decoding` can be changed")
+    document["decoding"] |= {key: value for key, value in flags.items() if value is not None}
+    changed = recipes.from_document(document, mistakes, origin="what `--set` changes")
+    assert isinstance(changed, recipes.TranslationRecipe)
+    return changed.decoding

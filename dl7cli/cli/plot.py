@@ -1,14 +1,13 @@
 """`dl7 plot`: figures, written to files."""
 
-import contextlib
 import difflib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dl7cli import files
 from dl7cli.cli import console
 from dl7cli.errors import UserError
 
@@ -62,9 +61,13 @@ def activations(
             near = difflib.get_close_matches(name, NAMES, n=1)
             suggestion = f" (did you mean `{near[0]}`?)" if near else ""
             raise UserError(f"there is no activation `{name}`{suggestion}", hint=f"there are {', '.join(NAMES)}")
-    with replacing(output) as written:
-        figure = _drawn(chosen)
-        figure.savefig(written, format=output.suffix[1:].lower(), dpi=150)
+    if output.is_dir():
+        raise UserError(f"`{output}` cannot be written: it is a folder")
+    try:
+        with files.replacing(output) as file:
+            _drawn(chosen).savefig(file, format=output.suffix[1:].lower(), dpi=150)
+    except OSError as error:
+        raise UserError(f"`{output}` cannot be written: {console.reason(error)}") from None
     console.note(f"written to {output}")
 
 
@@ -103,25 +106,3 @@ def _drawn(names: Sequence[str]) -> "Figure":
     # Beside the curves, so that it covers none of them.
     figure.legend(*values.get_legend_handles_labels(), loc="outside right center")
     return figure
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a file beside `path` to write, which takes its place at the end, or goes away if something goes wrong.
-
-    Raises UserError where it cannot be written.
-    """
-    if path.is_dir():
-        raise UserError(f"`{path}` cannot be written: it is a folder")
-    # Where the name is a link, the file that it leads to is replaced.
-    target = path.resolve()
-    written = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        written.touch(exist_ok=False)
-        yield written
-        written.replace(target)
-    except OSError as error:
-        raise UserError(f"`{path}` cannot be written: {console.reason(error)}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            written.unlink(missing_ok=True)

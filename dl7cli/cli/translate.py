@@ -1,31 +1,17 @@
 """`dl7 translate`: one line in, one line out."""
 
-import codecs
 import contextlib
-import errno
-import os
 import sys
-from collections.abc import Iterator
-from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dl7cli.cli import console, options
+from dl7cli.cli import console, figures, options, sentences
 from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
-    from dl7cli.tasks.translation import TranslatedLine
-
-BATCH = 256
-CHUNK = 1 << 16
-
-
-class Line(NamedTuple):
-    number: int
-    """From 1."""
-    text: str
+    from dl7cli.tasks.translation import Candidate, TranslatedLine
 
 
 def translate(
@@ -34,14 +20,16 @@ def translate(
         typer.Argument(metavar="TEXT", help="Sentences; standard input line by line if none is given."),
     ] = None,
     run: options.RunOption = None,
-    source: Annotated[
-        Path | None,
-        typer.Option("--input", metavar="FILE", help="Read sentences from this file, one to a line."),
-    ] = None,
-    target: Annotated[
-        Path | None,
-        typer.Option("--output", metavar="FILE", help="Write to this file; it appears when all is done."),
-    ] = None,
+    source: options.Input = None,
+    jsonl: Annotated[
+        bool,
+        typer.Option(
+            "--jsonl",
+            help="Read a JSON object on each line, as from a .jsonl file: what is in its field source, text or the "
+            "source language's code is translated, and it is printed with fields translation and score added.",
+        ),
+    ] = False,
+    target: options.Output = None,
     beam: options.Beam = None,
     length_penalty: options.LengthPenalty = None,
     n_best: Annotated[
@@ -55,6 +43,18 @@ def translate(
             "line number, score and text with tabs between them. A blank line gives one such line.",
         ),
     ] = 1,
+    sample: Annotated[
+        bool,
+        typer.Option(
+            "--sample", help="Draw words at random by their probabilities; see decoding.temperature, top_k and top_p."
+        ),
+    ] = False,
+    seed: options.Seed = None,
+    overrides: options.DecodingSet = None,
+    attention: Annotated[
+        Path | None,
+        typer.Option("--attention", metavar="FILE", help="Draw what one sentence's translation looked at: .png, .svg."),
+    ] = None,
     device: options.Device = "auto",
     gpus: options.Gpus = None,
     precision: options.Precision = "auto",
@@ -68,149 +68,128 @@ def translate(
     """
     if texts and source is not None:
         raise typer.BadParameter("give sentences or --input FILE, not both")
+    if texts and jsonl:
+        raise typer.BadParameter("--jsonl is for files and standard input, not for sentences given as arguments")
+    jsonl = jsonl or (source is not None and source.suffix.lower() == ".jsonl")
+    if jsonl and as_json:
+        raise typer.BadParameter("JSON lines come out as JSON lines; leave --json out")
+    if attention is not None:
+        figures.refuse_unwritable(attention)
     from dl7cli import device as devices
     from dl7cli import runs, tasks
     from dl7cli.tasks.translation import Translation
 
     with contextlib.ExitStack() as stack:
         # Whatever can be wrong with the files is found before the model is loaded.
-        if texts:
-            batches = arguments(texts)
-        elif source is not None:
-            batches = read(stack.enter_context(open_input(source)), str(source))
-        else:
-            standard_input = cast(BufferedReader, sys.stdin.buffer)
-            batches = read(standard_input, "standard input", prompt=sys.stdin.isatty())
-        output = stack.enter_context(replacing(target)) if target is not None else None
+        name, batches = (
+            ("arguments", sentences.arguments(texts)) if texts else stack.enter_context(sentences.opened(source))
+        )
+        output = sys.stdout if target is None else stack.enter_context(sentences.replacing(target))
         found, folder = runs.find(run, task="translation")
         task = tasks.load(folder, runtime=devices.choose(device, precision, gpus), offline=offline)
         assert isinstance(task, Translation)
-        decoding = task.recipe.decoding.updated(beam=beam, length_penalty=length_penalty)
+        decoding = options.decoding(
+            task.recipe,
+            overrides,
+            beam=beam,
+            length_penalty=length_penalty,
+            method="sample" if sample else None,
+            seed=seed,
+        )
         if n_best > decoding.beam:
             raise UserError(
                 f"`--n-best {n_best}` is more than the beam of {decoding.beam}", hint=f"add `--beam {n_best}`"
             )
-        translations: list[dict[str, Any]] = []
-        to_standard_output = output is None and not as_json
+        fields = (task.assets["source_language"], "source", "text")
+        documents: list[dict[str, Any]] = []
+        drawn = 0
         for batch in batches:
-            lines = task.translate([line.text for line in batch], decoding, n_best=n_best)
-            for line, translated in zip(batch, lines, strict=True):
+            chosen = [
+                sentences.field(line, fields, ADDED if n_best > 1 else ADDED[:2], name) if jsonl else line.text
+                for line in batch
+            ]
+            drawn += sum(bool(text.strip()) for text in chosen)
+            if attention is not None and drawn > 1:
+                raise UserError("`--attention` draws one sentence, and there are more", hint="give one sentence")
+            answers = task.translate(chosen, decoding, n_best=n_best, attention=as_json or attention is not None)
+            for line, translated in zip(batch, answers, strict=True):
                 if translated.cut:
                     limit = task.recipe.data.max_length
                     console.note(f"warning: line {line.number} is longer than {limit} subwords and was cut")
+                if attention is not None and translated.alternatives:
+                    draw(attention, translated, str(found.folder))
                 if as_json:
-                    translations.append(as_document(line, translated))
-                for text in as_lines(line, translated, n_best):
-                    if to_standard_output:
-                        console.write(text)
-                    elif output is not None:
-                        output.write(console.printable(text) + "\n")
-            if to_standard_output:
-                sys.stdout.flush()
+                    documents.append(as_document(line.text, translated, matrix=attention is not None))
+                if jsonl:
+                    output.write(as_record(line.text, translated, n_best) + "\n")
+                elif target is not None or not as_json:
+                    output.writelines(f"{text}\n" for text in as_lines(line.number, translated, n_best))
+            output.flush()
+    if attention is not None and not drawn:
+        raise UserError("there is no sentence whose attention could be drawn", hint="give one sentence")
     if as_json:
-        console.document({"run": str(found.folder), "translations": translations})
+        console.document({"run": str(found.folder), "translations": documents})
 
 
-def arguments(texts: list[str]) -> Iterator[list[Line]]:
-    """Yield the sentences given as arguments in one batch; a line break inside one is a space."""
-    lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"sentence {number} is not UTF-8", hint="set the terminal to UTF-8") from None
-        lines.append(Line(number, " ".join(text.splitlines())))
-    yield lines
+ADDED = ("translation", "score", "alternatives")
+"""Fields that JSON lines get, the last one where several translations are wanted."""
 
 
-def read(stream: BufferedReader, name: str, *, prompt: bool = False) -> Iterator[list[Line]]:
-    """Yield the lines of a stream in batches of at most `BATCH`, each as soon as it is there.
-
-    Lines end with a line feed alone; one carriage return before it is dropped, and so is a byte order mark at
-    the start. Raises UserError for a line that is not UTF-8.
-    """
-    if prompt:
-        console.note("one line in, one line out; Ctrl-D ends")
-    number = 0
-    rest = b""
-    while True:
-        if prompt:
-            sys.stderr.write("> ")
-            sys.stderr.flush()
-        # What is there is taken at once: a program that waits for each answer is not kept for a full batch.
-        chunk = stream.read1(CHUNK)
-        *complete, rest = (rest + chunk).split(b"\n")
-        if not chunk and rest:
-            complete.append(rest)
-        for start in range(0, len(complete), BATCH):
-            lines = []
-            for data in complete[start : start + BATCH]:
-                number += 1
-                lines.append(Line(number, decode(data, name, number)))
-            yield lines
-        if not chunk:
-            break
-    if prompt:
-        sys.stderr.write("\n")
-
-
-def decode(data: bytes, name: str, number: int) -> str:
-    """Return the text of one line of a file."""
-    if number == 1:
-        data = data.removeprefix(codecs.BOM_UTF8)
-    try:
-        return data.removesuffix(b"\r").decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name}: line {number} is not UTF-8 (byte {error.start + 1} is 0x{data[error.start]:02x})",
-            hint="convert the text first, for example with `iconv -f latin1 -t utf-8`",
-        ) from None
-
-
-def as_lines(line: Line, translated: "TranslatedLine", n_best: int) -> list[str]:
+def as_lines(number: int, translated: "TranslatedLine", n_best: int) -> list[str]:
     """Return the lines to print for a line: its translation, or with several their number, score and text."""
     if n_best == 1:
-        return [translated.text]
-    alternatives = [(one.text, one.score) for one in translated.alternatives] or [(translated.text, translated.score)]
-    return [f"{line.number}\t{score:.4f}\t{text}" for text, score in alternatives]
+        return [console.printable(translated.text)]
+    return [f"{number}\t{one.score:.4f}\t{console.printable(one.text)}" for one in candidates(translated)]
 
 
-def as_document(line: Line, translated: "TranslatedLine") -> dict[str, Any]:
-    """Return a translation as `--json` prints it."""
+def candidates(translated: "TranslatedLine") -> list["Candidate"]:
+    """Return the translations of a line, best first; of a blank line a blank one."""
+    from dl7cli.tasks.translation import Candidate
+
+    return translated.alternatives or [Candidate("", 0.0, 0.0, [], [], None)]
+
+
+def as_record(record: str, translated: "TranslatedLine", n_best: int) -> str:
+    """Return a JSON object, as the text it came in, with its translation; a blank line as it is."""
+    if not record.strip():
+        return record
+    several = [{"text": one.text, "score": one.score} for one in translated.alternatives]
+    values = (translated.text, translated.score, several)
+    return sentences.extended(record, dict(zip(ADDED, values[: 3 if n_best > 1 else 2], strict=False)))
+
+
+def as_document(source: str, translated: "TranslatedLine", *, matrix: bool) -> dict[str, Any]:
+    """Return a translation as `--json` prints it; `matrix`: with all of its attention."""
     return {
-        "source": line.text,
-        "text": translated.text,
-        "score": translated.score,
-        "alternatives": [{"text": one.text, "score": one.score} for one in translated.alternatives],
+        "source": source,
+        "source_tokens": translated.source_tokens,
+        **_as_document(candidates(translated)[0], matrix),
+        "alternatives": [_as_document(one, matrix) for one in translated.alternatives],
     }
 
 
-def open_input(path: Path) -> BufferedReader:
-    """Open a file to read; raise UserError where that cannot be done."""
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UserError(f"`{path}` cannot be read: {console.reason(error)}") from None
+def _as_document(candidate: "Candidate", matrix: bool) -> dict[str, Any]:
+    looked = candidate.attention
+    return {
+        "text": candidate.text,
+        "score": candidate.score,
+        "log_probability": candidate.log_probability,
+        "tokens": candidate.tokens,
+        "token_log_probabilities": candidate.token_log_probabilities,
+        "alignment": None if looked is None else looked.argmax(axis=1).tolist(),
+        **({"attention": looked.tolist()} if matrix and looked is not None else {}),
+    }
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
-    """Write to a file beside `path` that takes its place at the end, or goes away if something goes wrong."""
-    path = path.resolve()
-    in_place = path.exists() and not path.is_file()  # a pipe or a device: there is nothing to replace
-    written = path if in_place else path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        stream = written.open("w", encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise UserError(f"`{path}` cannot be written: {console.reason(error)}") from None
-    try:
-        with stream:
-            yield stream
-        if not in_place:
-            written.replace(path)
-    except BaseException as error:
-        if not in_place:
-            written.unlink()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"`{path}` cannot be written: {console.reason(error)}") from None
-        raise
+def draw(path: Path, translated: "TranslatedLine", run: str) -> None:
+    """Draw what the best translation of a line looked at; raise UserError where its model looks at nothing."""
+    best = translated.alternatives[0]
+    if best.attention is None:
+        raise UserError(f"the model of run `{run}` has no attention to draw", hint="leave `--attention` out")
+    figure, notes = figures.attention_map(
+        best.attention, translated.source_tokens, best.tokens, run, suffix=path.suffix
+    )
+    figures.save(figure, path)
+    for note in notes:
+        console.note(f"note: {note}")
+    console.note(f"drawn: {path}")

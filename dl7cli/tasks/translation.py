@@ -14,14 +14,15 @@ from torch.nn import functional
 from dl7cli.data.pairs import Pairs, read_pairs
 from dl7cli.data.sources import Progress, silent
 from dl7cli.data.transfer import moved
-from dl7cli.data.vocabulary import BOS, EOS, PAD, UNKNOWN, Vocabulary
-from dl7cli.device import Runtime, evaluation_mode, seed_everything
+from dl7cli.data.vocabulary import BOS, EOS, PAD, Vocabulary
+from dl7cli.device import Runtime, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, bleu, chrf, translation
 from dl7cli.models.seq2seq import Seq2Seq
-from dl7cli.models.translator import State, Translator
+from dl7cli.models.translator import Translator
 from dl7cli.recipe import Decoding, TranslationRecipe
-from dl7cli.search import Hypothesis, beam_search
+from dl7cli.search import Hypothesis
+from dl7cli.tasks.decoding import search, teacher_forced
 
 HYPOTHESES_AT_ONCE = 640
 """Sentences searched at once times the beam."""
@@ -217,27 +218,43 @@ class Translation:
         decoding: Decoding | None = None,
         *,
         n_best: int = 1,
+        prefixes: Sequence[str] | None = None,
+        others: Sequence["Translation"] = (),
         attention: bool = False,
+        first_line: int = 1,
     ) -> list[TranslatedLine]:
         """Translate each line; a blank one stays blank. `decoding` is the recipe's where it is not given.
 
-        Lines of like length are searched together, which changes no result, only the time. Raises UserError where
-        `n_best` is more than the beam.
+        By the method `sample` the n best are n samples in the order drawn; they depend on `decoding.seed` and on the
+        number of the line, counted from `first_line`. `prefixes` are texts that the translations begin with, `others`
+        the rest of an ensemble. `attention`: whether candidates have theirs. Lines of like length are searched
+        together, which changes no result, only the time. Raises UserError where `n_best` is more than the beam, and
+        where the models of an ensemble do not read and write the same.
         """
         decoding = self.recipe.decoding if decoding is None else decoding
-        if n_best > decoding.beam:
+        if decoding.method == "beam" and n_best > decoding.beam:
             raise UserError(
                 f"a beam of {decoding.beam} cannot give the {n_best} best", hint=f"use `--beam {n_best}` or more"
             )
-        limit = self.recipe.data.max_length
+        models, limit = self._ensemble(others)
         encoded = self.vocabulary.encode_all([line.strip() for line in lines])
+        begun = self.vocabulary.encode_all([text.strip() for text in prefixes or [""] * len(lines)])
         answers = [TranslatedLine("", 0.0, [], [], False)] * len(lines)
         order = sorted((at for at, ids in enumerate(encoded) if ids), key=lambda at: len(encoded[at]))
-        size = max(1, HYPOTHESES_AT_ONCE // decoding.beam)
+        size = max(1, HYPOTHESES_AT_ONCE // (decoding.beam if decoding.method == "beam" else n_best))
         for begin in range(0, len(order), size):
             chosen = order[begin : begin + size]
             sources = [[*encoded[at][:limit], EOS] for at in chosen]
-            found = self._search(sources, decoding, n_best=n_best, attention=attention)
+            found = search(
+                models,
+                *self._padded(sources),
+                decoding,
+                subwords=[min(len(encoded[at]), limit) for at in chosen],
+                prefixes=[begun[at] for at in chosen],
+                numbers=[first_line + at for at in chosen],
+                n_best=n_best,
+                attention=attention,
+            )
             for at, source, hypotheses in zip(chosen, sources, found, strict=True):
                 candidates = [self._candidate(one, len(source)) for one in hypotheses]
                 text, score = (candidates[0].text, candidates[0].score) if candidates else ("", 0.0)
@@ -246,30 +263,36 @@ class Translation:
             self._progress("translating", begin + len(chosen), len(order))
         return answers
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> list[ScoredPair]:
-        """The log-probability of each pair's target given its source, by teacher forcing in float32.
+    def score(self, pairs: Sequence[tuple[str, str]], *, others: Sequence["Translation"] = ()) -> list[ScoredPair]:
+        """What the model, or an ensemble with `others`, says of each pair's target given its source.
 
-        Pairs of like length are run together. A source too long is cut as `translate` cuts it.
+        By teacher forcing. A source too long is cut as `translate` cuts it. Raises UserError as `translate` does for an
+        ensemble.
         """
+        models, limit = self._ensemble(others)
         sources = self.vocabulary.encode_all([source.strip() for source, _ in pairs])
         targets = self.vocabulary.encode_all([target.strip() for _, target in pairs])
-        limit = self.recipe.data.max_length
         answers = [ScoredPair(0.0, [], [])] * len(pairs)
-        if not pairs:
-            return []
         lengths = np.array([max(len(s), len(t)) + 1 for s, t in zip(sources, targets, strict=True)])
-        for chosen in _fill(np.argsort(lengths, kind="stable"), lengths, SUBWORDS_AT_ONCE):
+        for chosen in _fill(np.argsort(lengths, kind="stable"), lengths, SUBWORDS_AT_ONCE) if pairs else []:
             batch = self._batch([(sources[at][:limit], targets[at]) for at in chosen])
-            with evaluation_mode(self.model):
-                decoded, context = self.model(batch.source, batch.lengths, batch.previous)
-                logits = self.model.logits(decoded, context, batch.real)
-                real = batch.target.flatten().index_select(0, batch.real)
-                values = (-functional.cross_entropy(logits.float(), real, reduction="none")).tolist()
+            values = teacher_forced(models, *batch).tolist()
             for at in chosen:
                 length = len(targets[at]) + 1
                 own, values = values[:length], values[length:]
                 answers[at] = ScoredPair(math.fsum(own), self.vocabulary.pieces([*targets[at], EOS]), own)
         return answers
+
+    def _ensemble(self, others: Sequence["Translation"]) -> tuple[list[Translator], int]:
+        """The models that answer together, and the most subwords that all of them read."""
+        for other in others:
+            if other.assets != self.assets:
+                raise UserError(
+                    f"`{self.recipe.name}` and `{other.recipe.name}` have different vocabularies",
+                    hint="train the runs of an ensemble on the same data with the same keys of `data`",
+                )
+        tasks = [self, *others]
+        return [one.model for one in tasks], min(one.recipe.data.max_length for one in tasks)
 
     def _candidate(self, found: Hypothesis, source_length: int) -> Candidate:
         return Candidate(
@@ -278,39 +301,8 @@ class Translation:
             found.log_probability,
             self.vocabulary.pieces([*found.ids, EOS]),
             list(found.token_log_probabilities),
-            None if found.attention is None else found.attention[:, :source_length].numpy(),
+            None if found.attention is None else found.attention[:, :source_length],
         )
-
-    def _search(
-        self, sources: list[list[int]], decoding: Decoding, *, n_best: int = 1, attention: bool = False
-    ) -> list[list[Hypothesis]]:
-        """Beam search in float32 whatever the training precision, so that near ties do not depend on the batch."""
-        source, lengths = self._padded(sources)
-
-        def step(previous: Tensor, context: State, state: State) -> tuple[Tensor, State, Tensor | None]:
-            log_probabilities, state, weights = self.model.step(previous, context, state)
-            # A softmax over anything not finite is NaN in every place, so one of them tells.
-            if log_probabilities[:, 0].isnan().any():
-                raise UserError(
-                    "the model's output is not a number", hint="lower `--set optim.learning_rate=…` and train again"
-                )
-            return log_probabilities, state, weights
-
-        with evaluation_mode(self.model):
-            context, state = self.model.encode(source, lengths)
-            return beam_search(
-                step,
-                context,
-                state,
-                beam=decoding.beam,
-                max_length=[2 * len(ids) + 8 for ids in sources],
-                bos=BOS,
-                eos=EOS,
-                length_penalty=decoding.length_penalty,
-                n_best=n_best,
-                forbidden=(PAD, UNKNOWN, BOS),
-                attention=attention,
-            )
 
     def _splits(self) -> dict[str, list[tuple[str, str]]]:
         if self._pairs is None:

@@ -1,0 +1,197 @@
+"""Lines of text: where they are read from, JSON lines among them, and the file that answers are written to."""
+
+import codecs
+import contextlib
+import errno
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TextIO, cast
+
+from dl7cli import files
+from dl7cli.cli import console
+from dl7cli.errors import UserError
+
+BATCH = 1024
+CHUNK = 1 << 16
+
+
+class Line(NamedTuple):
+    number: int
+    """From 1."""
+    text: str
+
+
+@contextlib.contextmanager
+def opened(path: Path | None) -> Iterator[tuple[str, Iterator[list[Line]]]]:
+    """Give the lines of a file, or else of standard input, after the name that mistakes in them are told by."""
+    if path is None:
+        name = "standard input"
+        yield name, typed() if sys.stdin.isatty() else read(cast(BufferedReader, sys.stdin.buffer), name)
+        return
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise UserError(f"`{path}` cannot be read: {console.reason(error)}") from None
+    with stream:
+        yield str(path), read(stream, str(path))
+
+
+def arguments(texts: Sequence[str]) -> Iterator[list[Line]]:
+    """Yield the sentences given as arguments in one batch; a line break inside one is a space."""
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"sentence {number} is not UTF-8", hint="set the terminal to UTF-8") from None
+        lines.append(Line(number, " ".join(text.splitlines())))
+    yield lines
+
+
+def read(stream: BufferedReader, name: str) -> Iterator[list[Line]]:
+    """Yield the lines of a stream in batches of at most `BATCH`, each as soon as it is there.
+
+    Lines end with a line feed alone; one carriage return before it is dropped, and so is a byte order mark at
+    the start. Raises UserError for a line that is not UTF-8.
+    """
+    number = 0
+    rest = b""
+    while True:
+        # What is there is taken at once: a program that waits for each answer is not kept for a full batch.
+        chunk = stream.read1(CHUNK)
+        *complete, rest = (rest + chunk).split(b"\n")
+        if not chunk and rest:
+            complete.append(rest)
+        for start in range(0, len(complete), BATCH):
+            lines = []
+            for data in complete[start : start + BATCH]:
+                number += 1
+                lines.append(Line(number, decode(data, name, number)))
+            yield lines
+        if not chunk:
+            break
+
+
+def decode(data: bytes, name: str, number: int) -> str:
+    """Return the text of one line of a file."""
+    if number == 1:
+        data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.removesuffix(b"\r").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name}: line {number} is not UTF-8 (byte {error.start + 1} is 0x{data[error.start]:02x})",
+            hint="convert the text first, for example with `iconv -f latin1 -t utf-8`",
+        ) from None
+
+
+def typed() -> Iterator[list[Line]]:
+    """Yield lines typed at a prompt on standard error, one by one; they can be edited and called back.
+
+    What was typed is forgotten when the program ends.
+    """
+    with contextlib.suppress(ImportError):  # it is not everywhere
+        import readline  # noqa: F401 - by itself it gives `input` editing and a history
+    console.note("one line in, one line out; Ctrl-D ends")
+    number = 0
+    while True:
+        try:
+            with _prompting():
+                text = input("> ")
+            text.encode("utf-8")
+        except EOFError:
+            break
+        except UnicodeError:
+            raise UserError(f"line {number + 1} is not UTF-8", hint="set the terminal to UTF-8") from None
+        number += 1
+        yield [Line(number, text)]
+    console.note("")
+
+
+@contextlib.contextmanager
+def _prompting() -> Iterator[None]:
+    """Let `input` write to standard error what it would write to standard output, where only answers belong."""
+    if not (os.isatty(0) and os.isatty(2)):
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    # `input` edits lines only between the terminal and the real standard output.
+    sys.stdout.flush()
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(answers, 1)
+        os.close(answers)
+
+
+def field(line: Line, names: Sequence[str], added: Sequence[str], name: str) -> str:
+    """Return the text in the first of the fields `names` that a JSON object has; a line break inside it is a space.
+
+    Raises UserError where the line is no object with text in such a field, or has one of those to be `added` already.
+    Of a blank line it is empty.
+    """
+    place = f"{name}: line {line.number}"
+    if not line.text.strip():
+        return ""
+    try:
+        # Numbers are not looked at, so that none is too large.
+        record = json.loads(line.text, parse_int=str, parse_float=str, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is not JSON: {error.msg.lower()} at character {error.pos + 1}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{place} is not a JSON object", hint='write one to a line, as `{"source": "A dog runs."}`')
+    found = next((key for key in names if key in record), None)
+    if found is None:
+        raise UserError(f"{place} has no text to translate", hint=f"put it in a field `{'`, `'.join(names)}`")
+    for key in added:
+        if key in record:
+            raise UserError(f"{place} has a field `{key}` already", hint="give it another name before")
+    text = record[found]
+    if not _is_text(text):
+        raise UserError(f"{place}: the field `{found}` is not text")
+    return " ".join(text.splitlines())
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a string that can be written down: JSON may hold half a character, as `\\ud83d`."""
+    try:
+        return isinstance(value, str) and value.encode("utf-8") is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number there")
+
+
+def extended(record: str, additions: Mapping[str, Any]) -> str:
+    """Return a JSON object that is not empty with fields added at its end; to the letter, the others stay."""
+    body = record.rstrip().removesuffix("}").rstrip()
+    return f"{body}, {json.dumps(additions, ensure_ascii=False, allow_nan=False)[1:]}"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """Write to a text file that takes the place of `path` at the end, or goes away if something goes wrong."""
+    inside = False
+    try:
+        with files.replacing(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="\n")
+            inside = True
+            yield text
+            inside = False
+            text.flush()
+    except OSError as error:
+        # What else goes wrong meanwhile is another matter.
+        if inside and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(f"`{path}` cannot be written: {console.reason(error)}") from None

@@ -1,0 +1,55 @@
+"""Files that take a place when they are whole: before that, and where anything goes wrong, it is what it was."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from dl7cli import files
+
+
+def test_the_place_is_taken_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"before")
+    with files.replacing(tmp_path / "file") as file:
+        file.write(b"after")
+        file.flush()
+        assert (tmp_path / "file").read_bytes() == b"before"
+    assert (tmp_path / "file").read_bytes() == b"after"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("mistake", [ValueError, OSError, KeyboardInterrupt])
+def test_what_goes_wrong_inside_leaves_nothing(mistake: type[BaseException], tmp_path: Path) -> None:
+    def half(path: Path) -> None:
+        with files.replacing(path) as file:
+            file.write(b"half")
+            raise mistake
+
+    (tmp_path / "file").write_bytes(b"before")
+    for name in ("file", "new"):
+        with pytest.raises(mistake):
+            half(tmp_path / name)
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"before"
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("file")
+    for content in (b"one", b"two"):
+        with files.replacing(tmp_path / "link") as file:
+            file.write(content)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "file").read_bytes() == content
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    with files.replacing(tmp_path / "pipe") as file:
+        file.write(b"through")
+    reader.join()
+    assert read == [b"through"]
+    assert (tmp_path / "pipe").is_fifo()

@@ -1,0 +1,313 @@
+"""`dl7 translate`: what goes in, in which form, and what comes out for it."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from running import ENVIRONMENT, dl7, succeed
+
+from dl7cli.cli import main
+from dl7cli.cli.sentences import BATCH, Line, field, read
+from dl7cli.cli.translate import as_document, draw
+from dl7cli.errors import UserError
+from dl7cli.tasks.translation import Candidate, TranslatedLine
+
+
+def test_one_line_in_one_line_out(translator: Path, tmp_path: Path) -> None:
+    sentences = ["red blue big small", "", "old new small red", "  ", "big old blue new"]
+    alone = [succeed("translate", sentence, cwd=translator).out for sentence in sentences]
+    assert [line.count("\n") for line in alone] == [1] * 5
+    assert alone[1] == alone[3] == "\n"
+    assert len(set(alone)) == 4, "that lines are in order is seen only where they differ"
+    expected = "".join(alone)
+    assert succeed("translate", *sentences, cwd=translator).out == expected
+    text = "\n".join(sentences)
+    for data in (text.encode(), f"{text}\n".encode(), f"\ufeff{text}".replace("\n", "\r\n").encode()):
+        assert succeed("translate", cwd=translator, stdin=data).out == expected
+    (tmp_path / "in.txt").write_text(text, encoding="utf-8")
+    written = succeed(
+        "translate", "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.txt"), cwd=translator
+    )
+    assert written.out == ""
+    assert (tmp_path / "out.txt").read_text(encoding="utf-8") == expected
+    assert succeed("translate", cwd=translator, stdin=b"").out == ""
+
+
+def test_gives_several(translator: Path) -> None:
+    sentences = ("red blue big small", "", "old new small red")
+    shown = succeed("translate", *sentences, "--n-best", "3", "--beam", "4", cwd=translator).out
+    rows = [line.split("\t") for line in shown.splitlines()]
+    assert [row[0] for row in rows] == ["1", "1", "1", "2", "3", "3", "3"]
+    best = succeed("translate", *sentences, "--beam", "4", cwd=translator).out.splitlines()
+    assert [rows[0][2], rows[3][2], rows[4][2]] == best
+    scores = [float(row[1]) for row in rows]
+    assert scores[:3] == sorted(scores[:3], reverse=True)
+    failed = dl7("translate", "old", "--n-best", "3", "--beam", "2", cwd=translator)
+    assert (failed.code, failed.out) == (1, "")
+    assert "hint: add `--beam 3`" in failed.err
+
+
+def test_to_json(translator: Path) -> None:
+    document = succeed("translate", "red blue big small", "", "--n-best", "2", "--json", cwd=translator).document
+    assert document["run"] == "runs/seq2seq-1"
+    first, blank = document["translations"]
+    assert first["source"] == "red blue big small"
+    assert first["text"] == succeed("translate", "red blue big small", cwd=translator).out.removesuffix("\n")
+    keys = ("text", "score", "log_probability", "tokens", "token_log_probabilities", "alignment")
+    assert first["alternatives"][0] == {key: first[key] for key in keys}
+    assert len(first["alternatives"]) == 2
+    for one in first["alternatives"]:
+        assert "".join(one["tokens"][:-1]).replace("▁", " ").strip() == one["text"]
+        assert one["tokens"][-1] == first["source_tokens"][-1] == "</s>"
+        assert sum(one["token_log_probabilities"]) == pytest.approx(one["log_probability"])
+        # Wu et al. 2016, eq. 14, with the recipe's exponent of 1.
+        length = len(one["tokens"])
+        assert one["score"] == pytest.approx(one["log_probability"] / ((5 + length) / 6))
+        assert len(one["alignment"]) == len(one["token_log_probabilities"]) == length
+        assert all(0 <= place < len(first["source_tokens"]) for place in one["alignment"])
+    assert (blank["source"], blank["text"], blank["alternatives"]) == ("", "", [])
+    assert set(blank) == set(first)
+
+
+def test_warns_of_a_line_that_is_cut(translator: Path) -> None:
+    done = succeed("translate", cwd=translator, stdin=b"red\n" + b"red " * 30 + b"\nblue\n")
+    assert done.out.count("\n") == 3
+    assert done.err == "warning: line 2 is longer than 20 subwords and was cut\n"
+
+
+def test_leaves_nothing_half_written(translator: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes(b"red\nblue\nna\xefve\n")
+    (tmp_path / "out.txt").write_text("as it was", encoding="utf-8")
+    command = ("translate", "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.txt"))
+    failed = dl7(*command, cwd=translator)
+    assert failed.code == 1
+    assert failed.err.startswith(f"error: {tmp_path}/in.txt: line 3 is not UTF-8 (byte 3 is 0xef)\nhint: ")
+    assert (tmp_path / "out.txt").read_text(encoding="utf-8") == "as it was"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.txt"]
+
+
+def test_prompts_at_a_terminal(translator: Path) -> None:
+    typed = b"red blue big small\nold new small red\n"
+    shown = succeed("translate", cwd=translator, stdin=typed, terminal=True, TERM="xterm")
+    assert shown.out == succeed("translate", cwd=translator, stdin=typed).out
+    assert shown.err == "one line in, one line out; Ctrl-D ends\n> > > \n"
+
+
+class Dribble(io.BytesIO):
+    """A pipe that has these chunks, one at each reading."""
+
+    def __init__(self, *chunks: bytes) -> None:
+        super().__init__()
+        self.chunks = list(chunks)
+
+    def read1(self, size: int | None = -1, /) -> bytes:
+        return self.chunks.pop(0) if self.chunks else b""
+
+
+def test_lines_are_read_as_they_come_and_never_too_many_at_once() -> None:
+    stream: Any = Dribble(b"one\ntw", b"o\n\n", b"three" + b"\n" * 3000, b"last")
+    batches = list(read(stream, "pipe"))
+    assert [[line.text for line in batch] for batch in batches[:2]] == [["one"], ["two", ""]]
+    assert max(map(len, batches)) <= BATCH
+    assert [line.number for batch in batches for line in batch] == list(range(1, 3005))
+    assert batches[-1][-1].text == "last"
+
+
+def test_a_line_is_answered_before_the_next_is_written(translator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through real pipes, to a process that writes a line only when it has the answer to the one before."""
+    (into, writing), (reading, out) = os.pipe(), os.pipe()
+    lines, answers = [b"red blue\n", b"big\n", b"\n", b"small old new\n"], []
+
+    def converse() -> None:
+        with os.fdopen(writing, "wb", buffering=0) as stream, os.fdopen(reading, "rb") as answering:
+            for line in lines:
+                stream.write(line)
+                if not select.select([answering], [], [], 60)[0]:
+                    break
+                answers.append(answering.readline())
+
+    expected = succeed("translate", cwd=translator, stdin=b"".join(lines)).out
+    other = threading.Thread(target=converse)
+    other.start()
+    monkeypatch.chdir(translator)
+    monkeypatch.setattr(sys, "argv", ["dl7", "translate"])
+    with os.fdopen(into, encoding="utf-8") as stdin, os.fdopen(out, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit, match="^0$"):
+            main()
+    other.join()
+    assert b"".join(answers).decode("utf-8") == expected
+
+
+def test_typed_lines_can_be_edited_and_called_back(tmp_path: Path) -> None:
+    """At a terminal that the test holds the other end of; the arrow up brings the line before."""
+    pytest.importorskip("readline")
+    code = (
+        "from dl7cli.cli.sentences import typed\n"
+        "for (line,) in typed(): print(line.number, line.text.upper(), flush=True)"
+    )
+    terminal, end = pty.openpty()
+    environment = {**ENVIRONMENT, "HOME": str(tmp_path), "TERM": "xterm"}
+    command = [sys.executable, "-c", code]
+    shown = b""
+    with subprocess.Popen(command, stdin=end, stdout=subprocess.PIPE, stderr=end, env=environment) as process:
+        os.close(end)
+        assert process.stdout is not None
+        for keys, answer in (
+            (b"red ca\x1b[D\xc3\xa4\n", "1 RED CÄA\n"),  # an arrow to the left before the letter
+            (b"\x1b[A blue\n", "2 RED CÄA BLUE\n"),
+            (b"\x04", ""),
+        ):
+            while not shown.endswith(b"> "):
+                shown += os.read(terminal, 1 << 16)
+            os.write(terminal, keys)
+            shown += b"|"
+            assert process.stdout.readline().decode("utf-8") == answer
+        with contextlib.suppress(OSError):  # the end, on Linux
+            while chunk := os.read(terminal, 1 << 16):
+                shown += chunk
+        assert process.wait() == 0
+    os.close(terminal)
+    assert shown.startswith(b"one line in, one line out; Ctrl-D ends\r\n> ")
+    assert shown.count(b"> ") >= 3
+    assert b"Traceback" not in shown
+    assert list(tmp_path.iterdir()) == [], "nothing of what was typed is kept"
+
+
+# JSON lines
+
+
+def test_json_lines_come_out_as_they_came_in_with_their_translation(translator: Path, tmp_path: Path) -> None:
+    lines = [
+        '{"id": 123456789012345678901234567890, "x": 1.10e-0, "en": "red blue", "again": 1, "again": 2}',
+        "",
+        '{ "source":"big\\u0020old" , "nested": {"b": [1.0, null], "a": "\u2028\x7f\\ud83d"}}  ',
+        '{"text": "small\\nnew", "de": "klein"}',
+        '{"text": "   "}',
+    ]
+    file = tmp_path / "in.JSONL"
+    file.write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8", newline="")
+    shown = succeed("translate", "--input", str(file), cwd=translator).out.split("\n")
+    assert shown.pop() == ""
+    plain = succeed("translate", "--json", "red blue", "", "big old", "small new", "", cwd=translator).document
+    for line, got, translated in zip(lines, shown, plain["translations"], strict=True):
+        if not line:
+            assert got == ""
+            continue
+        assert got.startswith(line.rstrip().removesuffix("}").rstrip() + ", ")
+        record = json.loads(got)
+        assert list(record)[-2:] == ["translation", "score"]
+        assert (record["translation"], record["score"]) == (translated["text"], translated["score"])
+    piped = succeed("translate", "--jsonl", cwd=translator, stdin="\n".join(lines).encode())
+    assert piped.out.split("\n")[:-1] == shown
+    written = ("--jsonl", "--n-best", "2", "--output", str(tmp_path / "out"))
+    assert succeed("translate", *written, cwd=translator, stdin=lines[0].encode()).out == ""
+    record = json.loads((tmp_path / "out").read_text(encoding="utf-8"))
+    assert record["alternatives"][0] == {"text": record["translation"], "score": record["score"]}
+    assert len(record["alternatives"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"text": "a"', "is not JSON: expecting ',' delimiter at character 13"),
+        ('{"text": "a"} {}', "is not JSON: extra data at character 15"),
+        ('{"text": "a", "x": NaN}', "is not JSON: NaN is no number there"),
+        ('{"text": ' + "[" * 100_000, "is not JSON: "),
+        ('["a"]', "is not a JSON object"),
+        ('"a"', "is not a JSON object"),
+        ("{}", "has no text to translate"),
+        ('{"EN": "a"}', "has no text to translate"),
+        ('{"en": {"text": "a"}}', "the field `en` is not text"),
+        ('{"text": null}', "the field `text` is not text"),
+        ('{"text": "\\ud83d"}', "the field `text` is not text"),
+        ('{"text": "a", "translation": {"en": "a"}}', "has a field `translation` already"),
+    ],
+)
+def test_wrong_json_lines_are_told_by_their_number(line: str, expected: str) -> None:
+    with pytest.raises(UserError, match=re.escape("pipe: line 7")) as caught:
+        field(Line(7, line), ("en", "source", "text"), ("translation", "score"), "pipe")
+    assert expected in caught.value.message
+
+
+def test_after_a_wrong_json_line_there_is_no_output_file(translator: Path, tmp_path: Path) -> None:
+    written = ("--jsonl", "--output", str(tmp_path / "out"))
+    failed = dl7("translate", *written, cwd=translator, stdin=b'{"en": "red"}\n{"en": "red", "id": 1\n')
+    assert (failed.code, failed.out) == (1, "")
+    assert failed.err.startswith("error: standard input: line 2 is not JSON: expecting ',' delimiter at character 22\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+# How it is searched
+
+
+def test_keys_of_decoding_can_be_set_and_no_others(translator: Path) -> None:
+    sentence = "red blue big small"
+    by_flag = succeed("translate", sentence, "--beam", "3", "--n-best", "3", cwd=translator).out
+    assert succeed("translate", sentence, "--set", "decoding.beam=3", "--n-best", "3", cwd=translator).out == by_flag
+    for setting, expected in (
+        ("decoding.bem=3", "unknown key `decoding.bem` (did you mean `decoding.beam`?)"),
+        ("decoding.beam=0", "`decoding.beam` is `0`: "),
+        ("decoding.beam", "`--set decoding.beam` has no `=`"),
+        ("model.dropout=0.5", "`model.dropout` was settled in training; only keys of `decoding` can be changed"),
+        ("decoding=3", "`decoding` was settled in training"),
+    ):
+        failed = dl7("translate", sentence, "--set", setting, cwd=translator)
+        assert (failed.code, failed.out) == (1, "")
+        assert expected in failed.err
+
+
+# What it looked at
+
+
+def test_attention_is_drawn(translator: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "b.svg"):
+        flags = ("--attention", str(tmp_path / name), "--json")
+        shown = succeed("translate", "red blue big small", *flags, cwd=translator)
+        assert shown.err == f"drawn: {tmp_path / name}\n"
+    (translated,) = shown.document["translations"]
+    weights = np.array(translated["attention"])
+    assert weights.shape == (len(translated["tokens"]), len(translated["source_tokens"]))
+    np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-5)
+    assert weights.argmax(axis=1).tolist() == translated["alignment"]
+    with PIL.Image.open(tmp_path / "a.png") as image:
+        assert image.format == "PNG"
+    text = (tmp_path / "b.svg").read_text(encoding="utf-8")
+    assert translated["source_tokens"][0].removeprefix("▁") in text
+
+
+def test_attention_is_of_one_sentence(translator: Path, tmp_path: Path) -> None:
+    flags = ("--attention", str(tmp_path / "a.png"))
+    for data, expected in (
+        (b"red\nblue\n", "`--attention` draws one sentence, and there are more"),
+        (b"\n", "there is no sentence"),
+    ):
+        failed = dl7("translate", *flags, cwd=translator, stdin=data)
+        assert failed.code == 1
+        assert expected in failed.err
+        assert list(tmp_path.iterdir()) == []
+    assert succeed("translate", *flags, cwd=translator, stdin=b"\nred\n").out.count("\n") == 2
+    failed = dl7("translate", "red", "--attention", str(tmp_path / "a.pdf"), cwd=translator)
+    assert "ends in neither `.png` nor `.svg`" in failed.err
+
+
+def test_a_model_that_looks_at_nothing_cannot_be_drawn(tmp_path: Path) -> None:
+    candidate = Candidate("rot", -1.0, -1.0, ["▁rot", "</s>"], [-0.5, -0.5], None)
+    line = TranslatedLine("rot", -1.0, ["▁red", "</s>"], [candidate], False)
+    with pytest.raises(UserError, match="the model of run `runs/x` has no attention to draw"):
+        draw(tmp_path / "a.png", line, "runs/x")
+    assert as_document("red", line, matrix=True)["alignment"] is None
+    assert list(tmp_path.iterdir()) == []
