@@ -1,7 +1,7 @@
 """What a run is worth: evaluating one of its checkpoints, and averaging the last of them into another."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def average(
             f"run `{found.folder}` keeps the checkpoints of {len(kept)} epochs, not of {last}",
             hint=f"`--last {len(kept)}` takes them all; `--set training.keep_last={last}` at `dl7 train` keeps more",
         )
-    chosen = list(kept)[-last:] if last is not None else list(kept)
+    chosen = list(kept)[-(last or len(kept)) :]
     mean = _mean([kept[epoch] for epoch in chosen])
     task = tasks.build(mean.recipe, mean.assets, runtime=runtime, offline=offline, progress=progress)
     refuse_other_data(task, mean.assets, "averaging")
@@ -130,7 +130,7 @@ def average(
         note(text)
     tasks.restore(task, mean)
     with torch.no_grad(), runtime.autocast():
-        update_bn(task.batches(chosen[-1] - 1), task.model)
+        update_bn(_batches(task, chosen[-1] - 1, progress), task.model)
     scores = task.validate()
     checkpoint.save(found.average, replace(mean, weights=task.model.state_dict(), scores=scores.values))
     best = checkpoint.load(found.best)
@@ -156,6 +156,14 @@ def _mean(folders: Sequence[Path]) -> Checkpoint:
         for name, value in newest.weights.items()
     }
     return replace(newest, weights=weights)
+
+
+def _batches(task: Task, epoch: int, progress: Progress) -> Iterator[tuple[Any, ...]]:
+    """The training batches of an epoch, with progress; of each, `update_bn` takes the first part as the input."""
+    steps = task.steps(epoch)
+    for number, batch in enumerate(task.batches(epoch), start=1):
+        yield batch
+        progress("normalising anew", number, steps)
 
 
 def refuse_other_data(task: Task, assets: dict[str, Any], what: str) -> None:
