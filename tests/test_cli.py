@@ -30,8 +30,9 @@ SURFACE = {
     "train": f"RECIPE --data --set --seed --out --resume {COMMON}",
     "eval": f"RUN --split --data --beam --length-penalty --rouge --output --plot {COMMON}",
     "average": f"RUN --last {COMMON}",
-    "translate": "TEXT --run --input --jsonl --output --beam --length-penalty --n-best --sample --seed --set "
-    f"--attention {COMMON}",
+    "translate": "TEXT --run --input --jsonl --output --beam --length-penalty --n-best --sample --seed --prefix "
+    f"--set --attention {COMMON}",
+    "score": f"--run --input --output {COMMON}",
     "classify": f"IMAGE --run --top {COMMON}",
     "recipes": "",
     "recipes list": "--json",

@@ -262,8 +262,8 @@ def likelihood(run: Run, epoch: int) -> float:
     model = task.model.double().eval()
     total, count = 0.0, 0
     for source, target in task._splits()["validation"]:
-        read = torch.tensor([[*task.vocabulary.encode(source), EOS]])
-        answer: Tensor = torch.tensor([*task.vocabulary.encode(target), EOS])
+        read = torch.tensor([[*task.source_vocabulary.encode(source), EOS]])
+        answer: Tensor = torch.tensor([*task.target_vocabulary.encode(target), EOS])
         with torch.no_grad():
             decoded, context = model(read, torch.tensor([read.shape[1]]), torch.tensor([[BOS, *answer.tolist()[:-1]]]))
             total -= functional.cross_entropy(model.logits(decoded, context).double(), answer, reduction="sum").item()

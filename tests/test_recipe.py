@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from dl7cli import recipe
 from dl7cli.errors import UserError
@@ -154,3 +155,14 @@ def test_values_keep_their_type(value: Any) -> None:
 @given(st.lists(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), min_size=1, max_size=4))
 def test_key_paths_come_back(names: list[str]) -> None:
     assert recipe.parse_override(".".join(names) + "=1") == (names, 1)
+
+
+def test_flags_that_were_given_change_how_a_run_searches() -> None:
+    decoding = recipe.Decoding(beam=7, length_penalty=1.0)
+    changed = decoding.updated(beam=2, length_penalty=None, method="sample", top_k=None)
+    assert changed == recipe.Decoding(beam=2, length_penalty=1.0, method="sample")
+    assert decoding.updated() == decoding
+    assert decoding.updated(beam=None, min_length=0).min_length == 0
+    for wrong in ({"beam": 0}, {"top_p": 0.0}, {"temperature": 0.0}, {"length_normalisation": "mean"}, {"width": 3}):
+        with pytest.raises(ValidationError):
+            decoding.updated(**wrong)

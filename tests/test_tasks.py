@@ -100,7 +100,7 @@ def test_every_image_is_used_once_an_epoch(build: Callable[..., Any], tiny: dict
 def test_every_pair_is_used_once_an_epoch_and_batches_are_bounded(build: Callable[..., Any]) -> None:
     task = build("seq2seq", "training.batch_tokens=40")
     wanted = Counter(
-        (tuple(task.vocabulary.encode(source)), tuple(task.vocabulary.encode(target)))
+        (tuple(task.source_vocabulary.encode(source)), tuple(task.source_vocabulary.encode(target)))
         for source, target in task._splits()["train"]
     )
     for epoch in (0, 1):
@@ -138,7 +138,9 @@ def test_pairs_beyond_the_limit_are_left_out_and_counted(build: Callable[..., An
     assert task.notes == []  # no more than seven digits
     task.recipe = task.recipe.model_copy(update={"data": task.recipe.data.model_copy(update={"max_length": 4})})
     task._encoded = None
-    short = [pair for pair in task._splits()["train"] if max(len(task.vocabulary.encode(side)) for side in pair) <= 4]
+    short = [
+        pair for pair in task._splits()["train"] if max(len(task.source_vocabulary.encode(side)) for side in pair) <= 4
+    ]
     assert sum(len(batch.lengths) for batch in task.batches(1)) == len(short) < 40
     assert task.notes == [f"{40 - len(short)} training pairs longer than 4 subwords are left out"]
     task.recipe = task.recipe.model_copy(update={"data": task.recipe.data.model_copy(update={"max_length": 0})})
@@ -452,26 +454,37 @@ def confident(task: Translation) -> Translation:
 LINES = ["1 2 3 4 5", "7", "", "0 0", "  9 8 1  ", "   ", "4 4 4 4", "1 3 5 7 9 2 4 6", "2", "5 6"]
 
 
-@pytest.mark.parametrize(("beam", "n_best"), [(1, 1), (3, 1), (3, 3)])
+@pytest.mark.parametrize(
+    ("n_best", "changes"),
+    [
+        (1, {"beam": 1}),
+        (1, {"beam": 3}),
+        (3, {"beam": 3, "length_normalisation": "average", "min_length": 4}),
+        (3, {"beam": 3, "coverage_penalty": 0.2, "no_repeat_ngram": 2, "max_length_ratio": 1.0}),
+        (3, {"method": "sample", "top_k": 9, "temperature": 0.5}),
+    ],
+)
 def test_a_translation_does_not_depend_on_its_neighbours(
-    beam: int, n_best: int, build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    n_best: int, changes: dict[str, Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = confident(build("seq2seq"))
+    decoding = task.recipe.decoding.updated(**changes)
 
-    decoding = task.recipe.decoding.updated(beam=beam)
-
-    def translate(lines: list[str]) -> list[tuple[str, list[str], list[tuple[str, float]]]]:
+    def translate(lines: list[str], first_line: int = 1) -> list[tuple[str, list[str], list[tuple[str, float]]]]:
         return [
             (line.text, line.source_tokens, [(one.text, round(one.score, 4)) for one in line.alternatives])
-            for line in task.translate(lines, decoding, n_best=n_best)
+            for line in task.translate(lines, decoding, n_best=n_best, first_line=first_line)
         ]
 
     together = translate(LINES)
     assert len({text for text, _, _ in together}) > 5
-    assert together == [translate([line])[0] for line in LINES]
-    order = np.random.default_rng(0).permutation(len(LINES)).tolist()
-    assert translate([LINES[at] for at in order]) == [together[at] for at in order]
-    monkeypatch.setattr(translation, "HYPOTHESES_AT_ONCE", 3 * beam)
+    assert together == [translate([line], number)[0] for number, line in enumerate(LINES, start=1)]
+    if decoding.method == "beam":
+        order = np.random.default_rng(0).permutation(len(LINES)).tolist()
+        assert translate([LINES[at] for at in order]) == [together[at] for at in order]
+    else:
+        assert translate(LINES, 2) != together, "draws depend on the number of the line"
+    monkeypatch.setattr(translation, "HYPOTHESES_AT_ONCE", 9)
     assert translate(LINES) == together
     for (text, tokens, alternatives), source in zip(together, LINES, strict=True):
         if not source.strip():
@@ -481,7 +494,130 @@ def test_a_translation_does_not_depend_on_its_neighbours(
         assert text == alternatives[0][0]
         assert len(alternatives) == n_best
         scores = [score for _, score in alternatives]
-        assert scores == sorted(scores, reverse=True)
+        assert decoding.method == "sample" or scores == sorted(scores, reverse=True)
+
+
+def test_the_keys_of_decoding_reach_the_search(build: Callable[..., Any]) -> None:
+    task = confident(build("seq2seq"))
+    decoding = task.recipe.decoding.updated(beam=4)
+    lines = [line for line in LINES if line.strip()]
+
+    def candidates(**changes: Any) -> list[tuple[int, translation.Candidate]]:
+        found = task.translate(lines, decoding.updated(**changes), n_best=4, attention=True)
+        return [(len(line.source_tokens) - 1, one) for line in found for one in line.alternatives]
+
+    for source, one in candidates(max_length_ratio=0.5, max_length_offset=3, min_length=3):
+        assert 3 <= len(one.tokens) - 1 <= max(3, source // 2 + 3)
+    for _, one in candidates(no_repeat_ngram=1):
+        assert len(set(one.tokens)) == len(one.tokens)
+    for _, one in candidates(length_normalisation="average", length_penalty=2.0):
+        assert one.score == pytest.approx(one.log_probability / len(one.tokens) ** 2)
+    for _, one in candidates(length_normalisation="none", coverage_penalty=0.5):
+        assert one.attention is not None
+        coverage = np.log(np.clip(one.attention.astype(np.float64).sum(axis=0), 1e-6, 1)).sum()
+        assert one.score == pytest.approx(one.log_probability + 0.5 * coverage, abs=1e-5)
+    with torch.no_grad():
+        task.model.output_bias[translation.PAD : EOS] = 100
+    assert not any("<" in token for _, one in candidates() for token in one.tokens[:-1])
+    assert any("<unk>" in one.tokens for _, one in candidates(allow_unknown=True))
+    task.model.step = lambda *arguments: (*type(task.model).step(task.model, *arguments)[:2], None)
+    assert {one.attention for _, one in candidates()} == {None}
+    with pytest.raises(UserError, match="a coverage penalty is of attention, and this model has none"):
+        candidates(coverage_penalty=0.5)
+
+
+def test_attention_is_there_where_it_is_asked_for(build: Callable[..., Any]) -> None:
+    task = confident(build("seq2seq"))
+    for line in task.translate(LINES, n_best=2, attention=True):
+        for one in line.alternatives:
+            assert one.attention is not None
+            assert one.attention.shape == (len(one.tokens), len(line.source_tokens))
+            assert one.attention.sum(axis=1) == pytest.approx(1, abs=1e-5)
+            ids = [task.source_vocabulary._processor.piece_to_id(token) for token in one.tokens[:-1]]
+            source = [task.source_vocabulary._processor.piece_to_id(token) for token in line.source_tokens[:-1]]
+            batch = task._batch([(source, ids)])
+            expected = task.model.eval()(batch.source, batch.lengths, batch.previous)[0].attention[0]
+            assert one.attention == pytest.approx(expected.detach().numpy(), abs=1e-5)
+    assert task.translate(["1 2"])[0].alternatives[0].attention is None
+
+
+def test_translations_begin_with_their_prefix(build: Callable[..., Any]) -> None:
+    task = confident(build("seq2seq"))
+    decoding = task.recipe.decoding.updated(beam=3, max_length_ratio=0.0, max_length_offset=2)
+    prefixes = ["9 9 9 9 9", "", " 3 "]
+    free = task.translate(["1 2", "3 4", "5 6"], decoding)
+    found = task.translate(["1 2", "3 4", "5 6"], decoding, prefixes=prefixes)
+    assert all(line.text.startswith(prefix.strip()) for line, prefix in zip(found, prefixes, strict=True))
+    assert found[1] == free[1]
+    assert not free[0].text.startswith("9")
+    forced = task.score([(source, line.text) for source, line in zip(["1 2", "3 4", "5 6"], found, strict=True)])
+    for line, scored in zip(found, forced, strict=True):
+        if scored.tokens == line.alternatives[0].tokens:  # there may be another way to cut the text
+            assert line.alternatives[0].log_probability == pytest.approx(scored.log_probability, abs=1e-4)
+    assert forced[0].tokens == found[0].alternatives[0].tokens
+
+
+def test_an_ensemble_answers_by_the_mean_of_its_probabilities(build: Callable[..., Any]) -> None:
+    task, other = confident(build("seq2seq")), confident(build("seq2seq"))
+    decoding = task.recipe.decoding.updated(beam=3)
+    alone = task.translate(LINES, decoding, n_best=3)
+    twice = task.translate(LINES, decoding, n_best=3, others=[other])
+    for one, two in zip(alone, twice, strict=True):
+        assert [candidate.text for candidate in two.alternatives] == [candidate.text for candidate in one.alternatives]
+        assert two.score == pytest.approx(one.score, abs=1e-5)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.mul_(-0.7)
+        other.model.output_bias[EOS] -= 8
+    pairs = []
+    for line, translated in zip(LINES, task.translate(LINES, decoding, n_best=3, others=[other]), strict=True):
+        for one in translated.alternatives:
+            ids = [task.source_vocabulary._processor.piece_to_id(token) for token in one.tokens[:-1]]
+            batch = task._batch([(task.source_vocabulary.encode(line.strip()), ids)])
+            each = []
+            for member in (task, other):
+                scores = member.model.logits(*member.model.eval()(batch.source, batch.lengths, batch.previous))
+                each.append(scores.double().softmax(-1).gather(1, batch.target[0][:, None])[:, 0])
+            assert not torch.allclose(*each, rtol=0.1)
+            expected = ((each[0] + each[1]) / 2).log().tolist()
+            assert one.token_log_probabilities == pytest.approx(expected, abs=1e-4)
+            if task.source_vocabulary.encode(one.text) == ids:
+                pairs.append((line, one.text, expected))
+    assert len(pairs) > 5
+    scored = task.score([(line, text) for line, text, _ in pairs], others=[other])
+    for one, (_, _, expected) in zip(scored, pairs, strict=True):
+        assert one.token_log_probabilities == pytest.approx(expected, abs=1e-4)
+    languages = ['data.source_language="de"', 'data.target_language="en"']
+    for stranger in (build("seq2seq", *languages), build("seq2seq", 'data.source_order="reversed"')):
+        for use in (task.translate, task.score):
+            with pytest.raises(UserError, match="do not read and write the same subwords"):
+                use([], others=[stranger])
+
+
+def test_scores_of_given_translations(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    task = confident(build("seq2seq", "data.max_length=8"))
+    pairs = [("1 2 3", "3 2 1"), ("7", ""), (" ", "5"), ("1 2 3 4 5 6 7 8 9 0 1 2 3", "4 4 4 4 4 4 4 4 4"), ("0", "ä")]
+    found = task.score(pairs)
+    for (source, target), one in zip(pairs, found, strict=True):
+        ids = task.source_vocabulary.encode(target)
+        batch = task._batch([(task.source_vocabulary.encode(source.strip())[:8], ids)])
+        scores = task.model.eval().double().logits(*task.model(batch.source, batch.lengths, batch.previous))
+        expected = scores.detach().log_softmax(-1).gather(1, batch.target[0][:, None])[:, 0]
+        assert one.tokens == task.source_vocabulary.pieces([*ids, EOS])
+        assert one.token_log_probabilities == pytest.approx(expected.tolist(), abs=1e-4)
+        assert one.log_probability == pytest.approx(float(expected.sum()), abs=1e-4)
+        assert one.perplexity == pytest.approx(float((-expected.mean()).exp()), rel=1e-4)
+        task.model.float()
+    tokens = sum(len(one.tokens) for one in found)
+    whole = translation.perplexity(found)
+    assert whole == pytest.approx(math.exp(-sum(one.log_probability for one in found) / tokens))
+    monkeypatch.setattr(translation, "SUBWORDS_AT_ONCE", 1)
+    assert [one.log_probability for one in task.score(pairs)] == pytest.approx([one.log_probability for one in found])
+    assert task.score([]) == []
+    with torch.no_grad():
+        task.model.output_bias[7] = math.inf
+    with pytest.raises(UserError, match="the model's output is not a number"):
+        task.score(pairs)
 
 
 def test_no_line_and_only_blank_lines(build: Callable[..., Any]) -> None:
@@ -500,32 +636,29 @@ def test_more_translations_than_the_beam_are_refused(build: Callable[..., Any]) 
 
 def test_a_line_too_long_is_cut_and_said_to_be(build: Callable[..., Any]) -> None:
     task = confident(build("seq2seq", "data.max_length=8"))
-    pieces = task.vocabulary.encode("1 2 3 4 5 6 7 8 9 0 1 2 3")
+    pieces = task.source_vocabulary.encode("1 2 3 4 5 6 7 8 9 0 1 2 3")
     assert len(pieces) > 8
     within, beyond = task.translate(["1 2 3", "1 2 3 4 5 6 7 8 9 0 1 2 3"])
     assert (within.cut, beyond.cut) == (False, True)
-    start = task.vocabulary.decode(pieces[:8])
-    assert task.vocabulary.encode(start) == pieces[:8]
+    start = task.source_vocabulary.decode(pieces[:8])
+    assert task.source_vocabulary.encode(start) == pieces[:8]
     assert beyond.text == task.translate([start])[0].text
 
 
 def test_the_score_is_that_of_teacher_forcing(build: Callable[..., Any]) -> None:
     task = confident(build("seq2seq"))
-    task.model.eval()
-    lines = ["1 2 3 4 5", "7", "0 0 9"]
+    lines = [line for line in LINES if line.strip()]
     found = task.translate(lines, task.recipe.decoding.updated(beam=4, length_penalty=0.6), n_best=4)
-    for line, translated in zip(lines, found, strict=True):
-        source = task.vocabulary.encode(line)
-        for one in translated.alternatives:
-            ids = [task.vocabulary._processor.piece_to_id(token) for token in one.tokens[:-1]]
-            assert task.vocabulary.decode(ids) == one.text
-            batch = task._batch([(source, ids)])
-            scores = task.model.logits(*task.model(batch.source, batch.lengths, batch.previous)).log_softmax(-1)
-            values = scores.gather(1, batch.target[0][:, None])[:, 0].tolist()
-            assert one.token_log_probabilities == pytest.approx(values, abs=1e-5)
-            assert one.log_probability == pytest.approx(sum(values), abs=1e-4)
-            assert one.score == pytest.approx(sum(values) / ((5 + len(one.tokens)) / 6) ** 0.6, abs=1e-4)
-        assert (translated.text, translated.score) == translated.alternatives[0][:2]
+    pairs = [(line, one) for line, translated in zip(lines, found, strict=True) for one in translated.alternatives]
+    compared = 0
+    for (_, one), scored in zip(pairs, task.score([(line, one.text) for line, one in pairs]), strict=True):
+        if one.tokens == scored.tokens:  # there may be another way to cut the text
+            compared += 1
+            assert one.token_log_probabilities == pytest.approx(scored.token_log_probabilities, abs=1e-4)
+            assert one.log_probability == pytest.approx(scored.log_probability, abs=1e-4)
+            assert one.score == pytest.approx(scored.log_probability / ((5 + len(one.tokens)) / 6) ** 0.6, abs=1e-4)
+    assert compared > 5
+    assert [(line.text, line.score) for line in found] == [line.alternatives[0][:2] for line in found]
 
 
 def test_bleu_is_of_the_translations(build: Callable[..., Any]) -> None:

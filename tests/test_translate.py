@@ -146,7 +146,7 @@ def test_a_line_is_answered_before_the_next_is_written(translator: Path, monkeyp
     with os.fdopen(into, encoding="utf-8") as stdin, os.fdopen(out, "w", encoding="utf-8") as stdout:
         monkeypatch.setattr(sys, "stdin", stdin)
         monkeypatch.setattr(sys, "stdout", stdout)
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match="0"):
             main()
     other.join()
     assert b"".join(answers).decode("utf-8") == expected
@@ -268,6 +268,42 @@ def test_keys_of_decoding_can_be_set_and_no_others(translator: Path) -> None:
         failed = dl7("translate", sentence, "--set", setting, cwd=translator)
         assert (failed.code, failed.out) == (1, "")
         assert expected in failed.err
+
+
+def test_samples_depend_on_the_seed_and_on_nothing_else(translator: Path) -> None:
+    sentences = ("red blue big small", "old new small red", "big old blue new")
+    flags = ("--sample", "--set", "decoding.temperature=3.0", "--n-best", "7")
+
+    def samples(*arguments: str, data: bytes = b"") -> list[str]:
+        return succeed("translate", *flags, *arguments, cwd=translator, stdin=data).out.splitlines()
+
+    first = samples("--seed", "1", *sentences)
+    assert len(first) == 3 * 7, "more than the beam"
+    assert samples("--seed", "1", data="\n".join(sentences).encode()) == first
+    assert samples(*sentences, "--set", "decoding.seed=1") == first
+    assert samples("--seed", "1", *sentences[:2]) == first[: 2 * 7]
+    assert samples("--seed", "2", *sentences) != first
+    assert len(set(first[:7])) > 1
+
+
+def test_every_translation_begins_with_the_prefix(translator: Path) -> None:
+    for flags in ((), ("--sample", "--seed", "3")):
+        shown = succeed("translate", "red blue", "", "big", "--prefix", "klein alt", *flags, cwd=translator).out
+        first, blank, second = shown.splitlines()
+        assert blank == ""
+        assert first.startswith("klein alt")
+        assert second.startswith("klein alt")
+
+
+def test_several_runs_are_an_ensemble(translator: Path) -> None:
+    """An ensemble of a model with itself is that model."""
+    best = ("--run", "runs/seq2seq-1/best")
+    alone = succeed("translate", "red blue big", *best, "--json", cwd=translator).document
+    twice = succeed("translate", "red blue big", *best, *best, "--json", cwd=translator).document
+    assert (alone["others"], twice["others"]) == ([], ["runs/seq2seq-1"])
+    (one,), (two,) = alone["translations"], twice["translations"]
+    assert (one["text"], one["alignment"]) == (two["text"], two["alignment"])
+    assert one["score"] == pytest.approx(two["score"], abs=1e-5)
 
 
 # What it looked at

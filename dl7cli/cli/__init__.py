@@ -23,6 +23,7 @@ from dl7cli.cli import (
     plot,
     recipes,
     runs,
+    score,
     train,
     translate,
 )
@@ -40,6 +41,7 @@ app.command("train", epilog="Example: dl7 train resnet --set training.epochs=30 
 app.command("eval", epilog="Example: dl7 eval runs/resnet-1 --split test")(evaluate.evaluate)
 app.command("average", epilog="Example: dl7 average runs/seq2seq-1 --last 5")(average.average)
 app.command("translate", epilog='Example: dl7 translate --beam 5 "A dog runs."')(translate.translate)
+app.command("score", epilog="Example: dl7 score --input pairs.tsv")(score.score)
 app.command("classify", epilog="Example: dl7 classify --run runs/resnet-1 cat.png")(classify.classify)
 app.add_typer(recipes.app, name="recipes", epilog="Example: dl7 recipes list")
 app.add_typer(runs.app, name="runs", epilog="Example: dl7 runs show")

@@ -48,8 +48,8 @@ def _of_recipe(recipe: "Recipe") -> dict[str, Any]:
 
     from dl7cli.models.architectures import multiply_adds
     from dl7cli.models.fast_resnet import FastResNet
-    from dl7cli.models.seq2seq import Seq2Seq
     from dl7cli.recipe import ClassificationRecipe, ResNetModel
+    from dl7cli.tasks.translation import translator
 
     keys = recipe.model.model_dump(exclude={"kind"}, exclude_defaults=True)
     if isinstance(recipe, ClassificationRecipe):
@@ -60,7 +60,7 @@ def _of_recipe(recipe: "Recipe") -> dict[str, Any]:
             operations: int | None = multiply_adds(model, _IMAGE_SIZE["cifar"])
     else:
         with torch.device("meta"):
-            model = Seq2Seq(recipe.data.vocabulary_size, pad=0, **recipe.model.model_dump(exclude={"kind"}))
+            model = translator(recipe.model, recipe.data.vocabulary_size, recipe.data.vocabulary_size)
         operations = None
     return {
         "model": recipe.model.kind,

@@ -48,7 +48,8 @@ DecodingSet = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change how the run searches, such as decoding.min_length=5; may be given several times.",
+        help="Change how the run searches, such as decoding.min_length=5 (dl7 recipes show seq2seq lists the keys); "
+        "may be given several times.",
     ),
 ]
 Seed = Annotated[
@@ -59,6 +60,14 @@ RunOption = Annotated[
     str | None,
     typer.Option(
         "--run", metavar="RUN", help="A run folder or a checkpoint in it; the newest that fits, if not given."
+    ),
+]
+RunsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--run",
+        metavar="RUN",
+        help="A run folder or a checkpoint in it; the newest that fits, if not given. Several: an ensemble.",
     ),
 ]
 RunArgument = Annotated[

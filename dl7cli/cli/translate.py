@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ from dl7cli.cli import console, figures, options, sentences
 from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
-    from dl7cli.tasks.translation import Candidate, TranslatedLine
+    from dl7cli.tasks.translation import Candidate, TranslatedLine, Translation
 
 
 def translate(
@@ -19,7 +20,7 @@ def translate(
         list[str] | None,
         typer.Argument(metavar="TEXT", help="Sentences; standard input line by line if none is given."),
     ] = None,
-    run: options.RunOption = None,
+    run: options.RunsOption = None,
     source: options.Input = None,
     jsonl: Annotated[
         bool,
@@ -50,6 +51,10 @@ def translate(
         ),
     ] = False,
     seed: options.Seed = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option("--prefix", metavar="TEXT", help="Begin every translation with this."),
+    ] = None,
     overrides: options.DecodingSet = None,
     attention: Annotated[
         Path | None,
@@ -75,19 +80,13 @@ def translate(
         raise typer.BadParameter("JSON lines come out as JSON lines; leave --json out")
     if attention is not None:
         figures.refuse_unwritable(attention)
-    from dl7cli import device as devices
-    from dl7cli import runs, tasks
-    from dl7cli.tasks.translation import Translation
-
     with contextlib.ExitStack() as stack:
         # Whatever can be wrong with the files is found before the model is loaded.
         name, batches = (
             ("arguments", sentences.arguments(texts)) if texts else stack.enter_context(sentences.opened(source))
         )
         output = sys.stdout if target is None else stack.enter_context(sentences.replacing(target))
-        found, folder = runs.find(run, task="translation")
-        task = tasks.load(folder, runtime=devices.choose(device, precision, gpus), offline=offline)
-        assert isinstance(task, Translation)
+        names, task, others = load(run, device, precision, gpus, offline=offline)
         decoding = options.decoding(
             task.recipe,
             overrides,
@@ -96,10 +95,11 @@ def translate(
             method="sample" if sample else None,
             seed=seed,
         )
-        if n_best > decoding.beam:
+        if decoding.method == "beam" and n_best > decoding.beam:
             raise UserError(
                 f"`--n-best {n_best}` is more than the beam of {decoding.beam}", hint=f"add `--beam {n_best}`"
             )
+        limit = min(one.recipe.data.max_length for one in (task, *others))
         fields = (task.assets["source_language"], "source", "text")
         documents: list[dict[str, Any]] = []
         drawn = 0
@@ -111,13 +111,20 @@ def translate(
             drawn += sum(bool(text.strip()) for text in chosen)
             if attention is not None and drawn > 1:
                 raise UserError("`--attention` draws one sentence, and there are more", hint="give one sentence")
-            answers = task.translate(chosen, decoding, n_best=n_best, attention=as_json or attention is not None)
+            answers = task.translate(
+                chosen,
+                decoding,
+                n_best=n_best,
+                prefixes=None if prefix is None else [prefix] * len(chosen),
+                others=others,
+                attention=as_json or attention is not None,
+                first_line=batch[0].number,
+            )
             for line, translated in zip(batch, answers, strict=True):
                 if translated.cut:
-                    limit = task.recipe.data.max_length
                     console.note(f"warning: line {line.number} is longer than {limit} subwords and was cut")
                 if attention is not None and translated.alternatives:
-                    draw(attention, translated, str(found.folder))
+                    draw(attention, translated, " + ".join(names))
                 if as_json:
                     documents.append(as_document(line.text, translated, matrix=attention is not None))
                 if jsonl:
@@ -125,10 +132,25 @@ def translate(
                 elif target is not None or not as_json:
                     output.writelines(f"{text}\n" for text in as_lines(line.number, translated, n_best))
             output.flush()
-    if attention is not None and not drawn:
-        raise UserError("there is no sentence whose attention could be drawn", hint="give one sentence")
+        if attention is not None and not drawn:
+            raise UserError("there is no sentence whose attention could be drawn", hint="give one sentence")
     if as_json:
-        console.document({"run": str(found.folder), "translations": documents})
+        console.document({"run": names[0], "others": names[1:], "translations": documents})
+
+
+def load(
+    names: Sequence[str] | None, device: str, precision: options.PrecisionName, gpus: str | None, *, offline: bool
+) -> tuple[list[str], "Translation", list["Translation"]]:
+    """Load the newest translator or those named: the folders of their runs, the first, and the rest of an ensemble."""
+    from dl7cli import device as devices
+    from dl7cli import runs, tasks
+    from dl7cli.tasks.translation import Translation
+
+    found = [runs.find(name, task="translation") for name in names or (None,)]
+    runtime = devices.choose(device, precision, gpus)
+    loaded = [tasks.load(folder, runtime=runtime, offline=offline) for _, folder in found]
+    first, *others = (task for task in loaded if isinstance(task, Translation))
+    return [str(run.folder) for run, _ in found], first, others
 
 
 ADDED = ("translation", "score", "alternatives")

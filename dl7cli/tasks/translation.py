@@ -2,8 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,13 +15,13 @@ from torch.nn import functional
 from dl7cli.data.pairs import Pairs, read_pairs
 from dl7cli.data.sources import Progress, silent
 from dl7cli.data.transfer import moved
-from dl7cli.data.vocabulary import BOS, EOS, PAD, Vocabulary
+from dl7cli.data.vocabulary import BOS, EOS, PAD, Subwords, Vocabulary
 from dl7cli.device import Runtime, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, bleu, chrf, translation
-from dl7cli.models.seq2seq import Seq2Seq
+from dl7cli.models.seq2seq import Seq2Seq, Seq2SeqOptions
 from dl7cli.models.translator import Translator
-from dl7cli.recipe import Decoding, TranslationRecipe
+from dl7cli.recipe import Decoding, Seq2SeqModel, TranslationRecipe
 from dl7cli.search import Hypothesis
 from dl7cli.tasks.decoding import search, teacher_forced
 
@@ -36,7 +37,7 @@ class PairBatch(NamedTuple):
     source: Tensor
     """(B, S)"""
     lengths: Tensor
-    """(B,) subwords of each source sentence, eos included"""
+    """(B,) ids of each source sentence as the model reads it, eos included"""
     previous: Tensor
     """(B, T) target subwords from bos on: what the decoder reads"""
     target: Tensor
@@ -90,8 +91,13 @@ def perplexity(scored: Sequence[ScoredPair]) -> float:
     return math.exp(-total / sum(len(one.tokens) for one in scored))
 
 
+def translator(model: Seq2SeqModel, source_words: int, target_words: int) -> Translator:
+    """The network that the keys of `model` describe, for vocabularies of these sizes."""
+    return Seq2Seq(Seq2SeqOptions(**model.model_dump(exclude={"kind"})), source_words, target_words, pad=PAD)
+
+
 class Translation:
-    """A translator with its data; `assets` are the vocabulary and the languages, all that using it needs."""
+    """A translator with its data; `assets` are the vocabularies and the languages, all that using it needs."""
 
     unit = "target tokens"
 
@@ -111,30 +117,22 @@ class Translation:
         self._progress = progress
         self._pairs: dict[str, list[tuple[str, str]]] | None = None
         self._encoded: list[tuple[list[int], list[int]]] | None = None
+        self._texts: list[tuple[str, str]] = []
         self._plan: tuple[int, list[np.ndarray]] | None = None
         self._steps: dict[int, int] = {}
         if assets is None:
-            train = self._splits()["train"]
-            progress("learning the vocabulary", 0, 1)
-            vocabulary = Vocabulary.train((text for pair in train for text in pair), recipe.data.vocabulary_size)
-            progress("learning the vocabulary", 1, 1)
             assets = {
-                "vocabulary": vocabulary.to_json(),
+                **self._learn_vocabularies(),
                 "source_language": recipe.data.source_language,
                 "target_language": recipe.data.target_language,
             }
         self.assets = assets
-        self.vocabulary = Vocabulary.from_json(assets["vocabulary"])
+        self.source_vocabulary = self.target_vocabulary = Vocabulary.from_json(assets["vocabulary"])
+        if "target_vocabulary" in assets:
+            self.target_vocabulary = Vocabulary.from_json(assets["target_vocabulary"])
         seed_everything(recipe.training.seed)
-        self.model: Translator = Seq2Seq(
-            len(self.vocabulary),
-            pad=PAD,
-            embedding_width=recipe.model.embedding_width,
-            encoder_width=recipe.model.encoder_width,
-            encoder_layers=recipe.model.encoder_layers,
-            decoder_width=recipe.model.decoder_width,
-            dropout=recipe.model.dropout,
-        ).to(runtime.device)
+        words = len(self.source_vocabulary), len(self.target_vocabulary)
+        self.model: Translator = translator(recipe.model, *words).to(runtime.device)
 
     @property
     def data_name(self) -> str:
@@ -166,17 +164,27 @@ class Translation:
     def batches(self, epoch: int, start: int = 0) -> Iterator[PairBatch]:
         """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
         pairs = self._training_pairs()
-        for chosen in self._batch_plan(epoch)[start:]:
-            yield self._batch([pairs[index] for index in chosen])
+        sampled = self.recipe.data.subword_sampling > 0
+        for number, chosen in enumerate(self._batch_plan(epoch)[start:], start):
+            yield self._batch(self._sampled(chosen, epoch, number) if sampled else [pairs[index] for index in chosen])
 
     def loss(self, batch: PairBatch) -> tuple[Tensor, int]:
-        """Cross-entropy with label smoothing summed over the target subwords, eos included, and how many they are."""
+        """Cross-entropy with label smoothing summed over the target subwords, eos included, and how many they are.
+
+        With a coverage weight, the coverage loss of See et al. 2017, eq. 12, is added: at each target subword the
+        overlap of what attention looks at with all that it has looked at before.
+        """
         with self.runtime.autocast():
             decoded, context = self.model(batch.source, batch.lengths, batch.previous)
             logits = self.model.logits(decoded, context, batch.real)
         target = batch.target.flatten().index_select(0, batch.real)
         smoothing = self.recipe.training.label_smoothing
         total = functional.cross_entropy(logits.float(), target, reduction="sum", label_smoothing=smoothing)
+        if self.recipe.training.coverage_weight:
+            assert decoded.attention is not None
+            covered = decoded.attention.cumsum(dim=1) - decoded.attention
+            overlap = torch.minimum(decoded.attention, covered).sum(dim=2)
+            total = total + self.recipe.training.coverage_weight * overlap.flatten().index_select(0, batch.real).sum()
         return total, len(target)
 
     def validate(self) -> Scores:
@@ -237,28 +245,28 @@ class Translation:
                 f"a beam of {decoding.beam} cannot give the {n_best} best", hint=f"use `--beam {n_best}` or more"
             )
         models, limit = self._ensemble(others)
-        encoded = self.vocabulary.encode_all([line.strip() for line in lines])
-        begun = self.vocabulary.encode_all([text.strip() for text in prefixes or [""] * len(lines)])
+        encoded = self._ids(self.source_vocabulary, lines)
+        begun = self._ids(self.target_vocabulary, prefixes or [""] * len(lines))
         answers = [TranslatedLine("", 0.0, [], [], False)] * len(lines)
         order = sorted((at for at, ids in enumerate(encoded) if ids), key=lambda at: len(encoded[at]))
         size = max(1, HYPOTHESES_AT_ONCE // (decoding.beam if decoding.method == "beam" else n_best))
         for begin in range(0, len(order), size):
             chosen = order[begin : begin + size]
-            sources = [[*encoded[at][:limit], EOS] for at in chosen]
+            sentences = [encoded[at][:limit] for at in chosen]
             found = search(
                 models,
-                *self._padded(sources),
+                *self._padded([self._source(ids) for ids in sentences]),
                 decoding,
-                subwords=[min(len(encoded[at]), limit) for at in chosen],
+                subwords=[len(ids) for ids in sentences],
                 prefixes=[begun[at] for at in chosen],
                 numbers=[first_line + at for at in chosen],
                 n_best=n_best,
                 attention=attention,
             )
-            for at, source, hypotheses in zip(chosen, sources, found, strict=True):
-                candidates = [self._candidate(one, len(source)) for one in hypotheses]
+            for at, ids, hypotheses in zip(chosen, sentences, found, strict=True):
+                tokens = self.source_tokens(ids)
+                candidates = [self._candidate(one, len(tokens)) for one in hypotheses]
                 text, score = (candidates[0].text, candidates[0].score) if candidates else ("", 0.0)
-                tokens = self.vocabulary.pieces(source)
                 answers[at] = TranslatedLine(text, score, tokens, candidates, len(encoded[at]) > limit)
             self._progress("translating", begin + len(chosen), len(order))
         return answers
@@ -270,8 +278,8 @@ class Translation:
         ensemble.
         """
         models, limit = self._ensemble(others)
-        sources = self.vocabulary.encode_all([source.strip() for source, _ in pairs])
-        targets = self.vocabulary.encode_all([target.strip() for _, target in pairs])
+        sources = self._ids(self.source_vocabulary, [source for source, _ in pairs])
+        targets = self._ids(self.target_vocabulary, [target for _, target in pairs])
         answers = [ScoredPair(0.0, [], [])] * len(pairs)
         lengths = np.array([max(len(s), len(t)) + 1 for s, t in zip(sources, targets, strict=True)])
         for chosen in _fill(np.argsort(lengths, kind="stable"), lengths, SUBWORDS_AT_ONCE) if pairs else []:
@@ -280,26 +288,27 @@ class Translation:
             for at in chosen:
                 length = len(targets[at]) + 1
                 own, values = values[:length], values[length:]
-                answers[at] = ScoredPair(math.fsum(own), self.vocabulary.pieces([*targets[at], EOS]), own)
+                answers[at] = ScoredPair(math.fsum(own), self.target_vocabulary.pieces([*targets[at], EOS]), own)
         return answers
 
     def _ensemble(self, others: Sequence["Translation"]) -> tuple[list[Translator], int]:
         """The models that answer together, and the most subwords that all of them read."""
-        for other in others:
-            if other.assets != self.assets:
+        tasks = [self, *others]
+        read = [(one.assets, one.recipe.data.source_order, one.recipe.data.lowercase) for one in tasks]
+        for one, what in zip(tasks, read, strict=True):
+            if what != read[0]:
                 raise UserError(
-                    f"`{self.recipe.name}` and `{other.recipe.name}` have different vocabularies",
+                    f"`{self.recipe.name}` and `{one.recipe.name}` do not read and write the same subwords",
                     hint="train the runs of an ensemble on the same data with the same keys of `data`",
                 )
-        tasks = [self, *others]
         return [one.model for one in tasks], min(one.recipe.data.max_length for one in tasks)
 
     def _candidate(self, found: Hypothesis, source_length: int) -> Candidate:
         return Candidate(
-            self.vocabulary.decode(found.ids),
+            self.target_vocabulary.decode(found.ids),
             found.score,
             found.log_probability,
-            self.vocabulary.pieces([*found.ids, EOS]),
+            self.target_vocabulary.pieces([*found.ids, EOS]),
             list(found.token_log_probabilities),
             None if found.attention is None else found.attention[:, :source_length],
         )
@@ -330,15 +339,34 @@ class Translation:
             self.notes.append(f"{len(splits['validation']):,} pairs of train are kept for validation")
         return splits
 
+    def _learn_vocabularies(self) -> dict[str, Any]:
+        """The assets `vocabulary`, of the source or of both languages, and `target_vocabulary` where they have two."""
+        data, train = self.recipe.data, self._splits()["train"]
+        texts = {"vocabulary": [text for pair in train for text in pair]}
+        if not data.joint:
+            texts = {
+                "vocabulary": [source for source, _ in train],
+                "target_vocabulary": [target for _, target in train],
+            }
+        learnt = {}
+        for number, (name, lines) in enumerate(texts.items()):
+            self._progress("learning the vocabulary", number, len(texts))
+            lines = [self._text(line) for line in lines]
+            learnt[name] = Vocabulary.train(lines, data.vocabulary_size, data.vocabulary).to_json()
+        self._progress("learning the vocabulary", len(texts), len(texts))
+        return learnt
+
     def _training_pairs(self) -> list[tuple[list[int], list[int]]]:
         """Training pairs as subword ids, without those longer than the recipe's limit."""
         if self._encoded is None:
             pairs = self._splits()["train"]
             limit = self.recipe.data.max_length
-            sources = self.vocabulary.encode_all([source for source, _ in pairs])
-            targets = self.vocabulary.encode_all([target for _, target in pairs])
-            both = zip(sources, targets, strict=True)
-            self._encoded = [(source, target) for source, target in both if max(len(source), len(target)) <= limit]
+            sources = self._ids(self.source_vocabulary, [source for source, _ in pairs])
+            targets = self._ids(self.target_vocabulary, [target for _, target in pairs])
+            both = list(zip(sources, targets, strict=True))
+            within = [at for at, (source, target) in enumerate(both) if max(len(source), len(target)) <= limit]
+            self._encoded = [both[at] for at in within]
+            self._texts = [pairs[at] for at in within]
             if not self._encoded:
                 raise UserError(
                     f"no training pair of `{self.data_name}` is within {limit} subwords",
@@ -350,12 +378,15 @@ class Translation:
         return self._encoded
 
     def _batch_plan(self, epoch: int) -> list[np.ndarray]:
-        """The pairs of each batch: of like length, at most `batch_tokens` padded steps a side, in random order."""
+        """The pairs of each batch: of like length, at most `batch_tokens` padded steps a side, in random order.
+
+        Lengths are those without sampling, so that the number of steps is known before anything is drawn.
+        """
         if self._plan is None or self._plan[0] != epoch:
             pairs = self._training_pairs()
             random = np.random.default_rng([self.recipe.training.seed, epoch])
             targets = np.array([len(target) + 1 for _, target in pairs])
-            sources = np.array([len(source) + 1 for source, _ in pairs])
+            sources = np.array([len(self._source(source)) for source, _ in pairs])
             # The noise lets pairs meet other partners in every epoch.
             noise = random.integers(0, 2, len(pairs))
             order = np.lexsort((sources + random.random(len(pairs)), targets + noise))
@@ -363,8 +394,53 @@ class Translation:
             self._plan = epoch, [batches[index] for index in random.permutation(len(batches))]
         return self._plan[1]
 
+    def _sampled(self, chosen: np.ndarray, epoch: int, number: int) -> list[tuple[list[int], list[int]]]:
+        """Pairs in subwords drawn anew: a function of the seed, the epoch and the batch's number in it.
+
+        A sentence that gets longer than the recipe's limit is taken as it is without sampling.
+        """
+        limit, pairs = self.recipe.data.max_length, self._training_pairs()
+        random = Random(f"{self.recipe.training.seed} {epoch} {number}")
+
+        def drawn(at: int, side: int) -> list[int]:
+            ids = self._samplers[side](self._text(self._texts[at][side]), random)
+            return ids if len(ids) <= limit else pairs[at][side]
+
+        return [(drawn(at, 0), drawn(at, 1)) for at in chosen]
+
+    @cached_property
+    def _samplers(self) -> list[Callable[[str, Random], list[int]]]:
+        """What draws the subwords of a source and of a target."""
+        data = self.recipe.data
+        samplers = []
+        for vocabulary in (self.source_vocabulary, self.target_vocabulary):
+            assert isinstance(vocabulary, Subwords)
+            samplers.append(vocabulary.sampler(data.vocabulary, data.subword_sampling))
+        return samplers
+
+    def source_tokens(self, ids: Sequence[int]) -> list[str]:
+        """The pieces of a sentence in the order in which the model reads them, `</s>` included."""
+        return self.source_vocabulary.pieces(self._source(ids))
+
+    def _source(self, ids: Sequence[int]) -> list[int]:
+        """A sentence as the model reads it, in training, search and scoring alike."""
+        match self.recipe.data.source_order:
+            case "forward":
+                return [*ids, EOS]
+            case "reversed":
+                return [*reversed(ids), EOS]
+            case "doubled":
+                return [*ids, *ids, EOS]
+
+    def _ids(self, vocabulary: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
+        return vocabulary.encode_all([self._text(text) for text in texts])
+
+    def _text(self, text: str) -> str:
+        """A sentence as the model's vocabularies know it."""
+        return text.strip().lower() if self.recipe.data.lowercase else text.strip()
+
     def _batch(self, pairs: list[tuple[list[int], list[int]]]) -> PairBatch:
-        source, lengths = self._padded([[*ids, EOS] for ids, _ in pairs])
+        source, lengths = self._padded([self._source(ids) for ids, _ in pairs])
         previous, _ = self._padded([[BOS, *ids] for _, ids in pairs])
         target = _rectangle([[*ids, EOS] for _, ids in pairs])
         # Found before it is moved: a device would have to be waited for.

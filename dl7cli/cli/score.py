@@ -1,0 +1,92 @@
+"""`dl7 score`: how probable a translator finds given translations."""
+
+import contextlib
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+from dl7cli.cli import console, options, sentences
+from dl7cli.cli.translate import load
+from dl7cli.errors import UserError
+
+if TYPE_CHECKING:
+    from dl7cli.tasks.translation import ScoredPair
+
+
+def score(
+    run: options.RunsOption = None,
+    source: options.Input = None,
+    target: options.Output = None,
+    device: options.Device = "auto",
+    gpus: options.Gpus = None,
+    precision: options.Precision = "auto",
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+) -> None:
+    """Print log-probability, tokens and perplexity per token of given translations: one line in, one line out.
+
+    A line is a sentence, a tab and its translation, as paste makes them of two files. Logarithms are natural,
+    and the end of a sentence is a token. A blank line stays blank. What all lines come to is printed on
+    standard error.
+    """
+    with contextlib.ExitStack() as stack:
+        # Whatever can be wrong with the files is found before the model is loaded.
+        name, batches = stack.enter_context(sentences.opened(source))
+        output = sys.stdout if target is None else stack.enter_context(sentences.replacing(target))
+        names, task, others = load(run, device, precision, gpus, offline=offline)
+        documents: list[dict[str, Any]] = []
+        pairs = tokens = 0
+        total = 0.0
+        for batch in batches:
+            split = [as_pair(line, name) for line in batch]
+            found = iter(task.score([pair for pair in split if pair is not None], others=others))
+            for pair in split:
+                scored = None if pair is None else next(found)
+                if scored is not None:
+                    pairs, tokens, total = pairs + 1, tokens + len(scored.tokens), total + scored.log_probability
+                if as_json:
+                    documents.append(as_document(pair, scored))
+                if target is not None or not as_json:
+                    output.write(as_line(scored) + "\n")
+            output.flush()
+    perplexity = math.exp(-total / tokens) if tokens else None
+    if as_json:
+        numbers = {"log_probability": total, "tokens": tokens, "perplexity": perplexity}
+        console.document({"run": names[0], "others": names[1:], **numbers, "pairs": documents})
+    if perplexity is not None:
+        console.note(
+            f"perplexity {perplexity:.4f} per token: {console.count(pairs, 'pair')},"
+            f" {console.count(tokens, 'token')}, log-probability {total:.4f}"
+        )
+
+
+def as_pair(line: sentences.Line, name: str) -> tuple[str, str] | None:
+    """Return the sentence and its translation on a line, None for a blank one; raise UserError for any other."""
+    if not line.text.strip():
+        return None
+    parts = line.text.split("\t")
+    if len(parts) != 2:
+        seen = "no tab" if len(parts) == 1 else f"{len(parts) - 1} tabs"
+        raise UserError(
+            f"{name}: line {line.number} has {seen}, not one",
+            hint="a line is a sentence, a tab and its translation, as `paste a.txt b.txt` makes them",
+        )
+    return parts[0], parts[1]
+
+
+def as_line(scored: "ScoredPair | None") -> str:
+    """Return the line to print for a pair."""
+    return "" if scored is None else f"{scored.log_probability:.4f}\t{len(scored.tokens)}\t{scored.perplexity:.4f}"
+
+
+def as_document(pair: tuple[str, str] | None, scored: "ScoredPair | None") -> dict[str, Any]:
+    """Return a pair as `--json` prints it."""
+    source, target = pair or ("", "")
+    return {
+        "source": source,
+        "target": target,
+        "log_probability": 0.0 if scored is None else scored.log_probability,
+        "perplexity": None if scored is None else scored.perplexity,
+        "tokens": [] if scored is None else scored.tokens,
+        "token_log_probabilities": [] if scored is None else scored.token_log_probabilities,
+    }

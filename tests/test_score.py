@@ -1,0 +1,102 @@
+"""`dl7 score`: what a translator says of given translations, checked against its search and by hand."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from running import dl7, succeed
+
+SENTENCES = ("red blue big small", "old new small red", "new")
+
+
+def test_the_best_translation_has_the_probability_that_search_gives_it(translator: Path, tmp_path: Path) -> None:
+    found = succeed("translate", *SENTENCES, "--json", cwd=translator).document["translations"]
+    (tmp_path / "pairs.tsv").write_text("".join(f"{one['source']}\t{one['text']}\n" for one in found), encoding="utf-8")
+    given = ("--input", str(tmp_path / "pairs.tsv"))
+    document = succeed("score", *given, "--json", cwd=translator).document
+    assert (document["run"], document["others"]) == ("runs/seq2seq-1", [])
+    for one, pair in zip(found, document["pairs"], strict=True):
+        assert (pair["source"], pair["target"], pair["tokens"]) == (one["source"], one["text"], one["tokens"])
+        assert pair["log_probability"] == pytest.approx(one["log_probability"], abs=1e-4)
+        assert pair["token_log_probabilities"] == pytest.approx(one["token_log_probabilities"], abs=1e-4)
+        assert pair["perplexity"] == pytest.approx(math.exp(-pair["log_probability"] / len(pair["tokens"])))
+    total = sum(pair["log_probability"] for pair in document["pairs"])
+    tokens = sum(len(pair["tokens"]) for pair in document["pairs"])
+    assert (document["log_probability"], document["tokens"]) == (pytest.approx(total), tokens)
+    assert document["perplexity"] == pytest.approx(math.exp(-total / tokens))
+    shown = succeed("score", *given, cwd=translator)
+    expected = [[pair["log_probability"], len(pair["tokens"]), pair["perplexity"]] for pair in document["pairs"]]
+    for row, pair in zip(numbers(shown.out), expected, strict=True):
+        assert row == pytest.approx(pair, abs=2e-3)
+    said = re.fullmatch(r"perplexity (.+) per token: 3 pairs, (\d+) tokens, log-probability (.+)\n", shown.err)
+    assert said is not None
+    assert [*map(float, said.groups())] == pytest.approx([document["perplexity"], tokens, total], abs=2e-3)
+
+
+def test_what_it_learnt_is_more_probable_than_the_same_words_of_another(translator: Path) -> None:
+    lines = ["red blue\trot blau", "red blue\tgroß klein"]
+    right, wrong = (
+        float(line.split("\t")[0])
+        for line in succeed("score", cwd=translator, stdin="\n".join(lines).encode()).out.splitlines()
+    )
+    assert right > wrong
+
+
+def numbers(text: str) -> list[list[float]]:
+    """What stands on each line. The last digits of float32 depend on how many are run at once, and on the machine."""
+    return [[*map(float, line.split("\t"))] if line else [] for line in text.split("\n")[:-1]]
+
+
+def test_one_line_in_one_line_out(translator: Path, tmp_path: Path) -> None:
+    pairs = ["red\trot", "", "big old\talt", " \t ", "red\t"]
+    alone = [numbers(succeed("score", cwd=translator, stdin=f"{pair}\n".encode()).out) for pair in pairs]
+    assert alone[1] == alone[3] == [[]], "a blank line stays blank"
+    assert alone[4][0][1] == 1, "of a translation that is empty only its end is counted"
+    written = succeed("score", "--output", str(tmp_path / "out"), cwd=translator, stdin="\n".join(pairs).encode())
+    assert written.out == ""
+    outputs = [(tmp_path / "out").read_text(encoding="utf-8")]
+    for data in ("\n".join(pairs), "\ufeff" + "\r\n".join(pairs) + "\r\n"):
+        outputs.append(succeed("score", cwd=translator, stdin=data.encode()).out)
+    for output in outputs:
+        for together, (single,) in zip(numbers(output), alone, strict=True):
+            assert together == pytest.approx(single, abs=2e-3)
+    documents = succeed("score", "--json", cwd=translator, stdin="\n".join(pairs).encode()).document["pairs"]
+    assert [pair["perplexity"] is None for pair in documents] == [False, True, False, True, False]
+    nothing = succeed("score", cwd=translator)
+    assert (nothing.out, nothing.err) == ("", "")
+    assert succeed("score", "--json", cwd=translator).document["perplexity"] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b"red rot", "line 3 has no tab, not one\nhint: "),
+        (b"red\trot\t1", "line 3 has 2 tabs, not one\nhint: "),
+        (b"red\tr\xf6t", "line 3 is not UTF-8 (byte 6 is 0xf6)\nhint: "),
+    ],
+)
+def test_wrong_lines_are_told_by_their_number(line: bytes, expected: str, translator: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.tsv").write_bytes(b"red\trot\n\n" + line + b"\nred\trot\n")
+    (tmp_path / "out").write_text("as it was", encoding="utf-8")
+    files = ("--input", str(tmp_path / "in.tsv"), "--output", str(tmp_path / "out"))
+    failed = dl7("score", *files, cwd=translator)
+    assert (failed.code, failed.out) == (1, "")
+    assert f"error: {tmp_path / 'in.tsv'}: {expected}" in failed.err
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "as it was"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_ensemble_is_the_mean_of_its_members(translator: Path) -> None:
+    """Token by token, of probabilities; the second member is the checkpoint of the last epoch."""
+    data = b"red blue big\trot gro\xc3\x9f\nold\tneu\n"
+    members = [("--run", "runs/seq2seq-1/best"), ("--run", "runs/seq2seq-1/last")]
+    alone = [succeed("score", *member, "--json", cwd=translator, stdin=data).document for member in members]
+    both = succeed("score", *members[0], *members[1], "--json", cwd=translator, stdin=data).document
+    for number, pair in enumerate(both["pairs"]):
+        values = [one["pairs"][number]["token_log_probabilities"] for one in alone]
+        expected = [math.log((math.exp(one) + math.exp(other)) / 2) for one, other in zip(*values, strict=True)]
+        assert pair["token_log_probabilities"] == pytest.approx(expected, abs=1e-5)
+    assert both["others"] == ["runs/seq2seq-1"]
+    assert json.dumps(both["pairs"]) != json.dumps(alone[0]["pairs"])

@@ -1,0 +1,272 @@
+"""The data of translation: vocabularies, the order in which a source is read, and subwords drawn at random."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dl7cli import checkpoint, tasks
+from dl7cli.checkpoint import Checkpoint, Progress
+from dl7cli.data.vocabulary import EOS, PAD
+from dl7cli.device import Runtime
+from dl7cli.errors import UserError
+from dl7cli.metrics import bleu
+from dl7cli.recipe import resolve
+from dl7cli.tasks.translation import PairBatch, Translation
+
+CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
+SAMPLED = "data.subword_sampling=0.3"
+SEPARATE = ("data.joint=false", "model.tied=output")
+ORDERS: dict[str, Callable[[list[int]], list[int]]] = {
+    "forward": lambda ids: ids,
+    "reversed": lambda ids: ids[::-1],
+    "doubled": lambda ids: ids + ids,
+}
+
+
+@pytest.fixture
+def build(tiny: dict[str, Path]) -> Callable[..., Translation]:
+    """`build(*overrides)` is the task of a tiny recipe whose model answers differently from sentence to sentence."""
+
+    def make(*overrides: str, **options: Any) -> Translation:
+        task = tasks.build(resolve(str(tiny["seq2seq"]), overrides, **options).recipe, runtime=CPU)
+        assert isinstance(task, Translation)
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for parameter in task.model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            output_bias = task.model.get_parameter("output_bias")
+            output_bias[EOS] -= 4
+        return task
+
+    return make
+
+
+@pytest.fixture
+def capitals(tiny: dict[str, Path], tmp_path: Path) -> Path:
+    """Pairs of letters, every other one a capital."""
+    folder = tmp_path / "capitals"
+    folder.mkdir()
+    for file in (tiny["seq2seq"].parent / "pairs").iterdir():
+        letters = file.read_text().translate(str.maketrans("0123456789", "AbCdEfGhIj"))
+        (folder / file.name).write_text(letters)
+    return folder
+
+
+def sides(task: Translation, batch: PairBatch) -> list[tuple[list[int], list[int]]]:
+    """The ids of each pair without padding and eos."""
+    targets = [[one for one in row if one != PAD][:-1] for row in batch.target.tolist()]
+    sources = [row[: length - 1] for row, length in zip(batch.source.tolist(), batch.lengths.tolist(), strict=True)]
+    return list(zip(sources, targets, strict=True))
+
+
+def same(one: PairBatch, other: PairBatch) -> bool:
+    return all(first.shape == second.shape and torch.equal(first, second) for first, second in zip(one, other))  # noqa: B905
+
+
+# Vocabularies
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "word", "character"])
+@pytest.mark.parametrize("joint", [True, False])
+def test_pairs_and_translations_are_of_their_own_vocabulary(
+    kind: str, joint: bool, build: Callable[..., Translation], tmp_path: Path
+) -> None:
+    for name in ("train", "validation", "test"):
+        (tmp_path / f"{name}.en").write_text("one two\nthree four five\nsix six\n" * 3)
+        (tmp_path / f"{name}.de").write_text("ä öü\nß äß\nüüü ö\n" * 3)
+    task = build(f"data.vocabulary={kind}", *(() if joint else SEPARATE), data=str(tmp_path))
+    source, target = task.source_vocabulary, task.target_vocabulary
+    assert (source is target) == joint
+    assert (source.encode("ä")[-1] > EOS) == joint
+    assert task.model.get_parameter("output_bias").shape == (len(target),)
+    pairs = task._splits()["train"]
+    for batch in task.batches(0):
+        assert {(source.decode(one), target.decode(other)) for one, other in sides(task, batch)} <= set(pairs)
+        task.loss(batch)[0].backward()
+    found = task.translate(["one two", "six"])
+    assert any(line.text for line in found)
+    for line in found:
+        letters = set("äöüß" + "onetwhrfuivsx " * joint + " ")
+        assert set(line.text) <= letters
+        assert "".join(line.source_tokens).replace("▁", "").startswith(("onetwo", "six"))
+
+
+@pytest.mark.parametrize("separate", [(), SEPARATE])
+def test_a_checkpoint_brings_its_vocabularies(
+    separate: tuple[str, ...], build: Callable[..., Translation], tmp_path: Path
+) -> None:
+    task = build(*separate)
+    assert ("target_vocabulary" in task.assets) == bool(separate)
+    saved = Checkpoint(task.recipe, task.assets, task.model.state_dict(), {}, Progress(), {})
+    checkpoint.save(tmp_path / "checkpoint", saved)
+    found = tasks.load(tmp_path / "checkpoint", runtime=CPU)
+    assert isinstance(found, Translation)
+    lines = ["1 2 3 4", "7 7"]
+    assert found.translate(lines) == task.translate(lines)
+    assert (found.source_vocabulary is found.target_vocabulary) == (not separate)
+
+
+def test_a_joint_vocabulary_is_asked_for_by_what_needs_it(tiny: dict[str, Path]) -> None:
+    for key in ("model.tied=all", "model.copying=true"):
+        with pytest.raises(UserError, match="`model` is"):
+            resolve(str(tiny["seq2seq"]), [*SEPARATE, key])
+
+
+@pytest.mark.parametrize("kind", ["word", "character"])
+def test_only_subwords_are_sampled(kind: str, tiny: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="only subwords can be sampled"):
+        resolve(str(tiny["seq2seq"]), [SAMPLED, f"data.vocabulary={kind}"])
+
+
+# Subwords drawn at random
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("separate", [(), SEPARATE])
+def test_sampled_batches_are_a_function_of_seed_epoch_and_number(
+    kind: str, separate: tuple[str, ...], build: Callable[..., Translation]
+) -> None:
+    overrides = (SAMPLED, f"data.vocabulary={kind}", *separate)
+    task, plain = build(*overrides), build(f"data.vocabulary={kind}", *separate)
+    every = list(task.batches(1))
+    assert len(every) == task.steps(1) == plain.steps(1) > 3
+    for start in range(len(every) + 1):  # as after a run that was stopped there
+        rest = list(build(*overrides).batches(1, start))
+        assert all(same(one, other) for one, other in zip(rest, every[start:], strict=True))
+    for others in (task.batches(2), build(*overrides, seed=2).batches(1), plain.batches(1)):
+        assert not any(same(one, other) for one, other in zip(every, others, strict=False))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_sampled_batches_hold_the_sentences_of_the_plan(kind: str, build: Callable[..., Translation]) -> None:
+    task, plain = build(SAMPLED, f"data.vocabulary={kind}"), build(f"data.vocabulary={kind}")
+    vocabulary = task.source_vocabulary
+    spellings = set()
+    for epoch in range(3):
+        for one, other in zip(task.batches(epoch), plain.batches(epoch), strict=True):
+            drawn, usual = sides(task, one), sides(task, other)
+            texts = [[tuple(map(vocabulary.decode, pair)) for pair in pairs] for pairs in (drawn, usual)]
+            assert texts[0] == texts[1]
+            spellings |= {tuple(source) for source, _ in drawn}
+    assert len(spellings) > 2 * 40  # for 40 sentences
+
+
+def test_what_is_drawn_longer_than_the_limit_is_taken_as_it_is(build: Callable[..., Translation]) -> None:
+    task = build("data.subword_sampling=1.0", "data.max_length=10")
+    vocabulary = task.source_vocabulary
+    lengths = {True: 0, False: 0}
+    for batch in task.batches(0):
+        for pair in sides(task, batch):
+            for ids in pair:
+                letters = list("▁" + vocabulary.decode(ids).replace(" ", "▁"))
+                assert len(ids) <= 10
+                lengths[len(letters) > 10] += 1
+                assert vocabulary.pieces(ids) == (
+                    vocabulary.pieces(vocabulary.encode(vocabulary.decode(ids))) if len(letters) > 10 else letters
+                )
+    assert min(lengths.values()) > 5, "some are too long and some are not"
+
+
+def test_neither_scores_nor_translations_are_sampled(build: Callable[..., Translation]) -> None:
+    task, plain = build(SAMPLED), build()
+    assert task.translate(["1 2 3"]) == plain.translate(["1 2 3"])
+    assert task.evaluate("test") == plain.evaluate("test")
+
+
+# The order in which a source is read
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_source_is_read_in_one_order_everywhere(order: str, build: Callable[..., Translation]) -> None:
+    task, plain = build(f"data.source_order={order}"), build()
+    assert task.model.state_dict().keys() == plain.model.state_dict().keys()
+    read = ORDERS[order]
+    seen: list[tuple[Tensor, Tensor]] = []
+    encode = task.model.encode
+    task.model.encode = lambda source, lengths: (seen.append((source, lengths)), encode(source, lengths))[1]  # type: ignore
+    usual = {tuple(source): target for batch in plain.batches(0) for source, target in sides(plain, batch)}
+    batches = list(task.batches(0))
+    assert {tuple(source): target for batch in batches for source, target in sides(task, batch)} == {
+        tuple(read(list(source))): target for source, target in usual.items()
+    }
+    assert max(batch.source.numel() for batch in batches) <= 60, "batch_tokens counts what is read"
+    vocabulary = task.source_vocabulary
+    expected = [*read(vocabulary.encode("1 2 3")), EOS]
+    decoding = task.recipe.decoding.updated(beam=1)
+    for use in (
+        lambda: task.translate(["1 2 3"], decoding, attention=True),
+        lambda: task.score([("1 2 3", "4")]),
+    ):
+        seen.clear()
+        use()
+        assert [(source.tolist(), lengths.tolist()) for source, lengths in seen] == [([expected], [len(expected)])]
+    line = task.translate(["1 2 3"], decoding, attention=True)[0]
+    assert line.source_tokens == vocabulary.pieces(expected) == task.source_tokens(vocabulary.encode("1 2 3"))
+    assert line.alternatives[0].attention is not None
+    assert line.alternatives[0].attention.shape == (len(line.alternatives[0].tokens), len(expected))
+    again = task.score([("1 2 3", line.text)])[0]
+    if again.tokens == line.alternatives[0].tokens:
+        assert again.log_probability == pytest.approx(line.alternatives[0].log_probability, abs=1e-4)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_limit_is_of_the_sentence_itself(order: str, build: Callable[..., Translation]) -> None:
+    task = build(f"data.source_order={order}", "data.max_length=8", "data.vocabulary=word")
+    within, beyond = task.translate(["1 2 3 4 5 6 7 8", "1 2 3 4 5 6 7 8 9"])
+    assert (within.cut, beyond.cut) == (False, True)
+    assert (beyond.text, beyond.source_tokens) == (within.text, within.source_tokens), "the end is cut off"
+    assert len(within.source_tokens) == len(ORDERS[order]([0] * 8)) + 1
+    assert len(task._training_pairs()) == 40
+
+
+def test_a_translation_is_as_long_as_its_source_lets_it_be_however_often_that_is_read(
+    build: Callable[..., Translation],
+) -> None:
+    longest = []
+    for order in ORDERS:
+        task = build(f"data.source_order={order}", "data.vocabulary=word")
+        with torch.no_grad():
+            task.model.get_parameter("output_bias")[EOS] = -1e4
+        (line,) = task.translate(["1 2 3"], task.recipe.decoding.updated(beam=1))
+        longest.append(len(line.alternatives[0].tokens))
+    assert len(set(longest)) == 1
+
+
+# Lower case
+
+
+def test_lower_case_is_read_and_written_and_the_references_stay(
+    build: Callable[..., Translation], capitals: Path
+) -> None:
+    task = build("data.lowercase=true", data=str(capitals))
+    assert "".join(task.source_vocabulary.pieces(range(4, len(task.source_vocabulary)))).islower()
+    assert task.translate(["A b C"]) == task.translate(["A B C"]) == task.translate(["a b c"])
+    pairs = task._splits()["test"]
+    assert not any(target.islower() for _, target in pairs)
+    texts = [line.text for line in task.translate([source for source, _ in pairs])]
+    assert all(text == text.lower() for text in texts)
+    assert task.evaluate("test") == bleu(texts, [target for _, target in pairs])
+    pairs[:] = [(source, text) for (source, _), text in zip(pairs, texts, strict=True)]
+    assert task.evaluate("test").score == pytest.approx(100)
+    assert task.score([("A B", "C d")]) == task.score([("a b", "c D")])
+    cased = build(data=str(capitals))
+    assert cased.source_vocabulary.encode("A") != cased.source_vocabulary.encode("a")
+    batches = zip(task.batches(0), build("data.lowercase=true", SAMPLED, data=str(capitals)).batches(0), strict=True)
+    for one, sampled in batches:
+        texts = [[task.source_vocabulary.decode(ids) for ids, _ in sides(task, batch)] for batch in (one, sampled)]
+        assert texts[0] == texts[1] == [text.lower() for text in texts[0]]
+
+
+def test_two_keys_turn_the_direction_round(tiny: dict[str, Path]) -> None:
+    keys = ["data.source_language=de", "data.target_language=en"]
+    there, back = (
+        tasks.build(resolve(str(tiny["seq2seq"]), overrides).recipe, runtime=CPU) for overrides in ([], keys)
+    )
+    assert isinstance(there, Translation)
+    assert isinstance(back, Translation)
+    for split in ("train", "validation", "test"):
+        assert back._splits()[split] == [(target, source) for source, target in there._splits()[split]]
