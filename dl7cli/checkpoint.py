@@ -6,6 +6,7 @@ A folder `last` is written as `last.new` and synced; then `last` is renamed to `
 anywhere is found before it is used. There is no pickle in it, and no name in it is imported or evaluated.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -148,6 +149,16 @@ def load(folder: Path, *, training: bool = False) -> Checkpoint:
             if _identity(folder) == before:
                 raise
     return _read(folder, training)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint. Killed meanwhile, it leaves the whole checkpoint or a folder that is none.
+
+    What keeps it from going (a reader, over NFS) is no reason to stop a training: whoever asks again goes on with it.
+    """
+    with contextlib.suppress(OSError):
+        (folder / _INDEX).unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def _read(folder: Path, training: bool) -> Checkpoint:

@@ -343,6 +343,8 @@ class Training(Section):
     """A checkpoint is written after every epoch and at least this often."""
     ema_decay: Fraction = 0.0
     """Validated and used is a moving average of the weights, this much of it the one before; 0: none."""
+    keep_last: Annotated[int, Field(ge=0, le=1000)] = 0
+    """How many of the last epochs keep a checkpoint for `dl7 average`, each as large on disk as `best`; 0: none."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
 
 
@@ -364,6 +366,11 @@ class PairTraining(Training):
     """Most subwords in a batch, of source or of target, padding included."""
     coverage_weight: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Of the coverage loss of See et al. 2017, eq. 12 and 13, with `model.coverage`; there 1."""
+    select: Literal["bleu", "chrf", "loss"] = "bleu"
+    """What the best epoch is chosen by: BLEU or chrF of greedy translations, or the least cross-entropy of a subword.
+
+    All are of the validation split; the cross-entropy is without label smoothing.
+    """
 
 
 class Optim(Section):

@@ -1,7 +1,7 @@
 """Run folders: made, locked and found, and the small files that a training and its evaluations leave in them.
 
-Of the two checkpoint folders, `last` and `best`, it knows when they were written, not what is in them. POSIX
-only: the lock is `flock`.
+Of the checkpoint folders, `last`, `best`, those of the last epochs and their `average`, it knows where they are and
+when they were written, not what is in them. POSIX only: the lock is `flock`.
 """
 
 import contextlib
@@ -59,6 +59,15 @@ class Run:
         return self.folder / "best"
 
     @property
+    def average(self) -> Path:
+        """The mean of the checkpoints of several epochs."""
+        return self.folder / "average"
+
+    def epoch(self, number: int) -> Path:
+        """The checkpoint of an epoch, counted from 1, where those of the last ones are kept."""
+        return self.folder / f"epoch-{number:04d}"
+
+    @property
     def recipe_file(self) -> Path:
         return self.folder / "recipe.toml"
 
@@ -76,11 +85,13 @@ class Summary:
     epochs: int
     """Epochs finished."""
     primary: str | None
-    """Which score the next two are: `accuracy` (a fraction) or `bleu` (0 to 100)."""
+    """Which score the next one is, such as `accuracy` (a fraction) or `bleu` (0 to 100)."""
     best: float | None
     """The best on the validation split."""
     test: float | None
     """On the test split, at the end of training."""
+    test_primary: str | None
+    """Which score that is: a run may be chosen by another than it is judged by."""
     evaluation: dict[str, Any] | None
     """The newest record of `append_evaluation`."""
 
@@ -170,6 +181,13 @@ def read_recipe(run: Run) -> Recipe:
 def listing() -> list[Summary]:
     """What the files of each run under `runs/` say, the oldest run first; damaged files count as missing."""
     return [_summary(run) for run in sorted(_runs(), key=lambda run: (_time(run.recipe_file), run.name))]
+
+
+def epochs(run: Run, *, torn: bool = False) -> dict[int, Path]:
+    """The checkpoints of single epochs by their number, the oldest first; `torn`: also what a kill has left of one."""
+    pattern = re.compile(r"epoch-(\d{4,})", re.ASCII)
+    named = {int(match[1]): path for path in run.folder.iterdir() if (match := pattern.fullmatch(path.name))}
+    return {number: path for number, path in sorted(named.items()) if torn or _holds(path)}
 
 
 def append_metrics(run: Run, record: dict[str, Any]) -> None:
@@ -388,6 +406,8 @@ def _summary(run: Run) -> Summary:
     named = (record.get("primary") for record in [*closed, result or {}])
     primary = next((name for name in named if isinstance(name, str)), None)
     scores = [value for record in closed if (value := _score(record, primary)) is not None]
+    tested = result if result and result.get("split") == "test" else {}
+    test_primary = name if isinstance(name := tested.get("primary"), str) else None
     return Summary(
         name=run.name,
         recipe=recipe.name if recipe else None,
@@ -397,7 +417,8 @@ def _summary(run: Run) -> Summary:
         epochs=max((epoch for record in closed if isinstance(epoch := record.get("epoch"), int)), default=0),
         primary=primary,
         best=max(scores, default=None),
-        test=_score(result, primary) if result and result.get("split") == "test" else None,
+        test=_score(tested, test_primary),
+        test_primary=test_primary,
         evaluation=next(reversed(evaluations(run)), None),
     )
 

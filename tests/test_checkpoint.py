@@ -633,3 +633,18 @@ def test_a_disk_that_syncs_no_folders_is_good_enough(tmp_path: Path, monkeypatch
 def test_a_checkpoint_can_be_named_from_inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     assert_same(checkpoint.load(Path(), training=True), example())
+
+
+def test_what_cannot_be_removed_is_no_checkpoint_any_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = shutil.rmtree
+
+    def rmtree(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    checkpoint.remove(folder)
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        checkpoint.load(folder)
+    monkeypatch.setattr(shutil, "rmtree", real)
+    checkpoint.remove(folder)
+    assert not folder.exists()

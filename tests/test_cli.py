@@ -28,7 +28,8 @@ COMMON = "--device --gpus --precision --offline --json"
 SURFACE = {
     "": "--version",
     "train": f"RECIPE --data --set --seed --out --resume {COMMON}",
-    "eval": f"RUN --split --data --beam --length-penalty --plot {COMMON}",
+    "eval": f"RUN --split --data --beam --length-penalty --rouge --output --plot {COMMON}",
+    "average": f"RUN --last {COMMON}",
     "translate": "TEXT --run --input --jsonl --output --beam --length-penalty --n-best --sample --seed --prefix "
     f"--set --attention {COMMON}",
     "score": f"--run --input --output {COMMON}",
@@ -328,7 +329,7 @@ def test_train_prints_one_object_and_tells_the_rest_on_standard_error(work: Path
 
 
 def test_train_names_score_split_and_data(work: Path, pairs: Path) -> None:
-    score, signature = (work / "seq2seq.out").read_text(encoding="utf-8").splitlines()
+    score, signature, *_ = (work / "seq2seq.out").read_text(encoding="utf-8").splitlines()
     assert re.fullmatch(rf"BLEU \d+\.\d\d on the test split of {pairs} \(6 sentence pairs, \d+s\)", score)
     assert re.fullmatch(r"signature nrefs:1\|.*version:.*", signature)
     assert 'dl7 translate --run runs/seq2seq-1 --beam 5 "…"' in (work / "seq2seq.err").read_text(encoding="utf-8")

@@ -1,6 +1,8 @@
-"""Accuracy against counting by hand, BLEU against the command line of sacrebleu."""
+"""Accuracy against counting by hand, BLEU and its like against sacrebleu's command line, ROUGE against its paper."""
 
+import itertools
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -10,9 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from dl7cli.metrics import Scores, accuracy, bleu, classification, expected_calibration_error, wilson_interval
+from dl7cli.metrics import (
+    Scores,
+    accuracy,
+    bleu,
+    chrf,
+    classification,
+    expected_calibration_error,
+    rouge,
+    translation,
+    wilson_interval,
+)
 
 REFERENCES = [
     "Ein Mann mit einem orangefarbenen Hut, der etwas anstarrt.",
@@ -30,14 +44,27 @@ HYPOTHESES = [
 ]
 
 
-def command_line(hypotheses: list[str], references: list[str], folder: Path) -> tuple[float, str]:
-    """The score and the signature that `sacrebleu` prints for two files."""
+SOURCES = ["one two three four five", "one two three four five six", "", "w " * 50, "w " * 51]
+
+
+def command_line(hypotheses: list[str], references: list[str], folder: Path, *flags: str) -> Any:
+    """What `sacrebleu` prints for two files."""
     for name, lines in (("hypotheses", hypotheses), ("references", references)):
         (folder / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    command = ["-m", "sacrebleu", "references", "-i", "hypotheses", "-m", "bleu", "-f", "json", "-w", "14"]
+    command = [
+        "-m",
+        "sacrebleu",
+        "references",
+        "-i",
+        "hypotheses",
+        "-f",
+        "json",
+        "-w",
+        "14",
+        *(flags or ("-m", "bleu")),
+    ]
     result = subprocess.run([sys.executable, *command], cwd=folder, check=True, capture_output=True, encoding="utf-8")
-    answer = json.loads(result.stdout)
-    return answer["score"], answer["signature"]
+    return json.loads(result.stdout)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +74,9 @@ def command_line(hypotheses: list[str], references: list[str], folder: Path) -> 
 )
 def test_bleu_is_that_of_the_command_line(hypotheses: list[str], tmp_path: Path) -> None:
     scores = bleu(hypotheses, REFERENCES)
-    score, signature = command_line(hypotheses, REFERENCES, tmp_path)
-    assert scores.values == {"bleu": pytest.approx(score, abs=1e-12)}
-    assert scores.signature == signature
+    printed = command_line(hypotheses, REFERENCES, tmp_path, "-m", "bleu")
+    assert scores.values == {"bleu": pytest.approx(printed["score"], abs=1e-12)}
+    assert scores.signature == printed["signature"]
     assert scores.primary == "bleu"
     assert scores.examples == 5
 
@@ -70,10 +97,93 @@ def test_bleu_is_cased_and_signed() -> None:
 
 
 def test_bleu_of_unequal_numbers_or_of_nothing() -> None:
-    with pytest.raises(ValueError, match="2 hypotheses but 1 references"):
-        bleu(["ein", "zwei"], ["ein"])
-    with pytest.raises(ValueError, match="no sentences"):
-        bleu([], [])
+    for score in (bleu, chrf, lambda *texts: translation(["one"], *texts)):
+        with pytest.raises(ValueError, match="2 hypotheses but 1 references"):
+            score(["ein", "zwei"], ["ein"])
+        with pytest.raises(ValueError, match="of no sentences"):
+            score([], [])
+
+
+@pytest.mark.parametrize("hypotheses", [HYPOTHESES, REFERENCES, [""] * 5], ids=["near", "equal", "empty"])
+def test_every_score_of_a_translation_is_that_of_the_command_line(hypotheses: list[str], tmp_path: Path) -> None:
+    scores = translation(SOURCES, hypotheses, REFERENCES)
+    details = scores.details
+    json.dumps(details, allow_nan=False)
+    printed = command_line(hypotheses, REFERENCES, tmp_path, "-m", "bleu", "chrf", "ter")
+    own = {"bleu": scores.values["bleu"], "chrf": scores.values["chrf"], "ter": details["ter"]}
+    for (name, value), told in zip(own.items(), printed, strict=True):
+        assert value == pytest.approx(told["score"], abs=1e-12)
+        assert details["signatures"][name] == told["signature"]
+    lowercase = command_line(hypotheses, REFERENCES, tmp_path, "-m", "bleu", "-lc")
+    assert scores.values["bleu_lowercase"] == pytest.approx(lowercase["score"], abs=1e-12)
+    assert details["signatures"]["bleu_lowercase"] == lowercase["signature"]
+    resampled = command_line(hypotheses, REFERENCES, tmp_path, "-m", "bleu", "--confidence")
+    assert details["signatures"]["bleu_interval"] == resampled["signature"]
+    mean, half = resampled.get("confidence_mean", 0), resampled.get("confidence_var", 0)
+    assert details["bleu_interval"] == pytest.approx([max(0, mean - half), mean + half])
+    assert f"BP = {details['brevity_penalty']:.3f} ratio = {details['length_ratio']:.3f}" in printed[0]["verbose_score"]
+    assert set(scores.values) == {"bleu", "bleu_lowercase", "chrf"}
+    assert (scores.primary, scores.signature, scores.examples) == ("bleu", printed[0]["signature"], 5)
+    assert chrf(hypotheses, REFERENCES) == Scores("chrf", {"chrf": own["chrf"]}, 5, details["signatures"]["chrf"])
+
+
+def test_texts_too_long_for_ter_have_none() -> None:
+    for words, there in ((30, True), (31, False)):
+        details = translation(["one"] * 2, ["ein"] * 2, ["ein " * 10, "ein " * (2 * words - 10)]).details
+        assert (details["ter"] is not None, details["signatures"]["ter"] is not None) == (there, there)
+
+
+def test_sources_are_grouped_by_their_words() -> None:
+    groups = translation(SOURCES, HYPOTHESES, REFERENCES).details["source_lengths"]
+    chosen = {(0, 5): [0, 2], (6, 10): [1], (31, 50): [3], (51, None): [4]}  # 15, 20 and 30 words: none
+    assert [(group["from"], group["to"], group["sentences"]) for group in groups] == [
+        (*ends, len(numbers)) for ends, numbers in chosen.items()
+    ]
+    for group, numbers in zip(groups, chosen.values(), strict=True):
+        some = [[texts[number] for number in numbers] for texts in (HYPOTHESES, REFERENCES)]
+        assert group["bleu"] == bleu(*some).score
+
+
+def test_text_that_looks_tokenised_is_spoken_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="sacrebleu"):
+        translation(["one"] * 100, ["ein Haus ."] * 100, ["ein Haus."] * 100)
+    assert [record.message for record in caplog.records].count(
+        "That's 100 lines that end in a tokenized period ('.')"
+    ) == 1
+
+
+def test_rouge_is_that_of_the_paper() -> None:
+    """Lin 2004, §3.1: of equal length, so that precision, recall and F1 are one."""
+    reference = "Police killed the gunman."
+    one, other = "police kill the gunman", "the gunman kill police"
+    assert rouge([one], [reference]) == pytest.approx({"rouge_1": 75, "rouge_2": 100 / 3, "rouge_l": 75})
+    assert rouge([other], [reference]) == pytest.approx({"rouge_1": 75, "rouge_2": 100 / 3, "rouge_l": 50})
+    assert rouge([one, other], [reference] * 2)["rouge_l"] == pytest.approx(62.5)
+
+
+def test_rouge_worked_out_by_hand() -> None:
+    # `the` counts once, as in the reference: precision 1/3, recall 1/2.
+    assert rouge(["the the the"], ["The cat"]) == pytest.approx({"rouge_1": 40, "rouge_2": 0, "rouge_l": 40})
+    # The shared: 5 of 6 and 7 words; `on the`, `the mat` of 5 and 6 pairs; `cat sat on the mat` in order.
+    scores = rouge(["a cat sat, on the mat"], ["the black cat was on the mat"])
+    assert scores == pytest.approx({"rouge_1": 800 / 13, "rouge_2": 400 / 11, "rouge_l": 800 / 13})
+    assert rouge(["", "ein", "…"], ["ein", "", "…"]) == {"rouge_1": 0, "rouge_2": 0, "rouge_l": 0}
+    assert rouge(["Größe_1"], ["größe 1"])["rouge_l"] == 100
+
+
+@given(st.text("abc", max_size=6), st.text("abc", max_size=6))
+def test_the_longest_common_subsequence_is_the_longest_of_all(one: str, other: str) -> None:
+    def subsequences(text: str) -> set[str]:
+        return {"".join(chosen) for size in range(len(text) + 1) for chosen in itertools.combinations(text, size)}
+
+    longest = max(len(text) for text in subsequences(one) & subsequences(other))
+    total = len(one) + len(other)
+    assert rouge([" ".join(one)], [" ".join(other)])["rouge_l"] == pytest.approx(200 * longest / max(total, 1))
+
+
+def test_rouge_is_there_where_it_is_asked_for() -> None:
+    values = translation(SOURCES, HYPOTHESES, REFERENCES, with_rouge=True).values
+    assert {name: values[name] for name in ("rouge_1", "rouge_2", "rouge_l")} == rouge(HYPOTHESES, REFERENCES)
 
 
 def test_accuracy_counted_by_hand() -> None:

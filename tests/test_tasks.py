@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dl7cli import checkpoint, tasks
+from dl7cli import checkpoint, metrics, tasks
 from dl7cli.checkpoint import Checkpoint, Progress
 from dl7cli.data import augmentation
 from dl7cli.data.images import ImageSet, read_images
@@ -685,7 +685,8 @@ def test_bleu_is_of_the_translations(build: Callable[..., Any]) -> None:
     pairs = task._splits()["test"]
     decoding = task.recipe.decoding.updated(beam=3, length_penalty=1.0)
     texts = [task.translate([source], decoding)[0].text for source, _ in pairs]
-    assert task.evaluate("test", decoding) == bleu(texts, [target for _, target in pairs])
+    sources, targets = zip(*pairs, strict=True)
+    assert task.evaluate("test", decoding) == metrics.translation(sources, texts, targets)
     sources = [source for source, _ in task._splits()["validation"]]
     greedy = [line.text for line in task.translate(sources, decoding.updated(beam=1))]
     assert task.validate() == bleu(greedy, [target for _, target in task._splits()["validation"]])
@@ -711,7 +712,8 @@ def test_text_is_translated_without_the_data_and_scored_on_other_data(tiny: dict
     elsewhere = tasks.load(folder, runtime=CPU, data=str(other))
     assert elsewhere.data_name == str(other)
     sources, targets = zip(*elsewhere._splits()["test"], strict=True)
-    assert elsewhere.evaluate("test") == bleu([line.text for line in task.translate(sources)], targets)
+    texts = [line.text for line in task.translate(sources)]
+    assert elsewhere.evaluate("test") == metrics.translation(sources, texts, targets)
 
 
 def test_weights_of_another_model_are_refused(build: Callable[..., Any]) -> None:

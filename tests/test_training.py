@@ -279,22 +279,23 @@ def test_the_best_epoch_is_that_of_validation(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_test_split_is_read_once(kind: str, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Classification if kind == "resnet" else Translation
+    owner, name = (Classification, "evaluate") if kind == "resnet" else (Translation, "translations")
     evaluated: list[str] = []
-    evaluate = kept.evaluate
+    evaluate = getattr(owner, name)
 
-    def counted(task: Any, split: str, **settings: Any) -> Scores:
+    def counted(task: Any, split: str, *settings: Any) -> Any:
         evaluated.append(split)
-        return evaluate(task, split, **settings)
+        return evaluate(task, split, *settings)
 
-    monkeypatch.setattr(kept, "evaluate", counted)
+    monkeypatch.setattr(owner, name, counted)
     run, result, _ = train(kind)
     assert evaluated == ["validation"] * 3 + ["test"]
     lines = runs.evaluations(run)
     assert len(lines) == 1
-    small = {name: value for name, value in result["details"].items() if name not in ("classes", "confusion")}
+    tables = ("classes", "confusion", "source_lengths")
+    small = {name: value for name, value in result["details"].items() if name not in tables}
     assert {key: lines[0][key] for key in result} == {**result, "details": small}
-    assert len(small) == (5 if kind == "resnet" else 0)
+    assert len(small) == 5
     assert lines[0]["split"] == "test"
 
 
@@ -467,7 +468,7 @@ def test_each_evaluation_is_a_line(train: Callable[..., Any], tiny: dict[str, Pa
     keys = ("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "details")
     assert tuple(again) == (*keys, "seconds")
     assert {key: again[key] for key in keys} == {key: result[key] for key in keys}
-    other = training.evaluate("run/last", split="validation", beam=1, length_penalty=0.5, runtime=CPU)
+    other = training.evaluate("run/last", split="validation", beams=[1], length_penalty=0.5, runtime=CPU)
     assert (other["split"], other["examples"]) == ("validation", 5)
     elsewhere = training.evaluate("run", data=str(tiny["seq2seq"].parent / "pairs"), split="train", runtime=CPU)
     assert elsewhere["examples"] == 40
@@ -481,7 +482,7 @@ def test_each_evaluation_is_a_line(train: Callable[..., Any], tiny: dict[str, Pa
 def test_a_classifier_has_no_beam_and_a_missing_split_is_named(train: Callable[..., Any]) -> None:
     run, result, _ = train("resnet", "training.epochs=1")
     with pytest.raises(UserError, match="is a classifier: it has no beam"):
-        training.evaluate("run", beam=5, runtime=CPU)
+        training.evaluate("run", beams=[5], runtime=CPU)
     with pytest.raises(UserError, match="has no split `dev`"):
         training.evaluate("run", split="dev", runtime=CPU)
     assert len(runs.evaluations(run)) == 1, "what failed is no reading"
@@ -494,7 +495,8 @@ def test_nothing_is_scored_that_could_not_be_noted(
 ) -> None:
     run, _, _ = train(kind, "training.epochs=1")
     scored: list[str] = []
-    monkeypatch.setattr(Classification if kind == "resnet" else Translation, "evaluate", scored.append)
+    owner, name = (Classification, "evaluate") if kind == "resnet" else (Translation, "translations")
+    monkeypatch.setattr(owner, name, scored.append)
     log = run.folder / "evaluations.jsonl"
     log.unlink()
     log.mkdir()
@@ -532,7 +534,7 @@ def test_what_was_done_to_the_data_is_told_before_scoring(
 
 def test_a_translator_has_no_confusion_matrix(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     run, _, _ = train("seq2seq", "training.epochs=1")
-    monkeypatch.setattr(Translation, "evaluate", None)
+    monkeypatch.setattr(Translation, "translations", None)
     with pytest.raises(UserError, match="is a translator: it has no confusion matrix"):
         training.evaluate("run", confusion=True, runtime=CPU)
     assert len(runs.evaluations(run)) == 1

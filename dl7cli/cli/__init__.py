@@ -12,6 +12,7 @@ import typer
 
 from dl7cli import __version__
 from dl7cli.cli import (
+    average,
     bench,
     classify,
     console,
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.command("train", epilog="Example: dl7 train resnet --set training.epochs=30 --seed 2")(train.train)
 app.command("eval", epilog="Example: dl7 eval runs/resnet-1 --split test")(evaluate.evaluate)
+app.command("average", epilog="Example: dl7 average runs/seq2seq-1 --last 5")(average.average)
 app.command("translate", epilog='Example: dl7 translate --beam 5 "A dog runs."')(translate.translate)
 app.command("score", epilog="Example: dl7 score --input pairs.tsv")(score.score)
 app.command("classify", epilog="Example: dl7 classify --run runs/resnet-1 cat.png")(classify.classify)

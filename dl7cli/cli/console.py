@@ -124,5 +124,6 @@ def duration(seconds: float) -> str:
 
 
 def score(primary: str, value: float) -> str:
-    """Return a score with its name: `accuracy 0.9151`, `BLEU 38.31`."""
-    return f"BLEU {value:.2f}" if primary == "bleu" else f"{primary} {value:.4f}"
+    """Return a score with its name: `accuracy 0.9151`, `BLEU 38.31`, `log-likelihood -1.4022`."""
+    name = {"bleu": "BLEU", "chrf": "chrF"}.get(primary)
+    return f"{primary.replace('_', '-')} {value:.4f}" if name is None else f"{name} {value:.2f}"

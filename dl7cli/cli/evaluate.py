@@ -1,14 +1,16 @@
 """`dl7 eval`: the score of a finished run."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from dl7cli.cli import console, figures, options
+from dl7cli.cli import console, figures, options, sentences
 
 MOST_CLASSES = 20
 WORST_CLASSES = 10
+_ROUGE = {"rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
 
 
 def evaluate(
@@ -18,8 +20,19 @@ def evaluate(
         typer.Option(help="Part of the data to read."),
     ] = "test",
     data: options.Data = None,
-    beam: options.Beam = None,
+    beam: Annotated[
+        str | None,
+        typer.Option(metavar="N[,N…]", help="Beam width, or several for a table of all; the recipe's if not given."),
+    ] = None,
     length_penalty: options.LengthPenalty = None,
+    rouge: Annotated[
+        bool,
+        typer.Option("--rouge", help="Score translations by ROUGE-1, ROUGE-2 and ROUGE-L besides, as for summaries."),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the translations to this file, one to a line, in the data's order."),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw a classifier's confusion matrix to a .png or .svg file."),
@@ -30,23 +43,36 @@ def evaluate(
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Print the accuracy or BLEU of a finished run, and how a classifier does on each class.
+    """Print the accuracy or BLEU of a finished run, and what explains it: classes, intervals, lengths.
 
-    Each reading is noted in the run's evaluations.jsonl; dl7 runs show counts them.
+    Each reading is noted in the run's evaluations.jsonl; dl7 runs show counts them. With several beams
+    each is a reading, and --json prints the keys of the first one and the list beams, an object for each:
+    beam, scores, details, and the seconds of translating.
     """
+    beams = parse_beams(beam)
+    if output is not None and len(beams) > 1:
+        raise typer.BadParameter("--output takes the translations of one beam; give --beam one width")
     from dl7cli import device as devices
     from dl7cli import training
 
     if plot is not None:
         figures.refuse_unwritable(plot)
     runtime = devices.choose(device, precision, gpus)
-    with console.display() as display:
+    with contextlib.ExitStack() as stack, console.display() as display:
+        stream = stack.enter_context(sentences.replacing(output)) if output is not None else None
+
+        def write(lines: list[str]) -> None:
+            assert stream is not None
+            stream.writelines(console.printable(line) + "\n" for line in lines)
+
         result = training.evaluate(
             run,
             split=split,
             data=data,
-            beam=beam,
+            beams=beams,
             length_penalty=length_penalty,
+            rouge=rouge,
+            write=write if output is not None else None,
             runtime=runtime,
             offline=offline,
             progress=display.progress,
@@ -54,8 +80,29 @@ def evaluate(
             confusion=plot is not None,
         )
     print_result(result, as_json)
+    if len(beams) > 1:
+        _explain(result["split"], result["beams"])
     if plot is not None:
         _draw(plot, result)
+
+
+def parse_beams(text: str | None) -> list[int]:
+    """Return the beam widths of `--beam`, each once, in the order given."""
+    parts = [] if text is None else text.split(",")
+    if not all(part.strip().isdecimal() and 1 <= int(part) <= 100 for part in parts):
+        raise typer.BadParameter(f"{text} is not widths from 1 to 100 with commas between them", param_hint="'--beam'")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def _explain(split: str, sweep: list[dict[str, Any]]) -> None:
+    if split == "test":
+        console.note("note: choose a beam with --split validation; the test score of one chosen on test flatters")
+    by_width = [entry["scores"]["bleu"] for entry in sorted(sweep, key=lambda entry: int(entry["beam"]))]
+    if by_width != sorted(by_width):
+        console.note(
+            "note: a wider beam finds what the model holds more probable, often something shorter, and BLEU may fall"
+            " (Koehn & Knowles 2017, §3.6); a greater --length-penalty counters it"
+        )
 
 
 def print_result(result: dict[str, Any], as_json: bool) -> None:
@@ -66,16 +113,63 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
     score = console.score(result["primary"], result["scores"][result["primary"]])
     noun = "image" if result["task"] == "classification" else "sentence pair"
     console.write(
-        f"{score} on the {result['split']} split of {result['data']}"
+        f"{'by beam' if 'beams' in result else score} on the {result['split']} split of {result['data']}"
         f" ({console.count(result['examples'], noun)}, {console.duration(result['seconds'])})"
     )
     if result["signature"] is not None:
         console.write(f"signature {result['signature']}")
-    if result["details"]:
-        _print_details(result["scores"], result["details"])
+    if "beams" in result:
+        _print_sweep(result["beams"])
+    elif result["task"] == "translation":
+        _print_translation(result["scores"], result["details"])
+    else:
+        _print_classification(result["scores"], result["details"])
 
 
-def _print_details(scores: dict[str, float], details: dict[str, Any]) -> None:
+def _print_sweep(sweep: list[dict[str, Any]]) -> None:
+    console.write(f"chrF ({sweep[0]['details']['signatures']['chrf']})")
+    console.write("")
+    rouge = [name for name in _ROUGE if name in sweep[0]["scores"]]
+    console.table(
+        ("BEAM", "BLEU", "CHRF", *(_ROUGE[name] for name in rouge), "LENGTH RATIO", "BREVITY PENALTY", "SECONDS"),
+        [
+            (
+                entry["beam"],
+                *(f"{entry['scores'][name]:.2f}" for name in ("bleu", "chrf", *rouge)),
+                *(f"{entry['details'][name]:.3f}" for name in ("length_ratio", "brevity_penalty")),
+                f"{entry['seconds']:.1f}",
+            )
+            for entry in sweep
+        ],
+    )
+
+
+def _print_translation(scores: dict[str, float], details: dict[str, Any]) -> None:
+    low, high = details["bleu_interval"]
+    signatures = details["signatures"]
+    console.write(f"95 % interval {low:.2f} to {high:.2f} (bootstrap, {signatures['bleu_interval']})")
+    console.write(f"length ratio {details['length_ratio']:.3f}, brevity penalty {details['brevity_penalty']:.3f}")
+    console.write(f"BLEU without case {scores['bleu_lowercase']:.2f} ({signatures['bleu_lowercase']})")
+    console.write(f"chrF {scores['chrf']:.2f} ({signatures['chrf']})")
+    if details["ter"] is not None:
+        console.write(f"TER {details['ter']:.2f}, lower is better ({signatures['ter']})")
+    if "rouge_1" in scores:
+        console.write(f"F1 of {', '.join(f'{shown} {scores[name]:.2f}' for name, shown in _ROUGE.items())}")
+    console.write("")
+    console.table(
+        ("SOURCE WORDS", "SENTENCES", "BLEU"),
+        [
+            (
+                f"{entry['from']} and more" if entry["to"] is None else f"{entry['from']} to {entry['to']}",
+                entry["sentences"],
+                f"{entry['bleu']:.2f}",
+            )
+            for entry in details["source_lengths"]
+        ],
+    )
+
+
+def _print_classification(scores: dict[str, float], details: dict[str, Any]) -> None:
     low, high = details["accuracy_interval"]
     console.write(f"95 % interval {low:.4f} to {high:.4f} (Wilson)")
     views = (2 if details["flip"] else 1) * (3 if details["shift"] else 1)

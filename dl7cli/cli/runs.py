@@ -33,7 +33,7 @@ def list_runs(as_json: options.Json = False) -> None:
                 summary.state,
                 summary.epochs,
                 _score(summary.primary, summary.best),
-                _score(summary.primary, summary.test),
+                _score(summary.test_primary, summary.test),
             )
             for summary in summaries
         ],

@@ -18,7 +18,7 @@ from dl7cli.data.transfer import moved
 from dl7cli.data.vocabulary import BOS, EOS, PAD, Subwords, Vocabulary
 from dl7cli.device import Runtime, seed_everything
 from dl7cli.errors import UserError
-from dl7cli.metrics import Scores, bleu
+from dl7cli.metrics import Scores, bleu, chrf, translation
 from dl7cli.models.convolutional import ConvS2S
 from dl7cli.models.seq2seq import Seq2Seq, Seq2SeqOptions
 from dl7cli.models.transformer import Transformer
@@ -199,16 +199,37 @@ class Translation:
         return total, len(target)
 
     def validate(self) -> Scores:
-        """The scores by which the best epoch is chosen: greedy, as a beam would cost five times as much each epoch."""
-        return self.evaluate("validation", self.recipe.decoding.updated(method="beam", beam=1))
+        """The score by which the best epoch is chosen, as `training.select` has it, and no more.
+
+        Translations are greedy, as a beam would cost five times as much each epoch. The loss is turned round, so that
+        higher is better: `log_likelihood`, the mean log-probability of a target subword, eos included.
+        """
+        select = self.recipe.training.select
+        if select == "loss":
+            scored = self.score(self._pairs_of("validation"))
+            mean = math.fsum(one.log_probability for one in scored) / sum(len(one.tokens) for one in scored)
+            if not math.isfinite(mean):
+                raise UserError(
+                    "the likelihood of the validation split is not a number",
+                    hint="lower `--set optim.learning_rate=…` and train again",
+                )
+            return Scores("log_likelihood", {"log_likelihood": mean}, len(scored))
+        texts = self.translations("validation", self.recipe.decoding.updated(method="beam", beam=1))
+        references = [target for _, target in self._pairs_of("validation")]
+        return bleu(texts, references) if select == "bleu" else chrf(texts, references)
 
     def evaluate(self, split: str, decoding: Decoding | None = None) -> Scores:
-        """BLEU of a split's translations against its references. Raises UserError where the data has no such split."""
-        if split not in self._splits():
-            raise UserError(f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}")
-        pairs = self._splits()[split]
-        translated = self.translate([source for source, _ in pairs], decoding)
-        return bleu([line.text for line in translated], [target for _, target in pairs])
+        """What `judge` says of a split's translations. Raises UserError where the data has no such split."""
+        return self.judge(split, self.translations(split, decoding))
+
+    def translations(self, split: str, decoding: Decoding | None = None) -> list[str]:
+        """A split's sources translated, in their order. Raises as `evaluate`."""
+        return [line.text for line in self.translate([source for source, _ in self._pairs_of(split)], decoding)]
+
+    def judge(self, split: str, translations: Sequence[str], *, rouge: bool = False) -> Scores:
+        """BLEU of translations against a split's references, with the scores and details of `metrics.translation`."""
+        sources, references = zip(*self._pairs_of(split), strict=True)
+        return translation(sources, translations, references, with_rouge=rouge)
 
     def translate(
         self,
@@ -309,6 +330,11 @@ class Translation:
         if self._pairs is None:
             self._pairs = self._read()
         return self._pairs
+
+    def _pairs_of(self, split: str) -> list[tuple[str, str]]:
+        if split not in self._splits():
+            raise UserError(f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}")
+        return self._splits()[split]
 
     def _read(self) -> dict[str, list[tuple[str, str]]]:
         data = self.recipe.data

@@ -1,14 +1,14 @@
 """Training: the loop, its run folder, resuming and evaluation."""
 
+from dl7cli.training.evaluation import average, evaluate
 from dl7cli.training.session import (
     Epoch,
     Interrupted,
     Listener,
     Plan,
     Step,
-    evaluate,
     resume,
     train,
 )
 
-__all__ = ["Epoch", "Interrupted", "Listener", "Plan", "Step", "evaluate", "resume", "train"]
+__all__ = ["Epoch", "Interrupted", "Listener", "Plan", "Step", "average", "evaluate", "resume", "train"]

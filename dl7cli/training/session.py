@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -16,16 +16,14 @@ from torch import Tensor
 
 from dl7cli import checkpoint, runs, tasks
 from dl7cli.checkpoint import Checkpoint, Progress
-from dl7cli.data.sources import Progress as ProgressCall
-from dl7cli.data.sources import silent
 from dl7cli.device import Runtime, peak_memory_bytes
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
 from dl7cli.recipe import Recipe
 from dl7cli.runs import Run
 from dl7cli.tasks import Task
-from dl7cli.tasks.translation import Translation
 from dl7cli.training import compilation
+from dl7cli.training.evaluation import note_reading, refuse_other_data, result_of
 from dl7cli.training.loop import Report, Trainer, check_finite, check_weights, fit, total_steps
 
 SECONDS_BETWEEN_STEP_EVENTS = 0.25
@@ -125,65 +123,13 @@ def resume(run: str, *, runtime: Runtime, offline: bool = False, listener: Liste
         if saved.progress.epoch >= saved.recipe.training.epochs and (found.folder / "result.json").exists():
             raise UserError(f"run `{found.folder}` is finished", hint=f"`dl7 eval {found.folder}` evaluates it")
         task = tasks.build(saved.recipe, saved.assets, runtime=runtime, offline=offline, progress=listener.progress)
-        if task.splits()["train"] != saved.assets["training_examples"]:
-            raise UserError(
-                f"`{task.data_name}` now has {task.splits()['train']:,} training examples; the run began with "
-                f"{saved.assets['training_examples']:,}",
-                hint="resuming needs the same data; train anew instead",
-            )
-        if task.digest != saved.assets["data_digest"]:
-            raise UserError(
-                f"`{task.data_name}` has changed since the run began",
-                hint="resuming needs the same data; train anew instead",
-            )
+        refuse_other_data(task, saved.assets, "resuming")
         tasks.restore(task, saved)
         trainer = Trainer.of(task)
         trainer.restore(saved.training, runtime.device)
         runs.trim_metrics(found, saved.progress.step, saved.progress.epoch)
         watch = _Watch(task, total_steps(task), saved.progress, saved.training)
         return _run(found, task, trainer, watch, saved.scores, listener, begin)
-
-
-def evaluate(
-    run: str | None,
-    *,
-    split: str = "test",
-    data: str | None = None,
-    beam: int | None = None,
-    length_penalty: float | None = None,
-    runtime: Runtime,
-    offline: bool = False,
-    progress: ProgressCall = silent,
-    note: Callable[[str], None] = lambda text: None,
-    confusion: bool = False,
-) -> dict[str, Any]:
-    """Evaluate a run's best epoch, or the checkpoint named, and note the reading; returns what `--json` prints.
-
-    `note` is called with what was done to the data. With `confusion` the details must hold a confusion matrix. Raises
-    UserError, before anything is scored, where the run cannot give what is asked for or cannot note the reading.
-    """
-    begin = time.monotonic()
-    found, folder = runs.find(run)
-    runs.refuse_unwritable(found)
-    task = tasks.load(folder, runtime=runtime, offline=offline, progress=progress, data=data)
-    if confusion and isinstance(task, Translation):
-        raise UserError(
-            f"run `{found.folder}` is a translator: it has no confusion matrix to draw",
-            hint="name the run of a classifier, or leave the option out",
-        )
-    if not isinstance(task, Translation) and (beam is not None or length_penalty is not None):
-        raise UserError(f"run `{found.folder}` is a classifier: it has no beam", hint="leave the option out")
-    task.splits()  # reads the data, so that its notes are there
-    for text in task.notes:
-        note(text)
-    if isinstance(task, Translation):
-        scores = task.evaluate(split, task.recipe.decoding.updated(beam=beam, length_penalty=length_penalty))
-    else:
-        scores = task.evaluate(split)
-    result = _result(found, task, split, scores, time.monotonic() - begin)
-    settings = {"beam": beam, "length_penalty": length_penalty, "checkpoint": folder.name}
-    _note_reading(found, {**result, **{name: value for name, value in settings.items() if value is not None}})
-    return result
 
 
 def _run(
@@ -246,6 +192,11 @@ def _run(
                 best = progress.best_epoch == progress.epoch
                 if best:
                     _save(run.best, task, {}, progress, scores, trainer.weights(task))
+                if recipe.training.keep_last:
+                    _save(run.epoch(progress.epoch), task, {}, progress, scores, trainer.weights(task))
+                    for number, folder in runs.epochs(run, torn=True).items():
+                        if number <= progress.epoch - recipe.training.keep_last:
+                            checkpoint.remove(folder)
                 runs.append_metrics(
                     run,
                     {
@@ -272,7 +223,7 @@ def _run(
             raise Interrupted(run.folder, received[0])
     tasks.restore(task, checkpoint.load(run.best))
     split = "test" if "test" in task.splits() else "validation"
-    result = _result(run, task, split, task.evaluate(split), time.monotonic() - begin)
+    result = result_of(run, task, split, task.evaluate(split), time.monotonic() - begin)
     result |= {
         "steps": progress.step,
         "training_seconds": round(progress.seconds, 3),
@@ -283,31 +234,9 @@ def _run(
         "rate": round(watch.rate, 1),
         "peak_memory_bytes": peak_memory_bytes(runtime.device),
     }
-    _note_reading(run, result)
+    note_reading(run, result)
     runs.write_result(run, result)
     return result
-
-
-def _result(run: Run, task: Task, split: str, scores: Scores, seconds: float) -> dict[str, Any]:
-    return {
-        "run": str(run.folder),
-        "task": task.recipe.task,
-        "recipe": task.recipe.name,
-        "data": task.data_name,
-        "split": split,
-        "examples": scores.examples,
-        "primary": scores.primary,
-        "scores": scores.values,
-        "signature": scores.signature,
-        "details": scores.details,
-        "seconds": round(seconds, 3),
-    }
-
-
-def _note_reading(run: Run, result: dict[str, Any]) -> None:
-    """Append a result to `evaluations.jsonl`, of its details all but the tables: a confusion matrix fills pages."""
-    small = {name: value for name, value in result["details"].items() if name not in ("classes", "confusion")}
-    runs.append_evaluation(run, {**result, "details": small})
 
 
 def _save(

@@ -1,0 +1,205 @@
+"""What a run is worth: evaluating one of its checkpoints, and averaging the last of them into another."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import update_bn
+
+from dl7cli import checkpoint, runs, tasks
+from dl7cli.checkpoint import Checkpoint
+from dl7cli.data.sources import Progress, silent
+from dl7cli.device import Runtime
+from dl7cli.errors import UserError
+from dl7cli.metrics import Scores
+from dl7cli.runs import Run
+from dl7cli.tasks import Task
+from dl7cli.tasks.translation import Translation
+
+_TABLES = ("classes", "confusion", "source_lengths")
+"""Details that fill pages."""
+
+
+def evaluate(
+    run: str | None,
+    *,
+    split: str = "test",
+    data: str | None = None,
+    beams: Sequence[int] = (),
+    length_penalty: float | None = None,
+    rouge: bool = False,
+    write: Callable[[list[str]], None] | None = None,
+    runtime: Runtime,
+    offline: bool = False,
+    progress: Progress = silent,
+    note: Callable[[str], None] = lambda text: None,
+    confusion: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a run's best epoch, or the checkpoint named, and note the reading; returns what `--json` prints.
+
+    `note` is called with what was done to the data. With `confusion` the details must hold a confusion matrix. A
+    translator is evaluated with each of `beams`, the recipe's where there are none; `rouge` is scored besides, and
+    `write` is called with the translations, in the order of the data, where there is one beam. Raises UserError, before
+    anything is scored, where the run cannot give what is asked for or cannot note the reading.
+
+    With several beams the result is that of the first, but for `seconds`, which are of all, and has also `beams`: of
+    each its width as `beam`, its `scores` and `details`, and the `seconds` that translating took.
+    """
+    begin = time.monotonic()
+    found, folder = runs.find(run)
+    runs.refuse_unwritable(found)
+    task = tasks.load(folder, runtime=runtime, offline=offline, progress=progress, data=data)
+    if confusion and isinstance(task, Translation):
+        raise UserError(
+            f"run `{found.folder}` is a translator: it has no confusion matrix to draw",
+            hint="name the run of a classifier, or leave the option out",
+        )
+    if not isinstance(task, Translation):
+        asked = {"beam": beams or length_penalty is not None, "text for ROUGE": rouge, "translations to write": write}
+        for what, wanted in asked.items():
+            if wanted:
+                raise UserError(f"run `{found.folder}` is a classifier: it has no {what}", hint="leave the option out")
+    task.splits()  # reads the data, so that its notes are there
+    for text in task.notes:
+        note(text)
+    if not isinstance(task, Translation):
+        result = result_of(found, task, split, task.evaluate(split), time.monotonic() - begin)
+        note_reading(found, {**result, "checkpoint": folder.name})
+        return result
+    results: list[dict[str, Any]] = []
+    sweep: list[dict[str, Any]] = []
+    start = begin
+    for beam in beams or (None,):
+        settings = {"beam": beam, "length_penalty": length_penalty, "checkpoint": folder.name}
+        decoding = task.recipe.decoding.updated(beam=beam, length_penalty=length_penalty)
+        searching = time.monotonic()
+        translations = task.translations(split, decoding)
+        searched = time.monotonic() - searching
+        scores = task.judge(split, translations, rouge=rouge)
+        result = result_of(found, task, split, scores, time.monotonic() - start)
+        note_reading(found, {**result, **{name: value for name, value in settings.items() if value is not None}})
+        results.append(result)
+        sweep.append({"beam": beam, "scores": scores.values, "details": scores.details, "seconds": round(searched, 3)})
+        start = time.monotonic()
+    if write is not None:
+        write(translations)
+    if len(sweep) == 1:
+        return results[0]
+    return {**results[0], "seconds": round(time.monotonic() - begin, 3), "beams": sweep}
+
+
+def average(
+    run: str | None,
+    *,
+    last: int | None = None,
+    runtime: Runtime,
+    offline: bool = False,
+    progress: Progress = silent,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Average the weights of a run's last epochs, all that are kept or `last`, into its checkpoint `average`.
+
+    Returns the result of its validation as `evaluate` does, with the folder as `checkpoint`, the `epochs` in it, and of
+    the run's `best` the `checkpoint`, `epoch` and `scores`, of the same sentences or images. Where the model normalises
+    batches, the running statistics, which no average gives, are those of one pass over the training data (Izmailov et
+    al. 2018, arXiv 1803.05407, §3.2). Raises UserError where there are not as many, or the data has changed.
+    """
+    begin = time.monotonic()
+    found, _ = runs.find(run)
+    runs.refuse_unwritable(found)
+    kept = runs.epochs(found)
+    if not kept:
+        raise UserError(
+            f"run `{found.folder}` keeps no checkpoints of its epochs",
+            hint="`--set training.keep_last=5` at `dl7 train` keeps those of the last five",
+        )
+    if last is not None and last > len(kept):
+        raise UserError(
+            f"run `{found.folder}` keeps the checkpoints of {len(kept)} epochs, not of {last}",
+            hint=f"`--last {len(kept)}` takes them all; `--set training.keep_last={last}` at `dl7 train` keeps more",
+        )
+    chosen = list(kept)[-(last or len(kept)) :]
+    mean = _mean([kept[epoch] for epoch in chosen])
+    task = tasks.build(mean.recipe, mean.assets, runtime=runtime, offline=offline, progress=progress)
+    refuse_other_data(task, mean.assets, "averaging")
+    for text in task.notes:
+        note(text)
+    tasks.restore(task, mean)
+    with torch.no_grad(), runtime.autocast():
+        update_bn(_batches(task, chosen[-1] - 1, progress), task.model)
+    scores = task.validate()
+    checkpoint.save(found.average, replace(mean, weights=task.model.state_dict(), scores=scores.values))
+    best = checkpoint.load(found.best)
+    result = result_of(found, task, "validation", scores, time.monotonic() - begin)
+    note_reading(found, {**result, "checkpoint": found.average.name, "epochs": chosen})
+    return {
+        **result,
+        "checkpoint": str(found.average),
+        "epochs": chosen,
+        "best": {"checkpoint": str(found.best), "epoch": best.progress.epoch, "scores": best.scores},
+    }
+
+
+def _mean(folders: Sequence[Path]) -> Checkpoint:
+    """The newest of the checkpoints, which is the last, with the mean of the weights of all; counters are its own."""
+    sums: dict[str, Tensor] = {}
+    for folder in folders:
+        newest = checkpoint.load(folder)
+        for name, value in newest.weights.items():
+            sums[name] = sums[name] + value.double() if name in sums else value.double()
+    weights = {
+        name: (sums[name] / len(folders)).to(value.dtype) if value.is_floating_point() else value
+        for name, value in newest.weights.items()
+    }
+    return replace(newest, weights=weights)
+
+
+def _batches(task: Task, epoch: int, progress: Progress) -> Iterator[tuple[Any, ...]]:
+    """The training batches of an epoch, with progress; of each, `update_bn` takes the first part as the input."""
+    steps = task.steps(epoch)
+    for number, batch in enumerate(task.batches(epoch), start=1):
+        yield batch
+        progress("normalising anew", number, steps)
+
+
+def refuse_other_data(task: Task, assets: dict[str, Any], what: str) -> None:
+    """Raise UserError where the task's data is not what the run began with, as `assets` of a checkpoint say.
+
+    `what` is to be done with it, for the hint.
+    """
+    hint = f"{what} needs the same data; train anew instead"
+    if task.splits()["train"] != assets["training_examples"]:
+        raise UserError(
+            f"`{task.data_name}` now has {task.splits()['train']:,} training examples; the run began with "
+            f"{assets['training_examples']:,}",
+            hint,
+        )
+    if task.digest != assets["data_digest"]:
+        raise UserError(f"`{task.data_name}` has changed since the run began", hint)
+
+
+def result_of(run: Run, task: Task, split: str, scores: Scores, seconds: float) -> dict[str, Any]:
+    """The keys that `--json` prints of every evaluation."""
+    return {
+        "run": str(run.folder),
+        "task": task.recipe.task,
+        "recipe": task.recipe.name,
+        "data": task.data_name,
+        "split": split,
+        "examples": scores.examples,
+        "primary": scores.primary,
+        "scores": scores.values,
+        "signature": scores.signature,
+        "details": scores.details,
+        "seconds": round(seconds, 3),
+    }
+
+
+def note_reading(run: Run, result: dict[str, Any]) -> None:
+    """Append a result to `evaluations.jsonl`, of its details all but the tables."""
+    small = {name: value for name, value in result["details"].items() if name not in _TABLES}
+    runs.append_evaluation(run, {**result, "details": small})

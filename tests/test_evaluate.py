@@ -1,0 +1,313 @@
+"""Evaluating translations: what is printed and noted, several beams, the file of them, and what best is chosen by."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from torch import Tensor
+from torch.nn import functional
+from typer.testing import CliRunner, Result
+
+from dl7cli import checkpoint, runs, tasks, training
+from dl7cli.cli import app, progress
+from dl7cli.cli.evaluate import parse_beams, print_result
+from dl7cli.data.vocabulary import BOS, EOS
+from dl7cli.device import Runtime
+from dl7cli.errors import UserError
+from dl7cli.metrics import Scores, chrf, translation
+from dl7cli.recipe import resolve
+from dl7cli.runs import Run
+from dl7cli.tasks.classification import Classification
+from dl7cli.tasks.translation import Translation
+
+CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
+KEYS = ("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "details", "seconds")
+
+
+class Heard:
+    """A listener that remembers the epochs."""
+
+    def __init__(self) -> None:
+        self.epochs: list[training.Epoch] = []
+
+    def plan(self, plan: training.Plan) -> None:
+        pass
+
+    def step(self, step: training.Step) -> None:
+        pass
+
+    def epoch(self, epoch: training.Epoch) -> None:
+        self.epochs.append(epoch)
+
+    def note(self, text: str) -> None:
+        pass
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        pass
+
+
+@pytest.fixture
+def train(
+    tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Run, dict[str, Any], Heard]]:
+    """Train a tiny recipe of a kind, with changes, in `run` of an empty folder to be in."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(kind: str, *changes: str) -> tuple[Run, dict[str, Any], Heard]:
+        heard = Heard()
+        recipe = resolve(str(tiny[kind]), changes).recipe
+        result = training.train(recipe, out=Path("run"), runtime=CPU, listener=heard)
+        return Run(Path("run")), result, heard
+
+    return make
+
+
+def dl7(*arguments: str) -> Result:
+    return CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+
+
+# Several beams
+
+
+def test_several_beams_are_one_object_and_a_reading_each(train: Callable[..., Any]) -> None:
+    run, _, _ = train("seq2seq", "training.epochs=1")
+    document = json.loads(dl7("eval", "run", "--beam", "3,1", "--length-penalty", "0.5", "--json").stdout)
+    assert tuple(document) == (*KEYS, "beams")
+    alone = [training.evaluate("run", beams=[beam], length_penalty=0.5, runtime=CPU) for beam in (3, 1)]
+    assert {**document, "seconds": 0} == {**alone[0], "seconds": 0, "beams": document["beams"]}
+    for entry, beam, own in zip(document["beams"], (3, 1), alone, strict=True):
+        assert tuple(entry) == ("beam", "scores", "details", "seconds")
+        assert (entry["beam"], entry["scores"], entry["details"]) == (beam, own["scores"], own["details"])
+        assert 0 < entry["seconds"] <= document["seconds"]
+    lines = runs.evaluations(run)[1:]
+    assert [(line["beam"], line["length_penalty"], line["checkpoint"]) for line in lines] == [
+        (beam, 0.5, "best") for beam in (3, 1, 3, 1)
+    ]
+    for line, own in zip(lines, alone * 2, strict=True):
+        assert (line["split"], line["scores"]) == ("test", own["scores"])
+        assert line["details"] == {name: value for name, value in own["details"].items() if name != "source_lengths"}
+
+
+def entry_of(beam: int, score: float) -> dict[str, Any]:
+    details = {"length_ratio": 0.98765, "brevity_penalty": 1.0, "signatures": {"chrf": "nc:6"}}
+    return {"beam": beam, "scores": {"bleu": score, "chrf": 60.0}, "details": details, "seconds": 1.25}
+
+
+def result_of(**changes: Any) -> dict[str, Any]:
+    """What `training.evaluate` returns, as far as it is printed."""
+    return {
+        **{"run": "r", "task": "translation", "recipe": "x", "data": "d", "split": "test", "examples": 1000},
+        **{"primary": "bleu", "scores": {"bleu": 38.307}, "signature": "case:mixed", "seconds": 1.0, **changes},
+    }
+
+
+def test_the_table_of_beams(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result(result_of(beams=[entry_of(1, 38.307), entry_of(10, 9.5)]), as_json=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "by beam on the test split of d (1,000 sentence pairs, 1s)",
+        "signature case:mixed",
+        "chrF (nc:6)",
+        "",
+        "BEAM   BLEU   CHRF  LENGTH RATIO  BREVITY PENALTY  SECONDS",
+        "   1  38.31  60.00         0.988            1.000      1.2",
+        "  10   9.50  60.00         0.988            1.000      1.2",
+    ]
+
+
+def test_a_fall_with_the_beam_is_explained_and_choosing_on_test_warned_of(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("seq2seq", "training.epochs=1")
+
+    def falling(sources: Any, hypotheses: Any, references: Any, *, with_rouge: bool) -> Scores:
+        found = translation(sources, hypotheses, references)
+        return Scores("bleu", {**found.values, "bleu": next(scores)}, found.examples, found.signature, found.details)
+
+    monkeypatch.setattr("dl7cli.tasks.translation.translation", falling)
+    for order, values, split, explained, warned in (
+        ("1,2,4", [3.0, 2.0, 2.5], "test", True, True),
+        ("4,2,1", [3.0, 2.0, 1.0], "validation", False, False),
+        ("2,2", [1.0], "test", False, False),
+    ):
+        scores = iter(values)
+        told = dl7("eval", "run", "--beam", order, "--split", split).stderr
+        assert ("Koehn & Knowles" in told) == explained
+        assert ("choose a beam with --split validation" in told) == warned
+
+
+def test_beams_that_are_none() -> None:
+    assert parse_beams(None) == []
+    assert parse_beams("5") == [5]
+    assert parse_beams("10, 1,2,1") == [10, 1, 2]
+    for text in ("", "0", "101", "1,", "1;2", "x", "1.5", "-1", "²"):
+        with pytest.raises(typer.BadParameter, match="is not widths from 1 to 100 with commas"):
+            parse_beams(text)
+    refused = dl7("eval", "run", "--beam", "1-5")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+
+
+# What is printed of one
+
+
+def test_everything_is_printed_with_its_signature(train: Callable[..., Any]) -> None:
+    _, result, _ = train("seq2seq", "training.epochs=1")
+    assert set(result["scores"]) == {"bleu", "bleu_lowercase", "chrf"}
+    shown = dl7("eval", "run", "--rouge").stdout.splitlines()
+    number = r"\d+\.\d\d"
+    patterns = [
+        rf"BLEU {number} on the test split of .* \(6 sentence pairs, \d+s\)",
+        r"signature nrefs:1\|case:mixed\|.*version:.*",
+        rf"95 % interval {number} to {number} \(bootstrap, nrefs:1\|bs:1000\|seed:12345\|.*\)",
+        r"length ratio \d+\.\d{3}, brevity penalty \d\.\d{3}",
+        rf"BLEU without case {number} \(nrefs:1\|case:lc\|.*\)",
+        rf"chrF {number} \(nrefs:1\|.*nc:6\|.*\)",
+        rf"TER {number}, lower is better \(nrefs:1\|.*tok:tercom\|.*\)",
+        rf"F1 of ROUGE-1 {number}, ROUGE-2 {number}, ROUGE-L {number}",
+        "",
+        "SOURCE WORDS  SENTENCES +BLEU",
+    ]
+    for line, pattern in zip(shown, patterns, strict=False):
+        assert re.fullmatch(pattern, line), line
+    rows = [re.split(r"  +", line.strip()) for line in shown[len(patterns) :]]
+    assert [row[0] for row in rows] == [f"{one['from']} to {one['to']}" for one in result["details"]["source_lengths"]]
+    assert sum(int(row[1]) for row in rows) == 6
+
+
+# The file of translations
+
+
+def test_the_translations_are_written_in_the_order_of_the_data(train: Callable[..., Any], tmp_path: Path) -> None:
+    run, _, _ = train("seq2seq", "training.epochs=1")
+    task = tasks.load(run.best, runtime=CPU)
+    assert isinstance(task, Translation)
+    target = tmp_path / "out.de"
+    target.write_text("as it was")
+    done = dl7("eval", "run", "--split", "train", "--beam", "2", "--output", str(target))
+    assert done.exit_code == 0, done.stderr
+    expected = task.translations("train", task.recipe.decoding.updated(beam=2))
+    assert len(set(expected)) > 1
+    assert target.read_text(encoding="utf-8") == "".join(f"{line}\n" for line in expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.de", "run"], "nothing is left beside it"
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_scored(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run, _, _ = train("seq2seq", "training.epochs=1")
+    monkeypatch.setattr(Translation, "translations", None)
+    several = dl7("eval", "run", "--beam", "1,2", "--output", "out")
+    assert (several.exit_code, several.stdout) == (2, "")
+    assert "translations of one beam" in several.stderr
+    nowhere = dl7("eval", "run", "--output", "missing/out")
+    assert isinstance(nowhere.exception, UserError)
+    assert "missing/out` cannot be written" in nowhere.exception.message
+    assert len(runs.evaluations(run)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_classifier_has_none_of_it(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run, _, _ = train("resnet", "training.epochs=1")
+    monkeypatch.setattr(Classification, "evaluate", None)
+    for flags, what in (
+        (["--beam", "1,2"], "beam"),
+        (["--length-penalty", "1"], "beam"),
+        (["--rouge"], "text for ROUGE"),
+        (["--output", "out"], "translations to write"),
+    ):
+        failed = dl7("eval", "run", *flags)
+        assert isinstance(failed.exception, UserError)
+        assert failed.exception.message == f"run `run` is a classifier: it has no {what}"
+    assert len(runs.evaluations(run)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+# What best is chosen by
+
+
+def test_by_loss(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    translated: list[str] = []
+    method = Translation.translations
+
+    def counted(task: Translation, split: str, *settings: Any) -> list[str]:
+        translated.append(split)
+        return method(task, split, *settings)
+
+    monkeypatch.setattr(Translation, "translations", counted)
+    run, result, heard = train("seq2seq", "training.select=loss", "training.keep_last=3")
+    assert translated == ["test"], "nothing is searched to choose by"
+    values = [likelihood(run, epoch) for epoch in (1, 2, 3)]
+    for epoch, value in zip(heard.epochs, values, strict=True):
+        assert epoch.scores == Scores("log_likelihood", {"log_likelihood": epoch.scores.score}, 5)
+        assert epoch.scores.score == pytest.approx(value, rel=1e-5)
+        assert f"validation log-likelihood {epoch.scores.score:.4f}" in progress.summary(epoch)
+    assert result["best_epoch"] == 1 + max(range(3), key=values.__getitem__)
+    assert (result["primary"], result["signature"] is None) == ("bleu", False), "judged by BLEU all the same"
+    closed = [record for record in runs.metrics(run) if "scores" in record]
+    assert [record["primary"] for record in closed] == ["log_likelihood"] * 3
+    assert checkpoint.load(run.best).progress.best == max(epoch.scores.score for epoch in heard.epochs)
+
+
+def likelihood(run: Run, epoch: int) -> float:
+    """Of a validation subword, one sentence at a time in float64."""
+    task = tasks.load(run.epoch(epoch), runtime=CPU)
+    assert isinstance(task, Translation)
+    model = task.model.double().eval()
+    total, count = 0.0, 0
+    for source, target in task._splits()["validation"]:
+        read = torch.tensor([[*task.source_vocabulary.encode(source), EOS]])
+        answer: Tensor = torch.tensor([*task.target_vocabulary.encode(target), EOS])
+        with torch.no_grad():
+            decoded, context = model(read, torch.tensor([read.shape[1]]), torch.tensor([[BOS, *answer.tolist()[:-1]]]))
+            total -= functional.cross_entropy(model.logits(decoded, context).double(), answer, reduction="sum").item()
+        count += len(answer)
+    return total / count
+
+
+def test_by_chrf(train: Callable[..., Any]) -> None:
+    run, result, heard = train("seq2seq", "training.select=chrf", "training.keep_last=3")
+    for number, epoch in enumerate(heard.epochs, start=1):
+        task = tasks.load(run.epoch(number), runtime=CPU)
+        assert isinstance(task, Translation)
+        greedy = task.translations("validation", task.recipe.decoding.updated(beam=1))
+        assert epoch.scores == chrf(greedy, [target for _, target in task._splits()["validation"]])
+        assert epoch.scores.signature is not None
+        assert f"validation chrF {epoch.scores.score:.2f}" in progress.summary(epoch)
+    assert result["primary"] == "bleu"
+
+
+def test_runs_name_both_scores(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, result, heard = train("seq2seq", "training.select=loss", "training.epochs=1")
+    monkeypatch.setattr(runs, "RUNS", Path())
+    (summary,) = runs.listing()
+    assert (summary.primary, summary.best) == ("log_likelihood", heard.epochs[0].scores.score)
+    assert (summary.test_primary, summary.test) == ("bleu", result["scores"]["bleu"])
+    listed = CliRunner().invoke(app, ["runs", "list"]).stdout.splitlines()[1]
+    assert re.search(rf"log-likelihood {summary.best:.4f} +BLEU {summary.test:.2f}$", listed)
+    shown = CliRunner().invoke(app, ["runs", "show", "run"]).stdout
+    assert f"log-likelihood {summary.best:.4f} on validation, epoch 1" in shown
+
+
+def test_what_there_is_to_choose_by() -> None:
+    with pytest.raises(UserError, match=r"`training.select` is `\"ppl\"`: input should be 'bleu', 'chrf' or 'loss'"):
+        resolve("seq2seq", ["training.select=ppl"])
+    with pytest.raises(UserError, match=r"unknown key `training\.select`"):
+        resolve("resnet", ["training.select=loss"])
+    with pytest.raises(UserError, match=r"`training.keep_last` is `-1`"):
+        resolve("resnet", ["training.keep_last=-1"])
+
+
+def test_a_likelihood_that_is_no_number_says_so(train: Callable[..., Any]) -> None:
+    run, _, _ = train("seq2seq", "training.select=loss", "training.epochs=1")
+    task = tasks.load(run.best, runtime=CPU)
+    with torch.no_grad():
+        next(task.model.parameters()).fill_(math.inf)
+    with pytest.raises(UserError, match="is not a number"):
+        task.validate()
