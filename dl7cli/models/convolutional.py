@@ -147,9 +147,7 @@ class ConvS2S(Translator):
         return Decoded(readout, attention, tuple(after))
 
     def logits(self, decoded: Decoded, context: State, at: Tensor | None = None) -> Tensor:
-        readout = decoded.readout.flatten(0, 1)
-        scores: Tensor = self.words.output(readout if at is None else readout.index_select(0, at))
-        return scores
+        return self.words.scores(decoded.readout, at)
 
     def _embedded(self, words: Tensor, table: nn.Embedding, steps: Tensor) -> Tensor:
         """Words (R, T, E) plus their learned positions, of steps (T,) or (R, T)."""

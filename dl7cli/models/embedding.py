@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 Tied = Literal["all", "output", "none"]
 
@@ -40,3 +40,9 @@ class Embeddings(nn.Module):
             self.output.weight = self.target.weight
         if output_bias:
             nn.init.zeros_(self.output.bias)
+
+    def scores(self, readout: Tensor, at: Tensor | None) -> Tensor:
+        """As `Translator.logits`, of readout (R, T, width)."""
+        flat = readout.flatten(0, 1)
+        scores: Tensor = self.output(flat if at is None else flat.index_select(0, at))
+        return scores

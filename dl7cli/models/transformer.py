@@ -183,9 +183,7 @@ class Transformer(Translator):
         return Decoded(self.decoder_norm(x), attention, tuple(after))
 
     def logits(self, decoded: Decoded, context: State, at: Tensor | None = None) -> Tensor:
-        readout = decoded.readout.flatten(0, 1)
-        scores: Tensor = self.words.output(readout if at is None else readout.index_select(0, at))
-        return scores
+        return self.words.scores(decoded.readout, at)
 
     def _embedded(self, words: Tensor, first: int) -> Tensor:
         """§3.4 and §3.5: words (R, T, W) times √W plus their positions from `first` on."""

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dl7cli.data.pairs import Pairs, read_pairs
 from dl7cli.data.sources import Progress, silent
@@ -20,6 +19,7 @@ from dl7cli.device import Runtime, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, bleu, chrf, translation
 from dl7cli.models.convolutional import ConvS2S
+from dl7cli.models.cross_entropy import smoothed_cross_entropy
 from dl7cli.models.seq2seq import Seq2Seq, Seq2SeqOptions
 from dl7cli.models.transformer import Transformer
 from dl7cli.models.translator import Translator
@@ -190,7 +190,7 @@ class Translation:
             logits = self.model.logits(decoded, context, batch.real)
         target = batch.target.flatten().index_select(0, batch.real)
         smoothing = self.recipe.training.label_smoothing
-        total = functional.cross_entropy(logits.float(), target, reduction="sum", label_smoothing=smoothing)
+        total = smoothed_cross_entropy(logits, target, smoothing)
         if self.recipe.training.coverage_weight:
             assert decoded.attention is not None
             covered = decoded.attention.cumsum(dim=1) - decoded.attention

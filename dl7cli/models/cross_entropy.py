@@ -1,0 +1,59 @@
+"""Cross-entropy with label smoothing over a large vocabulary, a few rows at a time so that they stay in the cache."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_AT_ONCE = 1 << 19
+"""Scores worked on at once: 2 MiB in float32."""
+
+
+class _SmoothedCrossEntropy(torch.autograd.Function):
+    """Keeps the scores as they came, often in bfloat16, and one number a row: the backward pass does the softmax again.
+
+    torch's own makes copies of all scores in float32 instead, five of them with smoothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
+        at_least_float = torch.promote_types(logits.dtype, torch.float32)
+        total = torch.zeros((), dtype=at_least_float, device=logits.device)
+        normalisers = []
+        rows = max(1, _AT_ONCE // logits.size(1))
+        for some, words in zip(torch.split(logits, rows), torch.split(target, rows), strict=True):
+            scores = some.to(at_least_float)
+            normalisers.append(scores.logsumexp(dim=1))
+            total += normalisers[-1].sum() - (1 - smoothing) * scores.gather(1, words[:, None]).sum()
+            if smoothing:  # a score may be -inf where no probability goes there
+                total -= smoothing * scores.mean(dim=1).sum()
+        ctx.save_for_backward(logits, target, *normalisers)
+        ctx.smoothing = smoothing
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        logits, target, *normalisers = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        rows = max(1, _AT_ONCE // logits.size(1))
+        for number, normaliser in enumerate(normalisers):
+            own = slice(number * rows, (number + 1) * rows)
+            words = target[own, None]
+            found = (logits[own] - normaliser[:, None]).exp_()
+            found -= ctx.smoothing / logits.size(1)
+            found.scatter_add_(1, words, torch.full_like(words, ctx.smoothing - 1, dtype=found.dtype))
+            gradient[own] = found.mul_(gradients[0])
+        return gradient, None, None
+
+
+def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """logits (N, V), target (N,) → the sum over N, in float32, of minus the expected log-probability, where the target
+    has 1 - smoothing and all V words share the rest evenly (Szegedy et al. 2016, arXiv 1512.00567, §7).
+
+    In pieces on a CPU; a GPU is faster with all at once.
+    """
+    if logits.device.type != "cpu":
+        return functional.cross_entropy(logits.float(), target, reduction="sum", label_smoothing=smoothing)
+    total: Tensor = _SmoothedCrossEntropy.apply(logits, target, smoothing)  # type: ignore[no-untyped-call]
+    return total

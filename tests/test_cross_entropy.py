@@ -1,0 +1,52 @@
+"""Cross-entropy in pieces is torch's in one, values and gradients."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from dl7cli.models import cross_entropy
+from dl7cli.models.cross_entropy import smoothed_cross_entropy
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("rows", [1, 7, 8])
+def test_it_is_torchs(smoothing: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "_AT_ONCE", 4 * 9 + 5)  # four rows at once
+    torch.manual_seed(1)
+    logits = (5 * torch.randn(rows, 9, dtype=torch.float64)).requires_grad_()
+    target = torch.randint(9, (rows,))
+    own, theirs = (
+        smoothed_cross_entropy(logits, target, smoothing),
+        functional.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing),
+    )
+    torch.testing.assert_close(own, theirs)
+    found, expected = (torch.autograd.grad(3 * total, logits)[0] for total in (own, theirs))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_vocabulary_larger_than_a_piece() -> None:
+    logits, target = torch.randn(3, (1 << 19) + 1), torch.tensor([0, 5, 1 << 19])
+    expected = functional.cross_entropy(logits, target, reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(smoothed_cross_entropy(logits, target, 0.1), expected)
+
+
+def test_bfloat16_is_summed_in_float32_and_its_gradient_is_bfloat16() -> None:
+    logits = torch.randn(300, 50, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.randint(50, (300,))
+    own = smoothed_cross_entropy(logits, target, 0.1)
+    expected = functional.cross_entropy(logits.float(), target, reduction="sum", label_smoothing=0.1)
+    assert own.dtype == torch.float32
+    torch.testing.assert_close(own, expected)
+    found, theirs = (torch.autograd.grad(total, logits)[0] for total in (own, expected))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, theirs)
+
+
+def test_words_without_probability_cost_nothing_unless_they_are_smoothed() -> None:
+    """As in a model that copies, whose scores are logarithms of probabilities."""
+    logits = torch.tensor([[0.0, -torch.inf, 1.0]], requires_grad=True)
+    total = smoothed_cross_entropy(logits, torch.tensor([2]), 0.0)
+    torch.testing.assert_close(total, functional.cross_entropy(logits, torch.tensor([2])))
+    (gradient,) = torch.autograd.grad(total, logits)
+    assert gradient.isfinite().all()
+    assert gradient[0, 1] == 0
