@@ -214,7 +214,7 @@ class Seq2SeqModel(Section):
     decoder_layers: Annotated[int, Field(ge=1, le=8, validate_default=True)] = 1
     """Of `conditional` one more: its first layer is two, with the attention between them."""
     input_feeding: bool = False
-    """Of `luong`: whether the lowest layer also reads the readout of the step before; a third of the speed or less."""
+    """Of `luong`: whether the lowest layer also reads the readout of the step before; about a quarter slower."""
     readout: Literal["tanh", "maxout"] = "tanh"
     """What stands between the decoder and the output words: a layer with tanh, or the greater of each two values."""
     tied: Tied = "all"

@@ -50,7 +50,9 @@ def run(network: nn.RNNBase, x: Tensor, state: State | None = None) -> tuple[Ten
 def project(network: nn.RNNBase, x: Tensor) -> Tensor:
     """What the first W values of a layer's input bring to its gates, at every step: x (…, W) → (…, GH)."""
     weight, _, bias, _ = network.all_weights[0]
-    return functional.linear(x, weight[:, : x.size(-1)], bias)
+    # Autocast keeps what it made of a whole weight for the next step, not of a part.
+    part = weight if weight.size(1) == x.size(-1) else weight[:, : x.size(-1)]
+    return functional.linear(x, part, bias)
 
 
 def advance(network: nn.RNNBase, entering: Tensor, state: State) -> State:

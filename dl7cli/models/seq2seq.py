@@ -185,7 +185,8 @@ class Seq2Seq(Translator):
         if at is not None:
             looked, sentences = looked.index_select(0, at), sentences.index_select(0, at)
         gate = readout[:, -1:].to(looked.dtype)
-        copied = torch.zeros_like(logits, dtype=looked.dtype).scatter_add(1, context[3][sentences], looked)
+        words = context[3].index_select(0, sentences)
+        copied = torch.zeros_like(logits, dtype=looked.dtype).scatter_add(1, words, looked)
         copied = copied.clamp_min(torch.finfo(copied.dtype).tiny).log()
         said = logits.to(looked.dtype).log_softmax(dim=1)
         return torch.logaddexp(said + functional.logsigmoid(gate), copied + functional.logsigmoid(-gate))
@@ -228,14 +229,14 @@ class Seq2Seq(Translator):
         layers, drop = self._layers, self.dropout.by_steps()
         states = list(states)
         covered, fed = rest[: self.options.coverage], rest[self.options.coverage :]
-        extra_weight = layers[0].all_weights[0][0][:, embedded.size(2) :]
+        all_entering = project(layers[0], embedded)
+        extra_weight = layers[0].all_weights[0][0][:, embedded.size(2) :].to(all_entering.dtype)
         all_answered, all_found, all_weights, readouts = [], [], [], []
-        for word, entering in zip(embedded.unbind(dim=1), project(layers[0], embedded).unbind(dim=1), strict=True):
+        for word, entering in zip(embedded.unbind(dim=1), all_entering.unbind(dim=1), strict=True):
             if not fed:
                 found, weights, covered = self._attend(states[-1][0][:, None], context, covered)
             extra = fed[0] if fed else found[:, 0]
-            entering = entering + functional.linear(extra, extra_weight)
-            states[0] = advance(layers[0], entering, states[0])
+            states[0] = advance(layers[0], entering + functional.linear(extra, extra_weight), states[0])
             answered = states[0][0]
             for at, one in enumerate(layers[1:], start=1):
                 below = drop(at, answered)
@@ -264,8 +265,7 @@ class Seq2Seq(Translator):
         heard = [answered] if found is None else [answered, found]
         readout: Tensor = self.readout(torch.cat([*heard, embedded] if self.upper is not None else heard, dim=-1))
         if self.options.readout == "maxout":
-            readout = readout.view(*readout.shape[:-1], -1, 2).amax(dim=-1)
-            return readout
+            return torch.amax(readout.view(*readout.shape[:-1], -1, 2), dim=-1)
         return torch.tanh(readout)
 
     def _with_gate(self, readout: Tensor, answered: Tensor, found: Tensor | None, embedded: Tensor) -> Tensor:
