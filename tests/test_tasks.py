@@ -680,6 +680,34 @@ def test_the_score_is_that_of_teacher_forcing(build: Callable[..., Any]) -> None
     assert [(line.text, line.score) for line in found] == [line.alternatives[0][:2] for line in found]
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "attention=none decoder_layers=1",
+        "decoder=luong input_feeding=true attention=dot decoder_width=16 decoder_layers=2",
+        "decoder=bahdanau attention=additive coverage=true readout=maxout cell=gru",
+        "attention=multihead heads=2 copying=true",
+    ],
+)
+def test_search_keeps_its_promises_for_every_decoder(keys: str, build: Callable[..., Any]) -> None:
+    task = confident(build("seq2seq", *(f"model.{key}" for key in keys.split())))
+    decoding = task.recipe.decoding.updated(beam=3, no_repeat_ngram=3)
+    lines = [line for line in LINES if line.strip()]
+    found = task.translate(lines, decoding, n_best=3, attention=True)
+    twice = task.translate(lines, decoding, n_best=3, others=[task])
+    for line, together, ensemble in zip(lines, found, twice, strict=True):
+        alone = task.translate([line], decoding, n_best=1)[0]
+        if together.score - together.alternatives[1].score > 1e-4:
+            assert alone.text == ensemble.text == together.text
+        assert alone.score == pytest.approx(together.score, abs=1e-4)
+        assert ensemble.score == pytest.approx(together.score, abs=1e-4)
+        for one in together.alternatives:
+            assert (one.attention is None) == (task.recipe.model.attention == "none")
+            scored = task.score([(line, one.text)])[0]
+            if scored.tokens == one.tokens:  # there may be another way to cut the text
+                assert scored.token_log_probabilities == pytest.approx(one.token_log_probabilities, abs=1e-4)
+
+
 def test_bleu_is_of_the_translations(build: Callable[..., Any]) -> None:
     task = confident(build("seq2seq"))
     pairs = task._splits()["test"]
