@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dl7cli.models.dropout import dropout
 from dl7cli.models.embedding import Embeddings, Tied
 from dl7cli.models.transformer import attend
 from dl7cli.models.translator import Decoded, State, Translator
@@ -64,7 +65,7 @@ class DecoderLayer(nn.Module):
         → (R, T, C), the last k - 1 inputs, weights (B, K·T, S).
         """
         mask, roots, keys, values = context
-        inputs = torch.cat([past, functional.dropout(x, self.dropout, self.training)], dim=1)
+        inputs = torch.cat([past, dropout(x, self.dropout, self.training)], dim=1)
         read = self.convolution(inputs)
         queries = (self.ask(read) + embedded) * _HALF
         found, weights = attend(queries.reshape(len(keys), -1, keys.size(2)), keys, values, mask[:, None])
@@ -124,7 +125,7 @@ class ConvS2S(Translator):
         around = (0, 0, before, self.kernel - 1 - before)
         for convolution in self.encoder:
             # What lies beyond a sentence is zero, whether its batch goes on or not.
-            inputs = functional.dropout(x, self.dropout, self.training) * mask[:, :, None]
+            inputs = dropout(x, self.dropout, self.training) * mask[:, :, None]
             x = (convolution(functional.pad(inputs, around)) + x) * _HALF
         keys = self.encoder_out(x)
         keys = keys.lerp(keys.detach(), 1 - 1 / len(self.decoder))  # the same values with a smaller gradient
@@ -142,7 +143,7 @@ class ConvS2S(Translator):
             x, kept, weights = layer(x, before, embedded, context)
             after.append(kept)
             looks.append(weights)
-        readout = functional.dropout(self.decoder_out(x), self.dropout, self.training)
+        readout = dropout(self.decoder_out(x), self.dropout, self.training)
         attention = torch.stack(looks).mean(dim=0).reshape(*previous.shape, -1)
         return Decoded(readout, attention, tuple(after))
 
@@ -152,4 +153,4 @@ class ConvS2S(Translator):
     def _embedded(self, words: Tensor, table: nn.Embedding, steps: Tensor) -> Tensor:
         """Words (R, T, E) plus their learned positions, of steps (T,) or (R, T)."""
         x = words + table(steps.clamp(max=table.num_embeddings - 1))
-        return functional.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)

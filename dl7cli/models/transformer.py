@@ -9,8 +9,8 @@ D width of a head, W = H·D width.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from dl7cli.models.dropout import dropout
 from dl7cli.models.embedding import Embeddings, Tied
 from dl7cli.models.translator import Decoded, State, Translator
 
@@ -90,8 +90,8 @@ class EncoderLayer(nn.Module):
         """x (B, S, W), mask (B, 1, 1, S) true at real steps → (B, S, W)."""
         normal = self.attention_norm(x)
         found, _ = self.attention(normal, *self.attention.keys_values(normal), mask)
-        x = x + functional.dropout(found, self.dropout, self.training)
-        return x + functional.dropout(self.feedforward(self.feedforward_norm(x)), self.dropout, self.training)
+        x = x + dropout(found, self.dropout, self.training)
+        return x + dropout(self.feedforward(self.feedforward_norm(x)), self.dropout, self.training)
 
 
 class DecoderLayer(nn.Module):
@@ -115,10 +115,10 @@ class DecoderLayer(nn.Module):
         keys, values = self.self_attention.keys_values(normal)
         keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
         found, _ = self.self_attention(normal, keys, values, causal)
-        x = x + functional.dropout(found, self.dropout, self.training)
+        x = x + dropout(found, self.dropout, self.training)
         found, weights = self.cross_attention(self.cross_norm(x), *memory, mask)
-        x = x + functional.dropout(found, self.dropout, self.training)
-        x = x + functional.dropout(self.feedforward(self.feedforward_norm(x)), self.dropout, self.training)
+        x = x + dropout(found, self.dropout, self.training)
+        x = x + dropout(self.feedforward(self.feedforward_norm(x)), self.dropout, self.training)
         return x, (keys, values), weights
 
 
@@ -188,7 +188,7 @@ class Transformer(Translator):
     def _embedded(self, words: Tensor, first: int) -> Tensor:
         """§3.4 and §3.5: words (R, T, W) times √W plus their positions from `first` on."""
         x = words * self.width**0.5 + sinusoids(first, words.size(1), self.width, words)
-        return functional.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)
 
 
 def _glorot(linear: nn.Module) -> None:
