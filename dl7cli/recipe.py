@@ -413,8 +413,9 @@ class Decoding(Section):
     min_length: Annotated[int, Field(ge=0, le=1000)] = 0
     """Fewest subwords of a translation, as far as the greatest length allows."""
     max_length_ratio: Annotated[float, Field(ge=0, le=10)] = 2.0
-    """Most subwords of a translation: this for each subword of the source, and `max_length_offset`."""
+    """Most subwords of a translation: this for each subword of the source, and `max_length_offset` more."""
     max_length_offset: Annotated[int, Field(ge=0, le=1000)] = 10
+    """With a ratio of 0, the most subwords whatever the source."""
     no_repeat_ngram: Annotated[int, Field(ge=0, le=20)] = 0
     """No sequence of this many subwords appears twice in a translation; 0: any may."""
     allow_unknown: bool = False
@@ -426,7 +427,7 @@ class Decoding(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Of `sample`: only the fewest most probable words that together reach this probability are drawn from."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
-    """Of `sample`."""
+    """Of `sample`: with the number of the line, what the draws depend on."""
 
     def updated(self, **changes: Any) -> "Decoding":
         """With the `changes` that are not None: flags that were not given."""
@@ -488,6 +489,13 @@ class TranslationRecipe(Section):
     training: Annotated[PairTraining, AfterValidator(_with_coverage)]
     optim: Annotated[Optim, AfterValidator(_without_muon)]
     decoding: Decoding = Decoding()
+
+    @field_validator("decoding")
+    @classmethod
+    def _coverage_fits(cls, decoding: Decoding, info: ValidationInfo) -> Decoding:
+        if decoding.coverage_penalty and getattr(info.data.get("model"), "attention", "") == "none":
+            raise ValueError("`coverage_penalty` is of attention, and `model.attention` is none")
+        return decoding
 
     @property
     def task(self) -> str:

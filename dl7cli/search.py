@@ -269,7 +269,7 @@ class Walk:
         return found
 
     def check(self, greatest: Tensor, live: Tensor) -> None:
-        """Note the greatest log-probability of each hypothesis (L·K,), to refuse it at the next look where it is none.
+        """Note the `greatest` number (L·K,) said to follow each hypothesis; no log-probability, it is refused later.
 
         What is said of those that are not `live` (L, K) is arbitrary.
         """

@@ -186,6 +186,12 @@ def test_key_paths_come_back(names: list[str]) -> None:
     assert recipe.parse_override(".".join(names) + "=1") == (names, 1)
 
 
+def test_coverage_of_no_attention_is_refused() -> None:
+    assert recipe.resolve("seq2seq", ["decoding.coverage_penalty=0.2"]).recipe.decoding.coverage_penalty == 0.2
+    with pytest.raises(UserError, match=r"`coverage_penalty` is of attention, and `model.attention` is none"):
+        recipe.resolve("seq2seq", ["decoding.coverage_penalty=0.2", "model.attention=none", "model.decoder_layers=1"])
+
+
 def test_flags_that_were_given_change_how_a_run_searches() -> None:
     decoding = recipe.Decoding(beam=7, length_penalty=1.0)
     changed = decoding.updated(beam=2, length_penalty=None, method="sample", top_k=None)
