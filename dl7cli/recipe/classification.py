@@ -1,0 +1,167 @@
+"""The recipe of a classifier of images."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from dl7cli.recipe.section import Fraction, Optim, Section, Training
+
+
+class ImageData(Section):
+    source: str = "uoft-cs/cifar10"
+    """A hub id, a folder, an image folder or `builtin:shapes`."""
+    image: str | None = None
+    """Name of the image column; found by its type where it is not given."""
+    label: str | None = None
+    """Name of the label column; found by its type where it is not given."""
+    image_size: Annotated[int, Field(ge=8, le=512)] | None = None
+    """Side in pixels that images are resized to; theirs where it is not given."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Part of the training images kept for validation where the data has no such split."""
+    crop_padding: Annotated[int, Field(ge=0, le=64)] = 4
+    """Most pixels a training image is shifted in each direction."""
+    flip: Literal["none", "random", "alternating"] = "random"
+    """How training images are mirrored; `alternating`: half of them in one epoch, the other half in the next."""
+    cutout: Annotated[int, Field(ge=0, le=512)] = 0
+    """Side in pixels of a square blotted out of every training image; 0: none."""
+    random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability that a rectangle of a training image is filled with noise."""
+
+
+def _depths(stages: int, block: str, preactivation: bool) -> tuple[str, list[int]]:
+    """Which depths there are, in words, and all of them up to a depth that none will train."""
+    match stages, block:
+        case 4, "basic":
+            return "one of 18, 34 (50, 101 and 152 have bottleneck blocks)", [18, 34]
+        case 4, _:
+            return "one of 50, 101, 152 (18 and 34 have basic blocks)", [50, 101, 152]
+        case _, "bottleneck":
+            return "9n+2 (11, 20, 29, …) with bottleneck blocks", list(range(11, 100_000, 9))
+        case _ if preactivation:
+            both = "6n+2 (8, 14, 20, …) or, counting the three projections, 6n+4 (10, 16, 22, …)"
+            return both, [*range(8, 100_000, 6), *range(10, 100_000, 6)]
+        case _:
+            return "6n+2 (8, 14, 20, …)", list(range(8, 100_000, 6))
+
+
+class ResNetModel(Section):
+    kind: Literal["resnet"]
+    stages: Literal[3, 4] = 3
+    """3: stages of n blocks each, for small images; 4: ResNet-18 to 152 (He et al. 2015, table 1)."""
+    block: Literal["basic", "bottleneck"] = "basic"
+    """Two 3x3 convolutions, or a 1x1, a 3x3 and a 1x1 one with four times as many channels outside as inside."""
+    preactivation: bool = False
+    """Whether normalisation and activation precede each convolution (He et al. 2016)."""
+    depth: Annotated[int, Field(validate_default=True)] = 20
+    """Layers with weights: 6n+2 (He et al. 2015, §4.2), 9n+2 of bottlenecks, 6n+4 of wide networks."""
+    residual: bool = True
+    """Whether blocks have shortcuts; without them it is the plain net."""
+    shortcut: Literal["A", "B"] = "A"
+    """Where the shape changes: A subsamples and pads with zeros, B is a 1x1 convolution."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """A 3x3 convolution, or a 7x7 one of stride 2 with max-pooling for images of 64 pixels and more."""
+    width: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Channels after the stem and in the first stage; each stage has twice as many as the one before."""
+    widening: Annotated[int, Field(ge=1, le=64)] = 1
+    """How many times more channels the blocks have (Zagoruyko & Komodakis 2016)."""
+    groups: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Groups of the 3x3 convolution of a bottleneck (Xie et al. 2017)."""
+    group_width: Annotated[int | None, Field(ge=1, le=4096, validate_default=True)] = None
+    """Channels of a group in the first stage; the block's own where it is not given."""
+    squeeze_excitation: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Reduction of squeeze and excitation (Hu et al. 2018), often 16; 0: none."""
+    dropout: Fraction = 0.0
+    """Before the second convolution of each block."""
+    survival: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability that the last block takes part in a step; from 1 it falls linearly to it (Huang et al. 2016)."""
+    activation: Literal[
+        "relu", "leaky_relu", "prelu", "elu", "gelu", "swish", "su", "mish",
+        "tanh", "sigmoid", "hardtanh", "softsign", "maxout", "glu",
+    ] = "relu"  # fmt: skip
+    pieces: Annotated[int, Field(ge=2, le=64)] = 2
+    """Inputs that Maxout takes the greatest of."""
+    beta: float = 1.0
+    """β of Swish, x·σ(βx)."""
+    learned_beta: bool = False
+    """Whether every channel of Swish learns its own β, starting from `beta`."""
+    match: Literal["width", "parameters"] = "width"
+    """What Maxout and GLU, which take several inputs, leave as it is with ReLU: channels, or the parameter count."""
+    checkpointing: bool = False
+    """Whether activations inside blocks are computed again for the gradient: less memory, about a third slower."""
+
+    @field_validator("depth")
+    @classmethod
+    def _depth_fits(cls, depth: int, info: ValidationInfo) -> int:
+        if {"stages", "block", "preactivation"} <= info.data.keys():
+            data = info.data
+            allowed, depths = _depths(data["stages"], data["block"], data["preactivation"])
+            if depth not in depths:
+                near = min(depths, key=lambda known: abs(known - depth))
+                raise ValueError(f"depth must be {allowed}; the nearest is {near}")
+        return depth
+
+    @field_validator("groups")
+    @classmethod
+    def _groups_fit(cls, groups: int, info: ValidationInfo) -> int:
+        if groups > 1 and info.data.get("block") == "basic":
+            raise ValueError('groups need `model.block = "bottleneck"`')
+        return groups
+
+    @field_validator("group_width")
+    @classmethod
+    def _group_width_fits(cls, width: int | None, info: ValidationInfo) -> int | None:
+        if width is None and info.data.get("groups", 1) > 1:
+            raise ValueError(f"{info.data['groups']} groups need a width, such as `model.group_width = 64`")
+        if width is not None and info.data.get("block") == "basic":
+            raise ValueError('a group width needs `model.block = "bottleneck"`')
+        return width
+
+    @field_validator("survival")
+    @classmethod
+    def _survival_fits(cls, survival: float, info: ValidationInfo) -> float:
+        if survival < 1 and info.data.get("residual") is False:
+            raise ValueError("without shortcuts nothing is left where a block takes no part: it must be 1")
+        return survival
+
+
+class FastResNetModel(Section):
+    kind: Literal["fast_resnet"]
+    widths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1, max_length=3)] = (
+        64,
+        256,
+        256,
+    )
+    """Channels of the stages."""
+
+
+class ImageTraining(Training):
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    mixup: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Each batch is blended with itself in another order, by a weight from Beta(mixup, mixup); 0: never."""
+    cutmix: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """A rectangle comes from another image, its area from Beta(cutmix, cutmix); with `mixup` too, one or the other."""
+    small_size: Annotated[int, Field(ge=8, le=512)] | None = None
+    """Side in pixels that training images are shrunk to in the first `small_part` of all steps."""
+    small_part: Annotated[float, Field(ge=0, le=1)] = 0.5
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Whether the model is compiled before the first step; `auto`: where the steps repay it."""
+
+
+class Evaluation(Section):
+    flip: bool = False
+    """Whether the scores of an image are averaged with those of its mirror image."""
+    shift: Annotated[int, Field(ge=0, le=8)] = 0
+    """Pixels by which the image is also shifted, up left and down right, its scores being averaged with theirs."""
+
+
+class ClassificationRecipe(Section):
+    name: str
+    data: ImageData = ImageData()
+    model: Annotated[ResNetModel | FastResNetModel, Field(discriminator="kind")]
+    training: ImageTraining
+    optim: Optim
+    evaluation: Evaluation = Evaluation()
+
+    @property
+    def task(self) -> str:
+        return "classification"

@@ -1,0 +1,232 @@
+"""Recipes as TOML: found, read, changed by `--set`, checked as a whole and written."""
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from dl7cli.errors import UserError
+from dl7cli.recipe.classification import ClassificationRecipe
+from dl7cli.recipe.translation import TranslationRecipe
+
+Recipe = ClassificationRecipe | TranslationRecipe
+_BY_KIND: dict[str, type[ClassificationRecipe] | type[TranslationRecipe]] = {
+    "resnet": ClassificationRecipe,
+    "fast_resnet": ClassificationRecipe,
+    "seq2seq": TranslationRecipe,
+    "transformer": TranslationRecipe,
+    "convs2s": TranslationRecipe,
+}
+
+
+class Resolved(NamedTuple):
+    recipe: Recipe
+    fallback: Recipe | None
+    """The same recipe on the built-in set, where the data was not asked for by name and the file names such a set."""
+
+
+def resolve(name: str, overrides: Sequence[str] = (), *, data: str | None = None, seed: int | None = None) -> Resolved:
+    """Load the recipe called `name` (shipped, or a TOML file) and apply `key.path=value` overrides, which win.
+
+    Raises UserError for a recipe that does not exist, a file that is not TOML, and, all at once, for every key that is
+    unknown or has a value out of its range.
+    """
+    path = find(name)
+    document = _read(path)
+    document.setdefault("name", path.stem)
+    fallback = dict(_flat(document.pop("fallback", {})))
+    mistakes: list[str] = ["`fallback` must be a table of keys"] if "" in fallback else []
+    changes: list[tuple[list[str], Any]] = []
+    if data is not None:
+        changes.append((["data", "source"], data))
+    if seed is not None:
+        changes.append((["training", "seed"], seed))
+    for text in overrides:
+        try:
+            changes.append(parse_override(text))
+        except ValueError as error:
+            mistakes.append(str(error))
+    standing_in = [(key.split("."), value) for key, value in fallback.items()]
+    own = _changed(document, changes, mistakes)
+    built_in = fallback.get("data.source")
+    if built_in is not None and ("data.source", built_in) in _flat(own):
+        own = _changed(document, [*standing_in, *changes], [])
+    recipe = from_document(own, mistakes, origin=f"recipe `{name}`")
+    asked = any(path == ["data", "source"] for path, _ in changes)
+    if built_in is None or asked:
+        return Resolved(recipe, None)
+    other = _changed(document, [*standing_in, *changes], [])
+    return Resolved(recipe, from_document(other, origin=f"recipe `{name}`"))
+
+
+def from_document(document: dict[str, Any], mistakes: Iterable[str] = (), *, origin: str) -> Recipe:
+    """The recipe a plain dictionary describes; `mistakes` found before are reported together with those found here."""
+    found = list(mistakes)
+    model = document.get("model")
+    kind = model.get("kind") if isinstance(model, dict) else None
+    schema = _BY_KIND.get(kind) if isinstance(kind, str) else None
+    if schema is None:
+        seen = "is missing" if kind is None else f"is {_show(kind)}"
+        found.append(f"`model.kind` {seen}; it must be one of {_choices(_BY_KIND)}{_suggest(str(kind), _BY_KIND)}")
+    else:
+        try:
+            recipe = schema.model_validate(document)
+        except ValidationError as error:
+            found.extend(_explain(item, schema) for item in error.errors())
+        else:
+            if not found:
+                return recipe
+    what = "one mistake" if len(found) == 1 else f"{len(found)} mistakes"
+    raise UserError(
+        "\n  ".join([f"{origin} has {what}:", *found]),
+        hint="`dl7 recipes show NAME` prints every key with its value",
+    )
+
+
+def to_document(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain dictionaries; `from_document` gives the same recipe back."""
+    return recipe.model_dump(exclude_none=True)
+
+
+def unset_keys(recipe: Recipe) -> list[str]:
+    """The keys that have no value, which TOML cannot write down."""
+    return [key for key, value in _flat(recipe.model_dump()) if value is None]
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe with every key, as a TOML file that `resolve` reads back to the same recipe."""
+    return tomli_w.dumps(to_document(recipe))
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """Split `key.path=value` at its first `=` and read the value as TOML, or else as the text it is.
+
+    Raises ValueError where there is no `=` or the key is not names joined by dots.
+    """
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"`--set {text}` has no `=`; write `--set key.path=value`")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", key.strip()):
+        raise ValueError(f"`--set {text}`: `{key}` is not a key such as `optim.learning_rate`")
+    return key.strip().split("."), _value(value.strip())
+
+
+def folder() -> Path:
+    """Where the shipped recipes lie: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with dl7, in alphabetical order."""
+    return sorted(path.stem for path in folder().glob("*.toml"))
+
+
+def find(name: str) -> Path:
+    """The file of a shipped recipe's name or of a path ending in `.toml`."""
+    if name.endswith(".toml"):
+        if not Path(name).is_file():
+            raise UserError(f"there is no recipe file `{name}`", hint="`dl7 recipes list` shows the shipped ones")
+        return Path(name)
+    if name not in shipped():
+        raise UserError(
+            f"there is no recipe `{name}`{_suggest(name, shipped())}",
+            hint=f"the shipped recipes are {_choices(shipped())}; a file of your own must end in `.toml`",
+        )
+    return folder() / f"{name}.toml"
+
+
+def header(name: str) -> list[str]:
+    """The comment lines at the top of a recipe's file: what it reproduces, its command, its cost and its score."""
+    lines = []
+    for line in find(name).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return lines
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"`{path}` is not a TOML file: {error}", hint="`dl7 recipes copy resnet` writes one") from None
+    except OSError as error:
+        raise UserError(f"`{path}` cannot be read: {error.strerror}") from None
+
+
+def _value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if list(parsed) == ["value"] else text
+
+
+def _changed(document: dict[str, Any], changes: Iterable[tuple[list[str], Any]], mistakes: list[str]) -> dict[str, Any]:
+    """A copy of `document` with the changes made; a path that leads through a plain value is added to `mistakes`."""
+    copy: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in document.items()}
+    for path, value in changes:
+        table: Any = copy
+        for name in path[:-1]:
+            table = table.setdefault(name, {}) if isinstance(table, dict) else table
+        if isinstance(table, dict):
+            table[path[-1]] = value
+        else:
+            mistakes.append(f"`{'.'.join(path)}` leads through a key that holds a value")
+    return copy
+
+
+def _flat(table: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """The leaves of nested tables with their dotted keys."""
+    if not isinstance(table, dict):
+        return [(prefix.removesuffix("."), table)]
+    return [leaf for key, value in table.items() for leaf in _flat(value, f"{prefix}{key}.")]
+
+
+def _explain(error: Any, schema: type[BaseModel]) -> str:
+    """One pydantic error as a line that names the key, what was seen and what is allowed."""
+    location = [str(part) for part in error["loc"]]
+    if location[:1] == ["model"] and location[1:2] and location[1] in _BY_KIND:
+        del location[1]  # pydantic puts the kind there
+    key = ".".join(location)
+    match error["type"]:
+        case "extra_forbidden":
+            return f"unknown key `{key}`{_suggest(key, _keys(schema))}"
+        case "missing":
+            return f"`{key}` is missing"
+        case _:
+            reason = str(error["msg"]).removeprefix("Value error, ")
+            return f"`{key}` is {_show(error['input'])}: {reason[:1].lower()}{reason[1:]}"
+
+
+def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key path of a schema, sections included."""
+    paths = []
+    for name, field in schema.model_fields.items():
+        paths.append(prefix + name)
+        for section in (field.annotation, *get_args(field.annotation)):  # itself, or one of several kinds
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                paths.extend(_keys(section, f"{prefix}{name}."))
+    return paths
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean `{near[0]}`?)" if near else ""
+
+
+def _choices(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return f"`{text if len(text) <= 60 else text[:57] + '…'}`"

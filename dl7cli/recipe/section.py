@@ -1,0 +1,53 @@
+"""What the recipes of every task share: tables with no unknown keys, training and the optimiser."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """One table of a recipe: frozen, and any key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Training(Section):
+    epochs: Annotated[int, Field(ge=1)]
+    label_smoothing: Fraction = 0.0
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """A checkpoint is written after every epoch and at least this often."""
+    ema_decay: Fraction = 0.0
+    """Validated and used is a moving average of the weights, this much of it the one before; 0: none."""
+    keep_last: Annotated[int, Field(ge=0, le=1000)] = 0
+    """How many of the last epochs keep a checkpoint for `dl7 average`, each as large on disk as `best`; 0: none."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+
+
+class Optim(Section):
+    name: Literal["sgd", "adamw", "muon"]
+    """`sgd` is with Nesterov momentum; `muon` is for the filters of convolutions, with `sgd` for everything else."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """The greatest one, reached at the end of the warm-up."""
+    other_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Of `muon`: the rate of what is not the filters of a convolution; theirs where it is not given."""
+    momentum: Fraction = 0.9
+    """Of `sgd` and `muon`; the first beta of `adamw`."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Not applied to biases and normalisation parameters, nor by `muon` to the filters, whose norm it keeps."""
+    schedule: Literal["constant", "linear", "cosine", "step", "one-cycle", "inverse-sqrt"] = "cosine"
+    """How the learning rate falls from its greatest value, to zero but for `constant`, `step` and `inverse-sqrt`.
+
+    `step`: by `factor` at each of `milestones`; `one-cycle`: by half a cosine, after rising by half a cosine;
+    `inverse-sqrt`: as one over the square root of the step.
+    """
+    milestones: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = (0.5, 0.75)
+    """Of `step`: parts of all steps, as 32,000 and 48,000 of 64,000 in He et al. 2015."""
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Of `step`: what the learning rate is multiplied by."""
+    warmup: Fraction = 0.05
+    """Part of all steps over which the learning rate rises from zero."""
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Gradients are scaled down to this norm; 0: never."""
