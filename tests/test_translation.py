@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dl7cli import checkpoint, tasks
+from dl7cli import checkpoint, metrics, tasks
 from dl7cli.checkpoint import Checkpoint, Progress
 from dl7cli.data.vocabulary import EOS, PAD
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
-from dl7cli.metrics import bleu
 from dl7cli.recipe import resolve
 from dl7cli.tasks.translation import PairBatch, Translation
 
@@ -256,7 +255,8 @@ def test_lower_case_is_read_and_written_and_the_references_stay(
     assert not any(target.islower() for _, target in pairs)
     texts = [line.text for line in task.translate([source for source, _ in pairs])]
     assert all(text == text.lower() for text in texts)
-    assert task.evaluate("test") == bleu(texts, [target for _, target in pairs])
+    sources, references = zip(*pairs, strict=True)
+    assert task.evaluate("test") == metrics.translation(sources, texts, references)
     pairs[:] = [(source, text) for (source, _), text in zip(pairs, texts, strict=True)]
     assert task.evaluate("test").score == pytest.approx(100)
     assert task.score([("A B", "C d")]) == task.score([("a b", "c D")])
