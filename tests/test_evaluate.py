@@ -261,9 +261,9 @@ def likelihood(run: Run, epoch: int) -> float:
     assert isinstance(task, Translation)
     model = task.model.double().eval()
     total, count = 0.0, 0
-    for source, target in task._splits()["validation"]:
-        read = torch.tensor([[*task.source_vocabulary.encode(source), EOS]])
-        answer: Tensor = torch.tensor([*task.target_vocabulary.encode(target), EOS])
+    for source, target in task.pairs.splits["validation"]:
+        read = torch.tensor([[*task.pairs.source_vocabulary.encode(source), EOS]])
+        answer: Tensor = torch.tensor([*task.pairs.target_vocabulary.encode(target), EOS])
         with torch.no_grad():
             decoded, context = model(read, torch.tensor([read.shape[1]]), torch.tensor([[BOS, *answer.tolist()[:-1]]]))
             total -= functional.cross_entropy(model.logits(decoded, context).double(), answer, reduction="sum").item()
@@ -277,7 +277,7 @@ def test_by_chrf(train: Callable[..., Any]) -> None:
         task = tasks.load(run.epoch(number), runtime=CPU)
         assert isinstance(task, Translation)
         greedy = task.translations("validation", task.recipe.decoding.updated(beam=1))
-        assert epoch.scores == chrf(greedy, [target for _, target in task._splits()["validation"]])
+        assert epoch.scores == chrf(greedy, [target for _, target in task.pairs.splits["validation"]])
         assert epoch.scores.signature is not None
         assert f"validation chrF {epoch.scores.score:.2f}" in progress.summary(epoch)
     assert result["primary"] == "bleu"

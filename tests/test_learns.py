@@ -73,7 +73,7 @@ def test_a_residual_network_learns_images_by_heart(images: Path, precision: str)
 def test_a_translator_learns_lines_by_heart(pairs: Path, precision: str) -> None:
     task = trained(pairs, runtime=Runtime(CPU.device, precision, "cpu", "as asked"))
     assert isinstance(task, Translation)
-    known = task._splits()["train"]
+    known = task.pairs.splits["train"]
     found = task.translate([source for source, _ in known], task.recipe.decoding.updated(beam=3))
     right = sum(line.text == target for line, (_, target) in zip(found, known, strict=True))
     assert right / len(known) > 0.9

@@ -24,7 +24,7 @@ from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.metrics import bleu
 from dl7cli.recipe import resolve
-from dl7cli.tasks import Task, classification, translation
+from dl7cli.tasks import Task, classification, sentences, translation
 from dl7cli.tasks.classification import Classification
 from dl7cli.tasks.translation import Translation
 
@@ -100,8 +100,8 @@ def test_every_image_is_used_once_an_epoch(build: Callable[..., Any], tiny: dict
 def test_every_pair_is_used_once_an_epoch_and_batches_are_bounded(build: Callable[..., Any]) -> None:
     task = build("seq2seq", "training.batch_tokens=40")
     wanted = Counter(
-        (tuple(task.source_vocabulary.encode(source)), tuple(task.source_vocabulary.encode(target)))
-        for source, target in task._splits()["train"]
+        (tuple(task.pairs.source_vocabulary.encode(source)), tuple(task.pairs.source_vocabulary.encode(target)))
+        for source, target in task.pairs.splits["train"]
     )
     for epoch in (0, 1):
         seen: Counter[Any] = Counter()
@@ -123,7 +123,7 @@ def test_batches_are_filled_as_far_as_they_may_be(tokens: int) -> None:
     random = np.random.default_rng(tokens)
     lengths = random.integers(1, 20, 60)
     order = random.permutation(60)
-    batches = translation._fill(order, lengths, tokens)
+    batches = sentences.fill(order, lengths, tokens)
     assert np.concatenate(batches).tolist() == order.tolist()
     for number, batch in enumerate(batches):
         assert len(batch) == 1 or lengths[batch].max() * len(batch) <= tokens
@@ -136,17 +136,19 @@ def test_pairs_beyond_the_limit_are_left_out_and_counted(build: Callable[..., An
     task = build("seq2seq", "data.max_length=8")
     list(task.batches(0))
     assert task.notes == []  # no more than seven digits
-    task.recipe = task.recipe.model_copy(update={"data": task.recipe.data.model_copy(update={"max_length": 4})})
-    task._encoded = None
-    short = [
-        pair for pair in task._splits()["train"] if max(len(task.source_vocabulary.encode(side)) for side in pair) <= 4
-    ]
-    assert sum(len(batch.lengths) for batch in task.batches(1)) == len(short) < 40
-    assert task.notes == [f"{40 - len(short)} training pairs longer than 4 subwords are left out"]
-    task.recipe = task.recipe.model_copy(update={"data": task.recipe.data.model_copy(update={"max_length": 0})})
-    task._encoded = None
+
+    def limited(limit: int) -> Task:
+        """The same task with a limit lower than a recipe may set."""
+        data = task.recipe.data.model_copy(update={"max_length": limit})
+        return tasks.build(task.recipe.model_copy(update={"data": data}), task.assets, runtime=CPU)
+
+    encode = task.pairs.source_vocabulary.encode
+    short = [pair for pair in task.pairs.splits["train"] if max(len(encode(side)) for side in pair) <= 4]
+    shorter = limited(4)
+    assert sum(len(batch.lengths) for batch in shorter.batches(1)) == len(short) < 40
+    assert shorter.notes == [f"{40 - len(short)} training pairs longer than 4 subwords are left out"]
     with pytest.raises(UserError, match="is within 0 subwords"):
-        task.steps(2)
+        limited(0).steps(2)
 
 
 # Validation kept back
@@ -156,7 +158,7 @@ def test_pairs_beyond_the_limit_are_left_out_and_counted(build: Callable[..., An
 def test_what_is_kept_for_validation_is_not_trained_on(count: int, fraction: float, kept: int) -> None:
     pairs = [(f"source {n}", f"target {n}") for n in range(count)]
     images = ImageSet(np.arange(count * 12, dtype=np.uint8).reshape(count, 2, 2, 3), np.arange(count))
-    rest, first = translation._carve(pairs, fraction)
+    rest, first = sentences._carve(pairs, fraction)
     assert len(first) == kept
     assert sorted(rest + first) == sorted(pairs)
     other_rest, other = classification._carve(images, fraction)
@@ -169,7 +171,7 @@ def test_what_is_kept_for_validation_is_not_trained_on(count: int, fraction: flo
 
 def test_no_pair_or_image_is_left_to_train_on() -> None:
     with pytest.raises(UserError, match="1 training pairs are too few"):
-        translation._carve([("a", "b")], 0.1)
+        sentences._carve([("a", "b")], 0.1)
     with pytest.raises(UserError, match="2 training images are too few"):
         classification._carve(ImageSet(np.zeros((2, 2, 2, 3), np.uint8), np.zeros(2, np.int64)), 0.9)
 
@@ -246,8 +248,8 @@ def test_padding_does_not_change_a_sentences_loss(smoothing: float, build: Calla
     task = build("seq2seq", f"training.label_smoothing={smoothing}", "training.batch_tokens=400")
     task.model.eval()
     ids = [([5], [6, 7, 8, 9]), ([5, 6, 7, 8, 9, 10, 11], [4]), ([9, 4], [7, 7])]
-    total, count = task.loss(task._batch(ids))
-    singles = [task.loss(task._batch([pair])) for pair in ids]
+    total, count = task.loss(task.pairs.batch(ids))
+    singles = [task.loss(task.pairs.batch([pair])) for pair in ids]
     assert count == sum(number for _, number in singles) == 5 + 2 + 3
     assert total.item() == pytest.approx(sum(loss.item() for loss, _ in singles), rel=1e-5)
     expected = 0.0
@@ -263,7 +265,7 @@ def test_the_coverage_loss_is_the_overlap_with_what_was_looked_at_before(build: 
     keys = ("model.attention=additive", "model.coverage=true")
     without, task = build("seq2seq", *keys), build("seq2seq", *keys, "training.coverage_weight=0.7")
     ids = [([5, 8, 4], [6, 7, 8, 9]), ([5, 6, 7, 8, 9, 10, 11], [4]), ([9, 4], [7, 7])]
-    batch = task._batch(ids)
+    batch = task.pairs.batch(ids)
     expected = 0.0
     for source, target in ids:
         context, state = task.model.eval().encode(torch.tensor([[*source, EOS]]), torch.tensor([len(source) + 1]))
@@ -537,7 +539,7 @@ def test_the_keys_of_decoding_reach_the_search(build: Callable[..., Any]) -> Non
         coverage = np.log(np.clip(one.attention.astype(np.float64).sum(axis=0), 1e-6, 1)).sum()
         assert one.score == pytest.approx(one.log_probability + 0.5 * coverage, abs=1e-5)
     with torch.no_grad():
-        task.model.output_bias[translation.PAD : EOS] = 100
+        task.model.output_bias[PAD:EOS] = 100
     assert not any("<" in token for _, one in candidates() for token in one.tokens[:-1])
     assert any("<unk>" in one.tokens for _, one in candidates(allow_unknown=True))
     task.model.step = lambda *arguments: (*type(task.model).step(task.model, *arguments)[:2], None)
@@ -553,9 +555,9 @@ def test_attention_is_there_where_it_is_asked_for(build: Callable[..., Any]) -> 
             assert one.attention is not None
             assert one.attention.shape == (len(one.tokens), len(line.source_tokens))
             assert one.attention.sum(axis=1) == pytest.approx(1, abs=1e-5)
-            ids = [task.source_vocabulary._processor.piece_to_id(token) for token in one.tokens[:-1]]
-            source = [task.source_vocabulary._processor.piece_to_id(token) for token in line.source_tokens[:-1]]
-            batch = task._batch([(source, ids)])
+            ids = [task.pairs.source_vocabulary._processor.piece_to_id(token) for token in one.tokens[:-1]]
+            source = [task.pairs.source_vocabulary._processor.piece_to_id(token) for token in line.source_tokens[:-1]]
+            batch = task.pairs.batch([(source, ids)])
             expected = task.model.eval()(batch.source, batch.lengths, batch.previous)[0].attention[0]
             assert one.attention == pytest.approx(expected.detach().numpy(), abs=1e-5)
     assert task.translate(["1 2"])[0].alternatives[0].attention is None
@@ -592,8 +594,8 @@ def test_an_ensemble_answers_by_the_mean_of_its_probabilities(build: Callable[..
     pairs = []
     for line, translated in zip(LINES, task.translate(LINES, decoding, n_best=3, others=[other]), strict=True):
         for one in translated.alternatives:
-            ids = [task.source_vocabulary._processor.piece_to_id(token) for token in one.tokens[:-1]]
-            batch = task._batch([(task.source_vocabulary.encode(line.strip()), ids)])
+            ids = [task.pairs.source_vocabulary._processor.piece_to_id(token) for token in one.tokens[:-1]]
+            batch = task.pairs.batch([(task.pairs.source_vocabulary.encode(line.strip()), ids)])
             each = []
             for member in (task, other):
                 scores = member.model.logits(*member.model.eval()(batch.source, batch.lengths, batch.previous))
@@ -601,7 +603,7 @@ def test_an_ensemble_answers_by_the_mean_of_its_probabilities(build: Callable[..
             assert not torch.allclose(*each, rtol=0.1)
             expected = ((each[0] + each[1]) / 2).log().tolist()
             assert one.token_log_probabilities == pytest.approx(expected, abs=1e-4)
-            if task.source_vocabulary.encode(one.text) == ids:
+            if task.pairs.source_vocabulary.encode(one.text) == ids:
                 pairs.append((line, one.text, expected))
     assert len(pairs) > 5
     scored = task.score([(line, text) for line, text, _ in pairs], others=[other])
@@ -618,11 +620,11 @@ def test_scores_of_given_translations(build: Callable[..., Any], monkeypatch: py
     pairs = [("1 2 3", "3 2 1"), ("7", ""), (" ", "5"), ("1 2 3 4 5 6 7 8 9 0 1 2 3", "4 4 4 4 4 4 4 4 4"), ("0", "ä")]
     found = task.score(pairs)
     for (source, target), one in zip(pairs, found, strict=True):
-        ids = task.source_vocabulary.encode(target)
-        batch = task._batch([(task.source_vocabulary.encode(source.strip())[:8], ids)])
+        ids = task.pairs.source_vocabulary.encode(target)
+        batch = task.pairs.batch([(task.pairs.source_vocabulary.encode(source.strip())[:8], ids)])
         scores = task.model.eval().double().logits(*task.model(batch.source, batch.lengths, batch.previous))
         expected = scores.detach().log_softmax(-1).gather(1, batch.target[0][:, None])[:, 0]
-        assert one.tokens == task.source_vocabulary.pieces([*ids, EOS])
+        assert one.tokens == task.pairs.source_vocabulary.pieces([*ids, EOS])
         assert one.token_log_probabilities == pytest.approx(expected.tolist(), abs=1e-4)
         assert one.log_probability == pytest.approx(float(expected.sum()), abs=1e-4)
         assert one.perplexity == pytest.approx(float((-expected.mean()).exp()), rel=1e-4)
@@ -655,12 +657,12 @@ def test_more_translations_than_the_beam_are_refused(build: Callable[..., Any]) 
 
 def test_a_line_too_long_is_cut_and_said_to_be(build: Callable[..., Any]) -> None:
     task = confident(build("seq2seq", "data.max_length=8"))
-    pieces = task.source_vocabulary.encode("1 2 3 4 5 6 7 8 9 0 1 2 3")
+    pieces = task.pairs.source_vocabulary.encode("1 2 3 4 5 6 7 8 9 0 1 2 3")
     assert len(pieces) > 8
     within, beyond = task.translate(["1 2 3", "1 2 3 4 5 6 7 8 9 0 1 2 3"])
     assert (within.cut, beyond.cut) == (False, True)
-    start = task.source_vocabulary.decode(pieces[:8])
-    assert task.source_vocabulary.encode(start) == pieces[:8]
+    start = task.pairs.source_vocabulary.decode(pieces[:8])
+    assert task.pairs.source_vocabulary.encode(start) == pieces[:8]
     assert beyond.text == task.translate([start])[0].text
 
 
@@ -710,16 +712,16 @@ def test_search_keeps_its_promises_for_every_decoder(keys: str, build: Callable[
 
 def test_bleu_is_of_the_translations(build: Callable[..., Any]) -> None:
     task = confident(build("seq2seq"))
-    pairs = task._splits()["test"]
+    pairs = task.pairs.splits["test"]
     decoding = task.recipe.decoding.updated(beam=3, length_penalty=1.0)
     texts = [task.translate([source], decoding)[0].text for source, _ in pairs]
     sources, targets = zip(*pairs, strict=True)
     assert task.evaluate("test", decoding) == metrics.translation(sources, texts, targets)
-    sources = [source for source, _ in task._splits()["validation"]]
+    sources = [source for source, _ in task.pairs.splits["validation"]]
     greedy = [line.text for line in task.translate(sources, decoding.updated(beam=1))]
-    assert task.validate() == bleu(greedy, [target for _, target in task._splits()["validation"]])
+    assert task.validate() == bleu(greedy, [target for _, target in task.pairs.splits["validation"]])
     own = [(source, line.text) for (source, _), line in zip(pairs, task.translate([s for s, _ in pairs]), strict=True)]
-    task._splits()["test"][:] = own
+    task.pairs.splits["test"][:] = own
     assert task.evaluate("test").score == pytest.approx(100)
 
 
@@ -739,7 +741,7 @@ def test_text_is_translated_without_the_data_and_scored_on_other_data(tiny: dict
     other = tiny["seq2seq"].parent / "pairs"
     elsewhere = tasks.load(folder, runtime=CPU, data=str(other))
     assert elsewhere.data_name == str(other)
-    sources, targets = zip(*elsewhere._splits()["test"], strict=True)
+    sources, targets = zip(*elsewhere.pairs.splits["test"], strict=True)
     texts = [line.text for line in task.translate(sources)]
     assert elsewhere.evaluate("test") == metrics.translation(sources, texts, targets)
 

@@ -14,7 +14,8 @@ from dl7cli.data.vocabulary import EOS, PAD
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve
-from dl7cli.tasks.translation import PairBatch, Translation
+from dl7cli.tasks.sentences import PairBatch
+from dl7cli.tasks.translation import Translation
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
 SAMPLED = "data.subword_sampling=0.3"
@@ -78,11 +79,11 @@ def test_pairs_and_translations_are_of_their_own_vocabulary(
         (tmp_path / f"{name}.en").write_text("one two\nthree four five\nsix six\n" * 3)
         (tmp_path / f"{name}.de").write_text("ä öü\nß äß\nüüü ö\n" * 3)
     task = build(f"data.vocabulary={kind}", *(() if joint else SEPARATE), data=str(tmp_path))
-    source, target = task.source_vocabulary, task.target_vocabulary
+    source, target = task.pairs.source_vocabulary, task.pairs.target_vocabulary
     assert (source is target) == joint
     assert (source.encode("ä")[-1] > EOS) == joint
     assert task.model.get_parameter("output_bias").shape == (len(target),)
-    pairs = task._splits()["train"]
+    pairs = task.pairs.splits["train"]
     for batch in task.batches(0):
         assert {(source.decode(one), target.decode(other)) for one, other in sides(task, batch)} <= set(pairs)
         task.loss(batch)[0].backward()
@@ -106,7 +107,7 @@ def test_a_checkpoint_brings_its_vocabularies(
     assert isinstance(found, Translation)
     lines = ["1 2 3 4", "7 7"]
     assert found.translate(lines) == task.translate(lines)
-    assert (found.source_vocabulary is found.target_vocabulary) == (not separate)
+    assert (found.pairs.source_vocabulary is found.pairs.target_vocabulary) == (not separate)
 
 
 def test_a_joint_vocabulary_is_asked_for_by_what_needs_it(tiny: dict[str, Path]) -> None:
@@ -143,7 +144,7 @@ def test_sampled_batches_are_a_function_of_seed_epoch_and_number(
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_sampled_batches_hold_the_sentences_of_the_plan(kind: str, build: Callable[..., Translation]) -> None:
     task, plain = build(SAMPLED, f"data.vocabulary={kind}"), build(f"data.vocabulary={kind}")
-    vocabulary = task.source_vocabulary
+    vocabulary = task.pairs.source_vocabulary
     spellings = set()
     for epoch in range(3):
         for one, other in zip(task.batches(epoch), plain.batches(epoch), strict=True):
@@ -156,7 +157,7 @@ def test_sampled_batches_hold_the_sentences_of_the_plan(kind: str, build: Callab
 
 def test_what_is_drawn_longer_than_the_limit_is_taken_as_it_is(build: Callable[..., Translation]) -> None:
     task = build("data.subword_sampling=1.0", "data.max_length=10")
-    vocabulary = task.source_vocabulary
+    vocabulary = task.pairs.source_vocabulary
     lengths = {True: 0, False: 0}
     for batch in task.batches(0):
         for pair in sides(task, batch):
@@ -193,7 +194,7 @@ def test_a_source_is_read_in_one_order_everywhere(order: str, build: Callable[..
         tuple(read(list(source))): target for source, target in usual.items()
     }
     assert max(batch.source.numel() for batch in batches) <= 60, "batch_tokens counts what is read"
-    vocabulary = task.source_vocabulary
+    vocabulary = task.pairs.source_vocabulary
     expected = [*read(vocabulary.encode("1 2 3")), EOS]
     decoding = task.recipe.decoding.updated(beam=1)
     for use in (
@@ -204,7 +205,7 @@ def test_a_source_is_read_in_one_order_everywhere(order: str, build: Callable[..
         use()
         assert [(source.tolist(), lengths.tolist()) for source, lengths in seen] == [([expected], [len(expected)])]
     line = task.translate(["1 2 3"], decoding, attention=True)[0]
-    assert line.source_tokens == vocabulary.pieces(expected) == task.source_tokens(vocabulary.encode("1 2 3"))
+    assert line.source_tokens == vocabulary.pieces(expected) == task.pairs.source_tokens(vocabulary.encode("1 2 3"))
     assert line.alternatives[0].attention is not None
     assert line.alternatives[0].attention.shape == (len(line.alternatives[0].tokens), len(expected))
     again = task.score([("1 2 3", line.text)])[0]
@@ -219,7 +220,7 @@ def test_the_limit_is_of_the_sentence_itself(order: str, build: Callable[..., Tr
     assert (within.cut, beyond.cut) == (False, True)
     assert (beyond.text, beyond.source_tokens) == (within.text, within.source_tokens), "the end is cut off"
     assert len(within.source_tokens) == len(ORDERS[order]([0] * 8)) + 1
-    assert len(task._training_pairs()) == 40
+    assert sum(len(batch.lengths) for batch in task.batches(0)) == 40
 
 
 def test_a_translation_is_as_long_as_its_source_lets_it_be_however_often_that_is_read(
@@ -249,9 +250,10 @@ def test_lower_case_is_read_and_written_and_the_references_stay(
     build: Callable[..., Translation], capitals: Path
 ) -> None:
     task = build("data.lowercase=true", data=str(capitals))
-    assert "".join(task.source_vocabulary.pieces(range(4, len(task.source_vocabulary)))).islower()
+    vocabulary = task.pairs.source_vocabulary
+    assert "".join(vocabulary.pieces(range(4, len(vocabulary)))).islower()
     assert task.translate(["A b C"]) == task.translate(["A B C"]) == task.translate(["a b c"])
-    pairs = task._splits()["test"]
+    pairs = task.pairs.splits["test"]
     assert not any(target.islower() for _, target in pairs)
     texts = [line.text for line in task.translate([source for source, _ in pairs])]
     assert all(text == text.lower() for text in texts)
@@ -261,10 +263,10 @@ def test_lower_case_is_read_and_written_and_the_references_stay(
     assert task.evaluate("test").score == pytest.approx(100)
     assert task.score([("A B", "C d")]) == task.score([("a b", "c D")])
     cased = build(data=str(capitals))
-    assert cased.source_vocabulary.encode("A") != cased.source_vocabulary.encode("a")
+    assert cased.pairs.source_vocabulary.encode("A") != cased.pairs.source_vocabulary.encode("a")
     batches = zip(task.batches(0), build("data.lowercase=true", SAMPLED, data=str(capitals)).batches(0), strict=True)
     for one, sampled in batches:
-        texts = [[task.source_vocabulary.decode(ids) for ids, _ in sides(task, batch)] for batch in (one, sampled)]
+        texts = [[vocabulary.decode(ids) for ids, _ in sides(task, batch)] for batch in (one, sampled)]
         assert texts[0] == texts[1] == [text.lower() for text in texts[0]]
 
 
@@ -276,4 +278,4 @@ def test_two_keys_turn_the_direction_round(tiny: dict[str, Path]) -> None:
     assert isinstance(there, Translation)
     assert isinstance(back, Translation)
     for split in ("train", "validation", "test"):
-        assert back._splits()[split] == [(target, source) for source, target in there._splits()[split]]
+        assert back.pairs.splits[split] == [(target, source) for source, target in there.pairs.splits[split]]

@@ -220,5 +220,5 @@ def test_a_trained_run_scores_the_same_when_loaded(name: str, tied: str, tiny: d
     assert loaded.parameters == result["parameters"]
     shapes = [tuple(parameter.shape) for parameter in loaded.model.parameters()]
     width = loaded.model.words.target.embedding_dim
-    words = {len(loaded.source_vocabulary), len(loaded.target_vocabulary)}
+    words = {len(loaded.pairs.source_vocabulary), len(loaded.pairs.target_vocabulary)}
     assert sum(shapes.count((count, width)) for count in words) == {"all": 1, "output": 2, "none": 3}[tied]

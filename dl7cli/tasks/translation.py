@@ -1,20 +1,15 @@
-"""Translation: where a recipe meets sentence pairs, a vocabulary, a sequence-to-sequence model, search and BLEU."""
+"""Translation: where a recipe meets its sentence pairs, a sequence-to-sequence model, search and BLEU."""
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
-from random import Random
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dl7cli.data.pairs import Pairs, read_pairs
 from dl7cli.data.sources import Progress, silent
-from dl7cli.data.transfer import moved
-from dl7cli.data.vocabulary import BOS, EOS, PAD, Subwords, Vocabulary
+from dl7cli.data.vocabulary import EOS, PAD
 from dl7cli.device import Runtime, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, bleu, chrf, translation
@@ -26,26 +21,12 @@ from dl7cli.models.translator import Translator
 from dl7cli.recipe import ConvS2SModel, Decoding, Seq2SeqModel, TransformerModel, TranslationRecipe
 from dl7cli.search import Hypothesis
 from dl7cli.tasks.decoding import search, teacher_forced
+from dl7cli.tasks.sentences import PairBatch, SentencePairs, fill
 
 HYPOTHESES_AT_ONCE = 640
 """Sentences searched at once times the beam."""
 SUBWORDS_AT_ONCE = 8192
 """Most subwords of a batch that is scored, padding included."""
-
-
-class PairBatch(NamedTuple):
-    """B sentence pairs of at most S source and T target subwords, padded with PAD."""
-
-    source: Tensor
-    """(B, S)"""
-    lengths: Tensor
-    """(B,) ids of each source sentence as the model reads it, eos included"""
-    previous: Tensor
-    """(B, T) target subwords from bos on: what the decoder reads"""
-    target: Tensor
-    """(B, T) target subwords up to eos: what it should answer"""
-    real: Tensor
-    """(N,) where `target`, flattened, is not padding"""
 
 
 class Candidate(NamedTuple):
@@ -123,26 +104,12 @@ class Translation:
     ) -> None:
         self.recipe = recipe
         self.runtime = runtime
-        self.notes: list[str] = []
-        self._offline = offline
+        self.pairs = SentencePairs(recipe, assets, device=runtime.device, offline=offline, progress=progress)
+        self.assets = self.pairs.assets
+        self.notes = self.pairs.notes
         self._progress = progress
-        self._pairs: dict[str, list[tuple[str, str]]] | None = None
-        self._encoded: list[tuple[list[int], list[int]]] | None = None
-        self._texts: list[tuple[str, str]] = []
-        self._plan: tuple[int, list[np.ndarray]] | None = None
-        self._steps: dict[int, int] = {}
-        if assets is None:
-            assets = {
-                **self._learn_vocabularies(),
-                "source_language": recipe.data.source_language,
-                "target_language": recipe.data.target_language,
-            }
-        self.assets = assets
-        self.source_vocabulary = self.target_vocabulary = Vocabulary.from_json(assets["vocabulary"])
-        if "target_vocabulary" in assets:
-            self.target_vocabulary = Vocabulary.from_json(assets["target_vocabulary"])
         seed_everything(recipe.training.seed)
-        words = len(self.source_vocabulary), len(self.target_vocabulary)
+        words = len(self.pairs.source_vocabulary), len(self.pairs.target_vocabulary)
         self.model: Translator = translator(recipe.model, *words).to(runtime.device)
 
     @property
@@ -155,29 +122,20 @@ class Translation:
 
     def splits(self) -> dict[str, int]:
         """Sentence pairs in each split."""
-        return {name: len(pairs) for name, pairs in self._splits().items()}
+        return {name: len(pairs) for name, pairs in self.pairs.splits.items()}
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """Of what is trained and chosen on: the sentences of the training and validation splits."""
-        digest = hashlib.sha256()
-        for split in ("train", "validation"):
-            for pair in self._splits()[split]:
-                digest.update("\t".join((*pair, "\n")).encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+        """Of what is trained and chosen on."""
+        return self.pairs.digest
 
     def steps(self, epoch: int) -> int:
         """Batches of an epoch, counted from 0."""
-        if epoch not in self._steps:
-            self._steps[epoch] = len(self._batch_plan(epoch))
-        return self._steps[epoch]
+        return self.pairs.steps(epoch)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[PairBatch]:
         """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
-        pairs = self._training_pairs()
-        sampled = self.recipe.data.subword_sampling > 0
-        for number, chosen in enumerate(self._batch_plan(epoch)[start:], start):
-            yield self._batch(self._sampled(chosen, epoch, number) if sampled else [pairs[index] for index in chosen])
+        return self.pairs.batches(epoch, start)
 
     def loss(self, batch: PairBatch) -> tuple[Tensor, int]:
         """Cross-entropy with label smoothing summed over the target subwords, eos included, and how many they are.
@@ -206,7 +164,7 @@ class Translation:
         """
         select = self.recipe.training.select
         if select == "loss":
-            scored = self.score(self._pairs_of("validation"))
+            scored = self.score(self.pairs.split("validation"))
             mean = math.fsum(one.log_probability for one in scored) / sum(len(one.tokens) for one in scored)
             if not math.isfinite(mean):
                 raise UserError(
@@ -215,7 +173,7 @@ class Translation:
                 )
             return Scores("log_likelihood", {"log_likelihood": mean}, len(scored))
         texts = self.translations("validation", self.recipe.decoding.updated(method="beam", beam=1))
-        references = [target for _, target in self._pairs_of("validation")]
+        references = [target for _, target in self.pairs.split("validation")]
         return bleu(texts, references) if select == "bleu" else chrf(texts, references)
 
     def evaluate(self, split: str, decoding: Decoding | None = None) -> Scores:
@@ -224,11 +182,11 @@ class Translation:
 
     def translations(self, split: str, decoding: Decoding | None = None) -> list[str]:
         """A split's sources translated, in their order. Raises as `evaluate`."""
-        return [line.text for line in self.translate([source for source, _ in self._pairs_of(split)], decoding)]
+        return [line.text for line in self.translate([source for source, _ in self.pairs.split(split)], decoding)]
 
     def judge(self, split: str, translations: Sequence[str], *, rouge: bool = False) -> Scores:
         """BLEU of translations against a split's references, with the scores and details of `metrics.translation`."""
-        sources, references = zip(*self._pairs_of(split), strict=True)
+        sources, references = zip(*self.pairs.split(split), strict=True)
         return translation(sources, translations, references, with_rouge=rouge)
 
     def translate(
@@ -256,8 +214,8 @@ class Translation:
                 f"a beam of {decoding.beam} cannot give the {n_best} best", hint=f"use `--beam {n_best}` or more"
             )
         models, limit = self._ensemble(others)
-        encoded = self._ids(self.source_vocabulary, lines)
-        begun = self._ids(self.target_vocabulary, prefixes or [""] * len(lines))
+        encoded = self.pairs.source_ids(lines)
+        begun = self.pairs.target_ids(prefixes or [""] * len(lines))
         answers = [TranslatedLine("", 0.0, [], [], False)] * len(lines)
         order = sorted((at for at, ids in enumerate(encoded) if ids), key=lambda at: len(encoded[at]))
         size = max(1, HYPOTHESES_AT_ONCE // (decoding.beam if decoding.method == "beam" else n_best))
@@ -266,7 +224,7 @@ class Translation:
             sentences = [encoded[at][:limit] for at in chosen]
             found = search(
                 models,
-                *self._padded([self._source(ids) for ids in sentences]),
+                *self.pairs.sources(sentences),
                 decoding,
                 subwords=[len(ids) for ids in sentences],
                 prefixes=[begun[at] for at in chosen],
@@ -275,7 +233,7 @@ class Translation:
                 attention=attention,
             )
             for at, ids, hypotheses in zip(chosen, sentences, found, strict=True):
-                tokens = self.source_tokens(ids)
+                tokens = self.pairs.source_tokens(ids)
                 candidates = [self._candidate(one, len(tokens)) for one in hypotheses]
                 text, score = (candidates[0].text, candidates[0].score) if candidates else ("", 0.0)
                 answers[at] = TranslatedLine(text, score, tokens, candidates, len(encoded[at]) > limit)
@@ -289,26 +247,23 @@ class Translation:
         ensemble.
         """
         models, limit = self._ensemble(others)
-        sources = self._ids(self.source_vocabulary, [source for source, _ in pairs])
-        targets = self._ids(self.target_vocabulary, [target for _, target in pairs])
+        sources = self.pairs.source_ids([source for source, _ in pairs])
+        targets = self.pairs.target_ids([target for _, target in pairs])
         answers = [ScoredPair(0.0, [], [])] * len(pairs)
         lengths = np.array([max(len(s), len(t)) + 1 for s, t in zip(sources, targets, strict=True)])
-        for chosen in _fill(np.argsort(lengths, kind="stable"), lengths, SUBWORDS_AT_ONCE) if pairs else []:
-            batch = self._batch([(sources[at][:limit], targets[at]) for at in chosen])
+        for chosen in fill(np.argsort(lengths, kind="stable"), lengths, SUBWORDS_AT_ONCE) if pairs else []:
+            batch = self.pairs.batch([(sources[at][:limit], targets[at]) for at in chosen])
             values = teacher_forced(models, *batch).tolist()
             for at in chosen:
                 length = len(targets[at]) + 1
                 own, values = values[:length], values[length:]
-                answers[at] = ScoredPair(math.fsum(own), self.target_vocabulary.pieces([*targets[at], EOS]), own)
+                answers[at] = ScoredPair(math.fsum(own), self.pairs.target_vocabulary.pieces([*targets[at], EOS]), own)
         return answers
 
     def _ensemble(self, others: Sequence["Translation"]) -> tuple[list[Translator], int]:
         """The models that answer together, and the most subwords that all of them read."""
-        own = self.recipe.data
         for other in others:
-            data = other.recipe.data
-            read_alike = (data.source_order, data.lowercase) == (own.source_order, own.lowercase)
-            if other.assets != self.assets or not read_alike:
+            if not self.pairs.agrees_with(other.pairs):
                 raise UserError(
                     f"`{self.recipe.name}` and `{other.recipe.name}` differ in vocabulary, languages or reading order",
                     hint="train the runs of an ensemble on the same data with the same keys of `data`",
@@ -318,178 +273,10 @@ class Translation:
 
     def _candidate(self, found: Hypothesis, source_length: int) -> Candidate:
         return Candidate(
-            self.target_vocabulary.decode(found.ids),
+            self.pairs.target_vocabulary.decode(found.ids),
             found.score,
             found.log_probability,
-            self.target_vocabulary.pieces([*found.ids, EOS]),
+            self.pairs.target_vocabulary.pieces([*found.ids, EOS]),
             list(found.token_log_probabilities),
             None if found.attention is None else found.attention[:, :source_length],
         )
-
-    def _splits(self) -> dict[str, list[tuple[str, str]]]:
-        if self._pairs is None:
-            self._pairs = self._read()
-        return self._pairs
-
-    def _pairs_of(self, split: str) -> list[tuple[str, str]]:
-        if split not in self._splits():
-            raise UserError(f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}")
-        return self._splits()[split]
-
-    def _read(self) -> dict[str, list[tuple[str, str]]]:
-        data = self.recipe.data
-        found: Pairs = read_pairs(
-            data.source,
-            source_language=data.source_language,
-            target_language=data.target_language,
-            offline=self._offline,
-            progress=self._progress,
-        )
-        self.notes.extend(found.notes)
-        splits = dict(found.splits)
-        if "validation" not in splits:
-            splits["train"], splits["validation"] = _carve(splits["train"], data.validation_fraction)
-            self.notes.append(f"{len(splits['validation']):,} pairs of train are kept for validation")
-        return splits
-
-    def _learn_vocabularies(self) -> dict[str, Any]:
-        """The assets `vocabulary`, of the source or of both languages, and `target_vocabulary` where they have two."""
-        data, train = self.recipe.data, self._splits()["train"]
-        texts = {"vocabulary": [text for pair in train for text in pair]}
-        if not data.joint:
-            texts = {
-                "vocabulary": [source for source, _ in train],
-                "target_vocabulary": [target for _, target in train],
-            }
-        learnt = {}
-        for number, (name, lines) in enumerate(texts.items()):
-            self._progress("learning the vocabulary", number, len(texts))
-            lines = [self._text(line) for line in lines]
-            learnt[name] = Vocabulary.train(lines, data.vocabulary_size, data.vocabulary).to_json()
-        self._progress("learning the vocabulary", len(texts), len(texts))
-        return learnt
-
-    def _training_pairs(self) -> list[tuple[list[int], list[int]]]:
-        """Training pairs as subword ids, without those longer than the recipe's limit."""
-        if self._encoded is None:
-            pairs = self._splits()["train"]
-            limit = self.recipe.data.max_length
-            sources = self._ids(self.source_vocabulary, [source for source, _ in pairs])
-            targets = self._ids(self.target_vocabulary, [target for _, target in pairs])
-            both = list(zip(sources, targets, strict=True))
-            within = [at for at, (source, target) in enumerate(both) if max(len(source), len(target)) <= limit]
-            self._encoded = [both[at] for at in within]
-            self._texts = [pairs[at] for at in within]
-            if not self._encoded:
-                raise UserError(
-                    f"no training pair of `{self.data_name}` is within {limit} subwords",
-                    hint="raise `--set data.max_length=N`",
-                )
-            if len(self._encoded) < len(pairs):
-                left_out = len(pairs) - len(self._encoded)
-                self.notes.append(f"{left_out:,} training pairs longer than {limit} subwords are left out")
-        return self._encoded
-
-    def _batch_plan(self, epoch: int) -> list[np.ndarray]:
-        """The pairs of each batch: of like length, at most `batch_tokens` padded steps a side, in random order.
-
-        Lengths are those without sampling, so that the number of steps is known before anything is drawn.
-        """
-        if self._plan is None or self._plan[0] != epoch:
-            pairs = self._training_pairs()
-            random = np.random.default_rng([self.recipe.training.seed, epoch])
-            targets = np.array([len(target) + 1 for _, target in pairs])
-            sources = np.array([len(self._source(source)) for source, _ in pairs])
-            # The noise lets pairs meet other partners in every epoch.
-            noise = random.integers(0, 2, len(pairs))
-            order = np.lexsort((sources + random.random(len(pairs)), targets + noise))
-            batches = _fill(order, np.maximum(sources, targets), self.recipe.training.batch_tokens)
-            self._plan = epoch, [batches[index] for index in random.permutation(len(batches))]
-        return self._plan[1]
-
-    def _sampled(self, chosen: np.ndarray, epoch: int, number: int) -> list[tuple[list[int], list[int]]]:
-        """Pairs in subwords drawn anew: a function of the seed, the epoch and the batch's number in it.
-
-        A sentence that gets longer than the recipe's limit is taken as it is without sampling.
-        """
-        limit, pairs = self.recipe.data.max_length, self._training_pairs()
-        random = Random(f"{self.recipe.training.seed} {epoch} {number}")
-
-        def drawn(at: int, side: int) -> list[int]:
-            ids = self._samplers[side](self._text(self._texts[at][side]), random)
-            return ids if len(ids) <= limit else pairs[at][side]
-
-        return [(drawn(at, 0), drawn(at, 1)) for at in chosen]
-
-    @cached_property
-    def _samplers(self) -> list[Callable[[str, Random], list[int]]]:
-        """What draws the subwords of a source and of a target."""
-        data = self.recipe.data
-        samplers = []
-        for vocabulary in (self.source_vocabulary, self.target_vocabulary):
-            assert isinstance(vocabulary, Subwords)
-            samplers.append(vocabulary.sampler(data.vocabulary, data.subword_sampling))
-        return samplers
-
-    def source_tokens(self, ids: Sequence[int]) -> list[str]:
-        """The pieces of a sentence in the order in which the model reads them, `</s>` included."""
-        return self.source_vocabulary.pieces(self._source(ids))
-
-    def _source(self, ids: Sequence[int]) -> list[int]:
-        """A sentence as the model reads it, in training, search and scoring alike."""
-        match self.recipe.data.source_order:
-            case "forward":
-                return [*ids, EOS]
-            case "reversed":
-                return [*reversed(ids), EOS]
-            case "doubled":
-                return [*ids, *ids, EOS]
-
-    def _ids(self, vocabulary: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
-        return vocabulary.encode_all([self._text(text) for text in texts])
-
-    def _text(self, text: str) -> str:
-        """A sentence as the model's vocabularies know it."""
-        return text.strip().lower() if self.recipe.data.lowercase else text.strip()
-
-    def _batch(self, pairs: list[tuple[list[int], list[int]]]) -> PairBatch:
-        source, lengths = self._padded([self._source(ids) for ids, _ in pairs])
-        previous, _ = self._padded([[BOS, *ids] for _, ids in pairs])
-        target = _rectangle([[*ids, EOS] for _, ids in pairs])
-        # Found before it is moved: a device would have to be waited for.
-        real = (target != PAD).flatten().nonzero().flatten()
-        device = self.runtime.device
-        return PairBatch(source, lengths, previous, moved(target, device), moved(real, device))
-
-    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Rows of ids as one tensor (B, longest), and their lengths (B,), on the device."""
-        device = self.runtime.device
-        return moved(_rectangle(rows), device), moved(torch.tensor([len(row) for row in rows]), device)
-
-
-def _rectangle(rows: list[list[int]]) -> Tensor:
-    longest = max(len(row) for row in rows)
-    return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
-
-
-def _fill(order: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Cut `order` into runs whose longest member times their number is at most `tokens`; at least one each."""
-    batches = []
-    begin, longest = 0, 0
-    for at, index in enumerate(order):
-        grown = max(longest, int(lengths[index]))
-        if at > begin and grown * (at + 1 - begin) > tokens:
-            batches.append(order[begin:at])
-            begin, grown = at, int(lengths[index])
-        longest = grown
-    return [*batches, order[begin:]]
-
-
-def _carve(pairs: list[tuple[str, str]], fraction: float) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Split training pairs into two; the choice is the same for every seed, so that runs can be compared."""
-    kept = max(1, round(len(pairs) * fraction))
-    if kept >= len(pairs):
-        raise UserError(f"{len(pairs)} training pairs are too few to keep some for validation", hint="add pairs")
-    chosen = set(np.random.default_rng(0).permutation(len(pairs))[:kept].tolist())
-    rest = [pair for at, pair in enumerate(pairs) if at not in chosen]
-    return rest, [pair for at, pair in enumerate(pairs) if at in chosen]

@@ -113,7 +113,7 @@ def encoded_pairs(task: Translation) -> list[Pair]:
     data = task.recipe.data
     read = read_pairs(data.source, source_language=data.source_language, target_language=data.target_language)
     sources, targets = zip(*read.splits["train"], strict=True)
-    both = zip(task.source_vocabulary.encode_all(sources), task.source_vocabulary.encode_all(targets), strict=True)
+    both = zip(task.pairs.source_ids(sources), task.pairs.target_ids(targets), strict=True)
     return [pair for pair in both if max(map(len, pair)) <= data.max_length]
 
 
@@ -132,7 +132,7 @@ def main() -> None:
     if runtime.precision != "fp32":
         loops["dl7 in fp32"] = own_loop(tasks.build(recipe, task.assets, runtime=device.choose(precision="fp32")))
     loops["the usual loop"] = usual_loop(
-        pairs, len(task.source_vocabulary), task.recipe, batch=batch, on=runtime.device
+        pairs, len(task.pairs.source_vocabulary), task.recipe, batch=batch, on=runtime.device
     )
     compare(loops, options, runtime=runtime, unit="target tokens", sentences_per_batch=batch, overrides=options.set)
 

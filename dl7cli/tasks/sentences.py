@@ -1,0 +1,270 @@
+"""The sentence pairs of a recipe as its model reads them: vocabularies, subwords, reading order and batches."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dl7cli.data.pairs import read_pairs
+from dl7cli.data.sources import Progress
+from dl7cli.data.transfer import moved
+from dl7cli.data.vocabulary import BOS, EOS, PAD, Subwords, Vocabulary
+from dl7cli.errors import UserError
+from dl7cli.recipe import TranslationRecipe
+
+
+class PairBatch(NamedTuple):
+    """B sentence pairs of at most S source and T target subwords, padded with PAD."""
+
+    source: Tensor
+    """(B, S)"""
+    lengths: Tensor
+    """(B,) ids of each source sentence as the model reads it, eos included"""
+    previous: Tensor
+    """(B, T) target subwords from bos on: what the decoder reads"""
+    target: Tensor
+    """(B, T) target subwords up to eos: what it should answer"""
+    real: Tensor
+    """(N,) where `target`, flattened, is not padding"""
+
+
+class SentencePairs:
+    """The data of a translation recipe. `assets` are the vocabularies and the languages.
+
+    Without `assets` the vocabularies are learnt from the training split; with them, no data is read until it is asked
+    for. Batches are on `device`; `notes` tell what was left out or carved off.
+    """
+
+    def __init__(
+        self,
+        recipe: TranslationRecipe,
+        assets: dict[str, Any] | None,
+        *,
+        device: torch.device,
+        offline: bool,
+        progress: Progress,
+    ) -> None:
+        self.notes: list[str] = []
+        self._data = recipe.data
+        self._seed = recipe.training.seed
+        self._batch_tokens = recipe.training.batch_tokens
+        self._device = device
+        self._offline = offline
+        self._progress = progress
+        self._plan: tuple[int, list[np.ndarray]] | None = None
+        self._steps: dict[int, int] = {}
+        if assets is None:
+            assets = {
+                **self._learn_vocabularies(),
+                "source_language": recipe.data.source_language,
+                "target_language": recipe.data.target_language,
+            }
+        self.assets = assets
+        self.source_vocabulary = self.target_vocabulary = Vocabulary.from_json(assets["vocabulary"])
+        if "target_vocabulary" in assets:
+            self.target_vocabulary = Vocabulary.from_json(assets["target_vocabulary"])
+
+    @cached_property
+    def splits(self) -> dict[str, list[tuple[str, str]]]:
+        """Source and target sentences of each split; `train` and `validation` are there in any case."""
+        data = self._data
+        found = read_pairs(
+            data.source,
+            source_language=data.source_language,
+            target_language=data.target_language,
+            offline=self._offline,
+            progress=self._progress,
+        )
+        self.notes.extend(found.notes)
+        splits = dict(found.splits)
+        if "validation" not in splits:
+            splits["train"], splits["validation"] = _carve(splits["train"], data.validation_fraction)
+            self.notes.append(f"{len(splits['validation']):,} pairs of train are kept for validation")
+        return splits
+
+    def split(self, name: str) -> list[tuple[str, str]]:
+        """Source and target sentences of one split. Raises UserError where the data has no such split."""
+        if name not in self.splits:
+            raise UserError(f"`{self._data.source}` has no split `{name}`", hint=f"it has {', '.join(self.splits)}")
+        return self.splits[name]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what is trained and chosen on: the sentences of the training and validation splits."""
+        digest = hashlib.sha256()
+        for split in ("train", "validation"):
+            for pair in self.splits[split]:
+                digest.update("\t".join((*pair, "\n")).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    def steps(self, epoch: int) -> int:
+        """Batches of an epoch, counted from 0."""
+        if epoch not in self._steps:
+            self._steps[epoch] = len(self._batch_plan(epoch))
+        return self._steps[epoch]
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[PairBatch]:
+        """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
+        pairs, _ = self._training_pairs
+        sampled = self._data.subword_sampling > 0
+        for number, chosen in enumerate(self._batch_plan(epoch)[start:], start):
+            yield self.batch(self._sampled(chosen, epoch, number) if sampled else [pairs[index] for index in chosen])
+
+    def batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> PairBatch:
+        """Pairs of ids, without bos and eos and in their own order, as a batch on the device."""
+        source, lengths = self.sources([ids for ids, _ in pairs])
+        previous = moved(_rectangle([[BOS, *ids] for _, ids in pairs]), self._device)
+        target = _rectangle([[*ids, EOS] for _, ids in pairs])
+        # Found before it is moved: a device would have to be waited for.
+        real = (target != PAD).flatten().nonzero().flatten()
+        return PairBatch(source, lengths, previous, moved(target, self._device), moved(real, self._device))
+
+    def sources(self, sentences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """The `source` (B, S) and the `lengths` (B,) of a batch, of sentences as for `batch`."""
+        rows = [self._read(ids) for ids in sentences]
+        lengths = torch.tensor([len(row) for row in rows])
+        return moved(_rectangle(rows), self._device), moved(lengths, self._device)
+
+    def source_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of source sentences, without eos and in their own order."""
+        return self._ids(self.source_vocabulary, texts)
+
+    def target_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of target sentences, without bos and eos."""
+        return self._ids(self.target_vocabulary, texts)
+
+    def source_tokens(self, ids: Sequence[int]) -> list[str]:
+        """The pieces of a sentence in the order in which the model reads them, `</s>` included."""
+        return self.source_vocabulary.pieces(self._read(ids))
+
+    def agrees_with(self, other: "SentencePairs") -> bool:
+        """Whether both have the same vocabularies and languages, and their models read a text alike."""
+        one, two = self._data, other._data
+        read_alike = (one.source_order, one.lowercase) == (two.source_order, two.lowercase)
+        return self.assets == other.assets and read_alike
+
+    def _learn_vocabularies(self) -> dict[str, Any]:
+        """The assets `vocabulary`, of the source or of both languages, and `target_vocabulary` where they have two."""
+        data, train = self._data, self.splits["train"]
+        texts = {"vocabulary": [text for pair in train for text in pair]}
+        if not data.joint:
+            texts = {
+                "vocabulary": [source for source, _ in train],
+                "target_vocabulary": [target for _, target in train],
+            }
+        learnt = {}
+        for number, (name, lines) in enumerate(texts.items()):
+            self._progress("learning the vocabulary", number, len(texts))
+            lines = [self._text(line) for line in lines]
+            learnt[name] = Vocabulary.train(lines, data.vocabulary_size, data.vocabulary).to_json()
+        self._progress("learning the vocabulary", len(texts), len(texts))
+        return learnt
+
+    @cached_property
+    def _training_pairs(self) -> tuple[list[tuple[list[int], list[int]]], list[tuple[str, str]]]:
+        """Training pairs as subword ids and as texts, without those longer than the recipe's limit."""
+        pairs = self.splits["train"]
+        limit = self._data.max_length
+        sources = self.source_ids([source for source, _ in pairs])
+        targets = self.target_ids([target for _, target in pairs])
+        both = list(zip(sources, targets, strict=True))
+        within = [at for at, (source, target) in enumerate(both) if max(len(source), len(target)) <= limit]
+        if not within:
+            raise UserError(
+                f"no training pair of `{self._data.source}` is within {limit} subwords",
+                hint="raise `--set data.max_length=N`",
+            )
+        if len(within) < len(pairs):
+            self.notes.append(f"{len(pairs) - len(within):,} training pairs longer than {limit} subwords are left out")
+        return [both[at] for at in within], [pairs[at] for at in within]
+
+    def _batch_plan(self, epoch: int) -> list[np.ndarray]:
+        """The pairs of each batch: of like length, at most `batch_tokens` padded steps a side, in random order.
+
+        Lengths are those without sampling, so that the number of steps is known before anything is drawn.
+        """
+        if self._plan is None or self._plan[0] != epoch:
+            pairs, _ = self._training_pairs
+            random = np.random.default_rng([self._seed, epoch])
+            targets = np.array([len(target) + 1 for _, target in pairs])
+            sources = np.array([len(self._read(source)) for source, _ in pairs])
+            # The noise lets pairs meet other partners in every epoch.
+            noise = random.integers(0, 2, len(pairs))
+            order = np.lexsort((sources + random.random(len(pairs)), targets + noise))
+            batches = fill(order, np.maximum(sources, targets), self._batch_tokens)
+            self._plan = epoch, [batches[index] for index in random.permutation(len(batches))]
+        return self._plan[1]
+
+    def _sampled(self, chosen: np.ndarray, epoch: int, number: int) -> list[tuple[list[int], list[int]]]:
+        """Pairs in subwords drawn anew: a function of the seed, the epoch and the batch's number in it.
+
+        A sentence that gets longer than the recipe's limit is taken as it is without sampling.
+        """
+        limit, (pairs, texts) = self._data.max_length, self._training_pairs
+        random = Random(f"{self._seed} {epoch} {number}")
+
+        def drawn(at: int, side: int) -> list[int]:
+            ids = self._samplers[side](self._text(texts[at][side]), random)
+            return ids if len(ids) <= limit else pairs[at][side]
+
+        return [(drawn(at, 0), drawn(at, 1)) for at in chosen]
+
+    @cached_property
+    def _samplers(self) -> list[Callable[[str, Random], list[int]]]:
+        """What draws the subwords of a source and of a target."""
+        samplers = []
+        for vocabulary in (self.source_vocabulary, self.target_vocabulary):
+            assert isinstance(vocabulary, Subwords)
+            samplers.append(vocabulary.sampler(self._data.vocabulary, self._data.subword_sampling))
+        return samplers
+
+    def _read(self, ids: Sequence[int]) -> list[int]:
+        """A source as the model reads it, in training, search and scoring alike."""
+        match self._data.source_order:
+            case "forward":
+                return [*ids, EOS]
+            case "reversed":
+                return [*reversed(ids), EOS]
+            case "doubled":
+                return [*ids, *ids, EOS]
+
+    def _ids(self, vocabulary: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
+        return vocabulary.encode_all([self._text(text) for text in texts])
+
+    def _text(self, text: str) -> str:
+        """A sentence as the model's vocabularies know it."""
+        return text.strip().lower() if self._data.lowercase else text.strip()
+
+
+def fill(order: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Cut `order` into runs whose longest member times their number is at most `tokens`; at least one each."""
+    batches = []
+    begin, longest = 0, 0
+    for at, index in enumerate(order):
+        grown = max(longest, int(lengths[index]))
+        if at > begin and grown * (at + 1 - begin) > tokens:
+            batches.append(order[begin:at])
+            begin, grown = at, int(lengths[index])
+        longest = grown
+    return [*batches, order[begin:]]
+
+
+def _rectangle(rows: list[list[int]]) -> Tensor:
+    """Rows of ids as one tensor (B, longest), padded."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
+
+
+def _carve(pairs: list[tuple[str, str]], fraction: float) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Split training pairs into two; the choice is the same for every seed, so that runs can be compared."""
+    kept = max(1, round(len(pairs) * fraction))
+    if kept >= len(pairs):
+        raise UserError(f"{len(pairs)} training pairs are too few to keep some for validation", hint="add pairs")
+    chosen = set(np.random.default_rng(0).permutation(len(pairs))[:kept].tolist())
+    rest = [pair for at, pair in enumerate(pairs) if at not in chosen]
+    return rest, [pair for at, pair in enumerate(pairs) if at in chosen]
