@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -84,6 +85,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         decoding = {{ beam = 2 }}
     """)
     return {"resnet": images, "seq2seq": pairs}
+
+
+@pytest.fixture
+def build(tiny: dict[str, Path]) -> Callable[..., Any]:
+    """`build(kind, *overrides)` is the task of a tiny recipe."""
+    import torch
+
+    from dl7cli import tasks
+    from dl7cli.device import Runtime
+    from dl7cli.recipe import resolve
+
+    runtime = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
+
+    def make(kind: str, *overrides: str, seed: int | None = None) -> tasks.Task:
+        return tasks.build(resolve(str(tiny[kind]), overrides, seed=seed).recipe, runtime=runtime)
+
+    return make
 
 
 WORDS = {"red": "rot", "blue": "blau", "big": "groß", "small": "klein", "old": "alt", "new": "neu"}

@@ -1,11 +1,13 @@
 """Timing the parts of a step: in which settings, on what, and with what left out."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from running import succeed
 from torch import Tensor, nn
 
 from dl7cli import tasks
@@ -70,3 +72,69 @@ def test_what_cannot_be_compiled_is_left_out_and_said(tiny: dict[str, Path], mon
 
 def test_every_precision_of_a_device_can_be_chosen() -> None:
     assert precisions(torch.device("cpu")) == ["fp32", "bf16"]
+
+
+# The command
+
+
+SMALL_BENCH = ("--set", "model.depth=8", "--set", "training.batch_size=16", "--seconds", "0.01", "--json")
+
+
+def check_bench(document: dict[str, Any]) -> None:
+    """Every number is one, rates and times of a step agree, and the choice is the fastest."""
+    results = document["results"]
+    assert document["rounds"] == 5
+    for result in results:
+        assert list(result["step_ms"]) == ["data", "forward", "backward", "optimiser"]
+        assert all(value > 0 for value in result["step_ms"].values())
+        assert len(result["rates"]) == 5
+        assert result["rate"] == sorted(result["rates"])[2]
+    best = max(results, key=lambda result: result["rate"])
+    assert document["chosen"] == {key: best[key] for key in ("precision", "layout", "compiled")}
+    said = float(document["reason"].split()[0].replace(",", ""))
+    assert said == pytest.approx(best["rate"], abs=1)
+
+
+def test_bench_times_a_classifier_in_every_setting(tmp_path: Path) -> None:
+    flags = ("--data", "builtin:shapes", "--set", "training.compile=never", "--device", "cpu", *SMALL_BENCH)
+    document = succeed("bench", "resnet", *flags, cwd=tmp_path).document
+    check_bench(document)
+    assert (document["task"], document["data"], document["unit"]) == ("classification", "builtin:shapes", "images/s")
+    found = [(one["precision"], one["layout"], one["compiled"], one["compile_seconds"]) for one in document["results"]]
+    assert sorted(found) == [
+        (precision, layout, False, None) for precision in ("bf16", "fp32") for layout in ("channels-last", "nchw")
+    ]
+    assert not list(tmp_path.iterdir()), "no run is made"
+
+
+def test_bench_times_a_translator_in_every_precision(tmp_path: Path) -> None:
+    sizes = [("embedding_width", 16), ("encoder_width", 16), ("decoder_width", 16)]
+    flags = [text for name, size in sizes for text in ("--set", f"model.{name}={size}")]
+    flags += ["--data", "builtin:phrases", "--set", "training.batch_tokens=256", "--seconds", "0.01", "--device", "cpu"]
+    document = succeed("bench", "seq2seq", *flags, "--json", cwd=tmp_path).document
+    check_bench(document)
+    assert document["unit"] == "target tokens/s"
+    assert [(one["precision"], one["layout"], one["compiled"]) for one in document["results"]] == [
+        ("fp32", None, False),
+        ("bf16", None, False),
+    ]
+
+
+def test_the_table_of_bench_names_the_fastest(tmp_path: Path) -> None:
+    flags = ("--data", "builtin:shapes", "--set", "training.compile=never", "--device", "cpu", *SMALL_BENCH[:-1])
+    shown = succeed("bench", "resnet", *flags, cwd=tmp_path)
+    header, *rows, last = shown.out.splitlines()
+    assert header.split()[:3] == ["PRECISION", "LAYOUT", "COMPILED"]
+    rates = {tuple(row.split()[:2]): float(row.split()[-1].replace(",", "")) for row in rows}
+    assert len(rates) == 4
+    named = re.fullmatch(r"fastest: (\S+), (\S+): .*", last)
+    assert named is not None
+    assert rates[named[1], named[2]] == max(rates.values())
+
+
+def test_bench_times_the_built_in_set_without_other_data(tmp_path: Path) -> None:
+    flags = ("--offline", "--set", "training.compile=never", "--device", "cpu", *SMALL_BENCH)
+    shown = succeed("bench", "resnet", *flags, cwd=tmp_path)
+    assert shown.document["data"] == "builtin:shapes"
+    assert "timing steps on the built-in set builtin:shapes instead" in shown.err
+    assert "dl7 bench resnet --data FOLDER" in shown.err

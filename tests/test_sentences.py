@@ -1,19 +1,22 @@
-"""The data of translation: vocabularies, the order in which a source is read, and subwords drawn at random."""
+"""The data of translation: batches, vocabularies, the order in which a source is read, and subwords drawn at random."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dl7cli import checkpoint, metrics, tasks
 from dl7cli.checkpoint import Checkpoint, Progress
-from dl7cli.data.vocabulary import EOS, PAD
+from dl7cli.data.vocabulary import BOS, EOS, PAD
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve
+from dl7cli.tasks import sentences
 from dl7cli.tasks.sentences import PairBatch
 from dl7cli.tasks.translation import Translation
 
@@ -65,6 +68,63 @@ def sides(task: Translation, batch: PairBatch) -> list[tuple[list[int], list[int
 
 def same(one: PairBatch, other: PairBatch) -> bool:
     return all(first.shape == second.shape and torch.equal(first, second) for first, second in zip(one, other))  # noqa: B905
+
+
+# Batches
+
+
+def test_every_pair_is_used_once_an_epoch_and_batches_are_bounded(build: Callable[..., Translation]) -> None:
+    task = build("training.batch_tokens=40")
+    wanted = Counter(
+        (tuple(task.pairs.source_vocabulary.encode(source)), tuple(task.pairs.source_vocabulary.encode(target)))
+        for source, target in task.pairs.splits["train"]
+    )
+    for epoch in (0, 1):
+        seen: Counter[Any] = Counter()
+        for batch in task.batches(epoch):
+            assert max(batch.source.numel(), batch.target.numel()) <= 40
+            assert batch.source.shape[1] == batch.lengths.max()
+            for source, length, previous, target in zip(*batch[:4], strict=True):
+                words = target[target != PAD].tolist()
+                assert source[length - 1] == EOS == words[-1]
+                assert not source[length:].any()
+                assert previous[: len(words)].tolist() == [BOS, *words[:-1]]
+                assert not previous[len(words) :].any()
+                seen[tuple(source[: length - 1].tolist()), tuple(words[:-1])] += 1
+        assert seen == wanted
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 16, 50, 10_000])
+def test_batches_are_filled_as_far_as_they_may_be(tokens: int) -> None:
+    random = np.random.default_rng(tokens)
+    lengths = random.integers(1, 20, 60)
+    order = random.permutation(60)
+    batches = sentences.fill(order, lengths, tokens)
+    assert np.concatenate(batches).tolist() == order.tolist()
+    for number, batch in enumerate(batches):
+        assert len(batch) == 1 or lengths[batch].max() * len(batch) <= tokens
+        if number + 1 < len(batches):  # the next one did not fit in
+            more = np.append(batch, batches[number + 1][0])
+            assert lengths[more].max() * len(more) > tokens
+
+
+def test_pairs_beyond_the_limit_are_left_out_and_counted(build: Callable[..., Translation]) -> None:
+    task = build("data.max_length=8")
+    list(task.batches(0))
+    assert task.notes == []  # no more than seven digits
+
+    def limited(limit: int) -> tasks.Task:
+        """The same task with a limit lower than a recipe may set."""
+        data = task.recipe.data.model_copy(update={"max_length": limit})
+        return tasks.build(task.recipe.model_copy(update={"data": data}), task.assets, runtime=CPU)
+
+    encode = task.pairs.source_vocabulary.encode
+    short = [pair for pair in task.pairs.splits["train"] if max(len(encode(side)) for side in pair) <= 4]
+    shorter = limited(4)
+    assert sum(len(batch.lengths) for batch in shorter.batches(1)) == len(short) < 40
+    assert shorter.notes == [f"{40 - len(short)} training pairs longer than 4 subwords are left out"]
+    with pytest.raises(UserError, match="is within 0 subwords"):
+        limited(0).steps(2)
 
 
 # Vocabularies
