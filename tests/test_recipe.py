@@ -31,6 +31,16 @@ def test_the_two_recipes_of_the_first_commands_are_shipped() -> None:
     assert {"resnet", "seq2seq"} <= set(recipe.shipped())
 
 
+def test_every_header_has_a_title_of_one_line_a_command_and_what_was_measured() -> None:
+    for name in recipe.shipped():
+        title, blank, *rest = recipe.header(name)
+        assert title.endswith(".")
+        assert len(title) <= 110
+        assert not blank
+        assert f"Command:  dl7 train {name}" in rest
+        assert any(line.startswith("Measured: ") for line in rest)
+
+
 def test_the_written_recipe_reads_back_to_the_same(tmp_path: Path) -> None:
     for name in recipe.shipped():
         first = recipe.resolve(name, ["training.epochs=3"]).recipe
