@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -11,14 +12,17 @@ from typing import BinaryIO
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Give a file to write that takes the place of `path` at the end, or goes away where anything goes wrong.
 
-    So `path` is at any moment what it was or what it is to be. Where it is a link, the file it leads to is replaced; a
-    pipe or a device, which nothing can replace, is written to. Raises OSError.
+    So `path` is at any moment what it was or what it is to be. Where it is a link, the file it leads to is replaced, by
+    one that the same may read and write; a pipe or a device, which nothing can replace, is written to. Raises OSError.
     """
-    path = path.resolve()
     in_place = path.exists() and not path.is_file()
+    # Of `/dev/fd/3` and the like, what a pipe resolves to is no name that opens it.
+    path = path if in_place else path.resolve()
     new = path if in_place else path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with new.open("wb") as file:
+            if path.exists() and not in_place:
+                shutil.copymode(path, new)
             yield file
             file.flush()
             if not in_place:

@@ -53,3 +53,22 @@ def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
     reader.join()
     assert read == [b"through"]
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_an_open_pipe_is_written_to_by_its_number() -> None:
+    reading, writing = os.pipe()
+    with files.replacing(Path(f"/dev/fd/{writing}")) as file:
+        file.write(b"through")
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        assert pipe.read() == b"through"
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_the_same_may_read_it_as_before(mode: int, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "file").chmod(mode)
+    with files.replacing(tmp_path / "file") as file:
+        file.write(b"secret")
+        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {mode}, "at no moment may others"
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
