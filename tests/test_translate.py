@@ -295,6 +295,18 @@ def test_every_translation_begins_with_the_prefix(translator: Path) -> None:
         assert second.startswith("klein alt")
 
 
+def test_a_prefix_is_one_line_of_what_the_model_can_write(translator: Path, tmp_path: Path) -> None:
+    one, two = (succeed("translate", "red", "--prefix", text, cwd=translator).out for text in ("rot alt", "rot\nalt"))
+    assert one == two
+    for prefix, expected, cwd in (
+        ("\udcff", "`--prefix` is not UTF-8", tmp_path),  # where there is no model
+        ("rot 猫", "`rot 猫` has characters or words that the model cannot write", translator),
+    ):
+        failed = dl7("translate", "red", "--prefix", prefix, cwd=cwd)
+        assert (failed.code, failed.out) == (1, "")
+        assert failed.err.startswith(f"error: {expected}\nhint: ")
+
+
 def test_several_runs_are_an_ensemble(translator: Path) -> None:
     """An ensemble of a model with itself is that model."""
     best = ("--run", "runs/seq2seq-1/best")

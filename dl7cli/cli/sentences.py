@@ -42,15 +42,17 @@ def opened(path: Path | None) -> Iterator[tuple[str, Iterator[list[Line]]]]:
 
 
 def arguments(texts: Sequence[str]) -> Iterator[list[Line]]:
-    """Yield the sentences given as arguments in one batch; a line break inside one is a space."""
-    lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"sentence {number} is not UTF-8", hint="set the terminal to UTF-8") from None
-        lines.append(Line(number, " ".join(text.splitlines())))
-    yield lines
+    """Yield the sentences given as arguments in one batch."""
+    yield [Line(number, argument(text, f"sentence {number}")) for number, text in enumerate(texts, start=1)]
+
+
+def argument(text: str, name: str) -> str:
+    """Return a text given as an argument, which `name` tells the user of; a line break inside it is a space."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{name} is not UTF-8", hint="set the terminal to UTF-8") from None
+    return " ".join(text.splitlines())
 
 
 def read(stream: BufferedReader, name: str) -> Iterator[list[Line]]:

@@ -85,6 +85,7 @@ def translate(
         name, batches = (
             ("arguments", sentences.arguments(texts)) if texts else stack.enter_context(sentences.opened(source))
         )
+        begun = None if prefix is None else sentences.argument(prefix, "`--prefix`")
         output = sys.stdout if target is None else stack.enter_context(sentences.replacing(target))
         names, task, others = load(run, device, precision, gpus, offline=offline)
         decoding = options.decoding(
@@ -115,7 +116,7 @@ def translate(
                 chosen,
                 decoding,
                 n_best=n_best,
-                prefixes=None if prefix is None else [prefix] * len(chosen),
+                prefixes=None if begun is None else [begun] * len(chosen),
                 others=others,
                 attention=as_json or attention is not None,
                 first_line=batch[0].number,

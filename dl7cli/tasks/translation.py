@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dl7cli.data.sources import Progress, silent
-from dl7cli.data.vocabulary import EOS, PAD
+from dl7cli.data.vocabulary import EOS, PAD, UNKNOWN
 from dl7cli.device import Runtime, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, bleu, chrf, translation
@@ -205,8 +205,8 @@ class Translation:
         By the method `sample` the n best are n samples in the order drawn; they depend on `decoding.seed` and on the
         number of the line, counted from `first_line`. `prefixes` are texts that the translations begin with, `others`
         the rest of an ensemble. `attention`: whether candidates have theirs. Lines of like length are searched
-        together, which changes no result, only the time. Raises UserError where `n_best` is more than the beam, and
-        where the models of an ensemble do not read and write the same.
+        together, which changes no result, only the time. Raises UserError where `n_best` is more than the beam, where
+        a prefix has what the vocabulary has not, and where the models of an ensemble do not read and write the same.
         """
         decoding = self.recipe.decoding if decoding is None else decoding
         if decoding.method == "beam" and n_best > decoding.beam:
@@ -215,7 +215,14 @@ class Translation:
             )
         models, limit = self._ensemble(others)
         encoded = self.pairs.source_ids(lines)
-        begun = self.pairs.target_ids(prefixes or [""] * len(lines))
+        prefixes = prefixes or [""] * len(lines)
+        begun = self.pairs.target_ids(prefixes)
+        for text, ids in zip(prefixes, begun, strict=True):
+            if UNKNOWN in ids:
+                raise UserError(
+                    f"`{text}` has characters or words that the model cannot write",
+                    hint="begin translations with what the training data has",
+                )
         answers = [TranslatedLine("", 0.0, [], [], False)] * len(lines)
         order = sorted((at for at, ids in enumerate(encoded) if ids), key=lambda at: len(encoded[at]))
         size = max(1, HYPOTHESES_AT_ONCE // (decoding.beam if decoding.method == "beam" else n_best))
