@@ -233,7 +233,9 @@ def test_json_lines_come_out_as_they_came_in_with_their_translation(translator: 
         ('{"EN": "a"}', "has no text to translate"),
         ('{"en": {"text": "a"}}', "the field `en` is not text"),
         ('{"text": null}', "the field `text` is not text"),
-        ('{"text": "\\ud83d"}', "the field `text` is not text"),
+        ('{"text": 5}', "the field `text` is not text"),
+        ('{"text": 1.5e3, "x": "a"}', "the field `text` is not text"),
+        ('{"text": "\\ud83d"}', "the field `text` holds half a character"),
         ('{"text": "a", "translation": {"en": "a"}}', "has a field `translation` already"),
     ],
 )
@@ -241,6 +243,8 @@ def test_wrong_json_lines_are_told_by_their_number(line: str, expected: str) -> 
     with pytest.raises(UserError, match=re.escape("pipe: line 7")) as caught:
         field(Line(7, line), ("en", "source", "text"), ("translation", "score"), "pipe")
     assert expected in caught.value.message
+    if "no text" in expected:
+        assert caught.value.hint == "put it in a field `en`, `source` or `text`"
 
 
 def test_after_a_wrong_json_line_there_is_no_output_file(translator: Path, tmp_path: Path) -> None:

@@ -143,8 +143,7 @@ def field(line: Line, names: Sequence[str], added: Sequence[str], name: str) -> 
     if not line.text.strip():
         return ""
     try:
-        # Numbers are not looked at, so that none is too large.
-        record = json.loads(line.text, parse_int=str, parse_float=str, parse_constant=_no_number)
+        record = json.loads(line.text, parse_int=_unread, parse_float=_unread, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         raise UserError(f"{place} is not JSON: {error.msg.lower()} at character {error.pos + 1}") from None
     except (ValueError, RecursionError) as error:
@@ -153,22 +152,23 @@ def field(line: Line, names: Sequence[str], added: Sequence[str], name: str) -> 
         raise UserError(f"{place} is not a JSON object", hint='write one to a line, as `{"source": "A dog runs."}`')
     found = next((key for key in names if key in record), None)
     if found is None:
-        raise UserError(f"{place} has no text to translate", hint=f"put it in a field `{'`, `'.join(names)}`")
+        fields = f"`{'`, `'.join(names[:-1])}` or `{names[-1]}`"
+        raise UserError(f"{place} has no text to translate", hint=f"put it in a field {fields}")
     for key in added:
         if key in record:
             raise UserError(f"{place} has a field `{key}` already", hint="give it another name before")
     text = record[found]
-    if not _is_text(text):
+    if not isinstance(text, str):
         raise UserError(f"{place}: the field `{found}` is not text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # such as `\ud83d`
+        raise UserError(f"{place}: the field `{found}` holds half a character") from None
     return " ".join(text.splitlines())
 
 
-def _is_text(value: object) -> bool:
-    """Whether it is a string that can be written down: JSON may hold half a character, as `\\ud83d`."""
-    try:
-        return isinstance(value, str) and value.encode("utf-8") is not None
-    except UnicodeEncodeError:
-        return False
+def _unread(text: str) -> None:
+    """Take the place of a number, so that none is too large."""
 
 
 def _no_number(text: str) -> NoReturn:
