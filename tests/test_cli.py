@@ -174,6 +174,7 @@ def test_mistakes_that_can_be_put_right(
         ("eval --split dev", "'dev'"),
         ("eval --beam 0", "'--beam'"),
         ("translate --input x.txt hello", "not both"),
+        ("translate --sample --beam 2 hello", "give one of them"),
         ("translate --length-penalty -1 hello", "'--length-penalty'"),
         ("classify", "IMAGE"),
         ("classify --top 0 x.png", "'--top'"),

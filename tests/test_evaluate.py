@@ -94,6 +94,17 @@ def test_several_beams_are_one_object_and_a_reading_each(train: Callable[..., An
         assert line["details"] == {name: value for name, value in own["details"].items() if name != "source_lengths"}
 
 
+def test_a_beam_that_is_given_is_searched_with_where_the_recipe_samples(train: Callable[..., Any]) -> None:
+    train("seq2seq", "training.epochs=1", "decoding.method=sample", "decoding.temperature=9.0")
+    task = tasks.load(Path("run", "best"), runtime=CPU)
+    assert isinstance(task, Translation)
+    for beams, method in (([2], "beam"), ([], "sample")):
+        found = training.evaluate("run", beams=beams, runtime=CPU)
+        expected = task.evaluate("test", task.recipe.decoding.updated(method=method, beam=2))
+        assert found["scores"] == expected.values
+    assert found["scores"] != task.evaluate("test", task.recipe.decoding.updated(method="beam")).values
+
+
 def entry_of(beam: int, score: float) -> dict[str, Any]:
     details = {"length_ratio": 0.98765, "brevity_penalty": 1.0, "signatures": {"chrf": "nc:6"}}
     return {"beam": beam, "scores": {"bleu": score, "chrf": 60.0}, "details": details, "seconds": 1.25}

@@ -290,6 +290,13 @@ def test_samples_depend_on_the_seed_and_on_nothing_else(translator: Path) -> Non
     assert len(set(first[:7])) > 1
 
 
+def test_a_beam_that_is_given_is_searched_with(translator: Path) -> None:
+    flags = ("red blue big small", "--set", "decoding.temperature=9.0", "--set", "decoding.method=sample")
+    searched = succeed("translate", *flags[:3], "--beam", "1", cwd=translator).out
+    assert succeed("translate", *flags, "--beam", "1", cwd=translator).out == searched
+    assert succeed("translate", *flags, cwd=translator).out != searched
+
+
 def test_every_translation_begins_with_the_prefix(translator: Path) -> None:
     for flags in ((), ("--sample", "--seed", "3")):
         shown = succeed("translate", "red blue", "", "big", "--prefix", "klein alt", *flags, cwd=translator).out

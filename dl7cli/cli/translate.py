@@ -73,6 +73,8 @@ def translate(
     """
     if texts and source is not None:
         raise typer.BadParameter("give sentences or --input FILE, not both")
+    if sample and beam is not None:
+        raise typer.BadParameter("--beam searches and --sample draws; give one of them")
     if texts and jsonl:
         raise typer.BadParameter("--jsonl is for files and standard input, not for sentences given as arguments")
     jsonl = jsonl or (source is not None and source.suffix.lower() == ".jsonl")
@@ -93,7 +95,7 @@ def translate(
             overrides,
             beam=beam,
             length_penalty=length_penalty,
-            method="sample" if sample else None,
+            method="sample" if sample else None if beam is None else "beam",
             seed=seed,
         )
         if decoding.method == "beam" and n_best > decoding.beam:

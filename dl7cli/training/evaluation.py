@@ -42,7 +42,7 @@ def evaluate(
     """Evaluate a run's best epoch, or the checkpoint named, and note the reading; returns what `--json` prints.
 
     `note` is called with what was done to the data. With `confusion` the details must hold a confusion matrix. A
-    translator is evaluated with each of `beams`, the recipe's where there are none; `rouge` is scored besides, and
+    translator is evaluated with each of `beams`, or as the recipe says where there are none; `rouge` is scored besides, and
     `write` is called with the translations, in the order of the data, where there is one beam. Raises UserError, before
     anything is scored, where the run cannot give what is asked for or cannot note the reading.
 
@@ -75,7 +75,8 @@ def evaluate(
     start = begin
     for beam in beams or (None,):
         settings = {"beam": beam, "length_penalty": length_penalty, "checkpoint": folder.name}
-        decoding = task.recipe.decoding.updated(beam=beam, length_penalty=length_penalty)
+        method = None if beam is None else "beam"
+        decoding = task.recipe.decoding.updated(method=method, beam=beam, length_penalty=length_penalty)
         searching = time.monotonic()
         translations = task.translations(split, decoding)
         searched = time.monotonic() - searching
