@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from running import dl7, start, succeed
+from running import ENVIRONMENT, dl7, start, succeed
 
 from dl7cli import __version__
 from dl7cli.cli import app, console
@@ -207,6 +209,15 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
             assert process.stderr is not None
             process.stdout.close()
             assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("arguments", ["--version", "recipes list", "train --help"])
+def test_a_full_disk_is_said_to_be(arguments: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dl7cli", *arguments.split()]
+    with Path("/dev/full").open("w") as full:
+        failed = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    expected = b"error: the output cannot be written: no space left on device\n"
+    assert (failed.returncode, failed.stderr) == (1, expected)
 
 
 # What is printed

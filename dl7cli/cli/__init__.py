@@ -3,6 +3,7 @@
 Nothing slow is imported before the command that needs it runs.
 """
 
+import errno
 import io
 import os
 import sys
@@ -85,7 +86,12 @@ def main() -> None:
     except UserError as error:
         console.error(error)
         sys.exit(1)
-    except BrokenPipeError:
-        # The reader, such as `head`, has seen enough; what is left in the buffer must not raise at exit.
+    except OSError as problem:
+        full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if problem.errno != errno.EPIPE and not full:
+            raise
+        if full:
+            console.error(UserError(f"the output cannot be written: {console.reason(problem)}"))
+        # The disk is full, or the reader, such as `head`, has seen enough; what is left must not raise at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
