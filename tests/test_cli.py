@@ -1,6 +1,7 @@
 """The command line as its users meet it: exit codes, flags, what is printed where, and commands that need no data."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -218,6 +219,18 @@ def test_a_full_disk_is_said_to_be(arguments: str, tmp_path: Path) -> None:
         failed = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT)
     expected = b"error: the output cannot be written: no space left on device\n"
     assert (failed.returncode, failed.stderr) == (1, expected)
+
+
+def test_a_program_that_is_ended_leaves_nothing_half_written(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from dl7cli.cli import main, translate\n"
+        "translate.load = lambda *_, **__: print(os.listdir()) or os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.argv = ['dl7', 'translate', 'A dog', '--output', 'out']; main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, env=ENVIRONMENT)
+    assert (ended.returncode, ended.stderr) == (143, b"")
+    assert b".out." in ended.stdout
+    assert os.listdir(tmp_path) == []
 
 
 # What is printed

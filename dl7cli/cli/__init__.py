@@ -6,6 +6,7 @@ Nothing slow is imported before the command that needs it runs.
 import errno
 import io
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -78,6 +79,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # Text is UTF-8 whatever the locale; bytes of a file name that are not come out as they came in.
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    # Not at once: what is half written goes away first.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         try:
             app(prog_name="dl7")
