@@ -114,6 +114,21 @@ def test_a_mistake_names_its_key(overrides: list[str], seen: str) -> None:
     assert caught.value.hint
 
 
+def test_the_nearest_key_is_one_of_the_chosen_model() -> None:
+    for name, key, suggestion in (
+        ("seq2seq", "model.width", ""),  # of the Transformer
+        ("transformer-tiny", "model.widht", " (did you mean `model.width`?)"),
+        ("transformer-tiny", "model.encoder_layer", " (did you mean `model.encoder_layers`?)"),
+        ("resnet", "model.encoder_layers", ""),
+    ):
+        with pytest.raises(UserError) as caught:
+            recipe.resolve(name, [f"{key}=32"])
+        seen = caught.value.message.splitlines()[1].strip()
+        assert seen.startswith(f"unknown key `{key}`")
+        assert f"`{key}`?" not in seen
+        assert not suggestion or seen.endswith(suggestion)
+
+
 @pytest.mark.parametrize(
     ("overrides", "seen"),
     [

@@ -272,6 +272,8 @@ def test_keys_of_decoding_can_be_set_and_no_others(translator: Path) -> None:
         failed = dl7("translate", sentence, "--set", setting, cwd=translator)
         assert (failed.code, failed.out) == (1, "")
         assert expected in failed.err
+    failed = dl7("translate", sentence, "--set", "decoding.beam=0", "--set", "data.joint=3", cwd=translator)
+    assert failed.err.startswith("error: `--set` has 2 mistakes:\n")
 
 
 def test_samples_depend_on_the_seed_and_on_nothing_else(translator: Path) -> None:

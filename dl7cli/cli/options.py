@@ -23,6 +23,10 @@ Precision = Annotated[
     PrecisionName,
     typer.Option("--precision", help="Arithmetic; auto is bf16 where the hardware has it, else fp32."),
 ]
+PrecisionOfSearch = Annotated[
+    PrecisionName,
+    typer.Option("--precision", help="Of no effect here: search and scores are in fp32."),
+]
 Offline = Annotated[
     bool,
     typer.Option("--offline", help="Open no connection: use what is on disk."),
@@ -55,6 +59,10 @@ DecodingSet = Annotated[
 Seed = Annotated[
     int | None,
     typer.Option("--seed", metavar="N", help="Seed of everything random."),
+]
+SeedOfSample = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", help="Seed of --sample."),
 ]
 RunOption = Annotated[
     str | None,
@@ -118,6 +126,6 @@ def decoding(recipe: "TranslationRecipe", overrides: Sequence[str] | None, **fla
         else:
             mistakes.append(f"`{'.'.join(path)}` was settled in training; only keys of `decoding` can be changed")
     document["decoding"] |= {key: value for key, value in flags.items() if value is not None}
-    changed = recipes.from_document(document, mistakes, origin="what `--set` changes")
+    changed = recipes.from_document(document, mistakes, origin="`--set`")
     assert isinstance(changed, recipes.TranslationRecipe)
     return changed.decoding

@@ -19,7 +19,7 @@ def score(
     target: options.Output = None,
     device: options.Device = "auto",
     gpus: options.Gpus = None,
-    precision: options.Precision = "auto",
+    precision: options.PrecisionOfSearch = "auto",
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:

@@ -50,7 +50,7 @@ def translate(
             "--sample", help="Draw words at random by their probabilities; see decoding.temperature, top_k and top_p."
         ),
     ] = False,
-    seed: options.Seed = None,
+    seed: options.SeedOfSample = None,
     prefix: Annotated[
         str | None,
         typer.Option("--prefix", metavar="TEXT", help="Begin every translation with this."),
@@ -62,7 +62,7 @@ def translate(
     ] = None,
     device: options.Device = "auto",
     gpus: options.Gpus = None,
-    precision: options.Precision = "auto",
+    precision: options.PrecisionOfSearch = "auto",
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:

@@ -78,7 +78,7 @@ def from_document(document: dict[str, Any], mistakes: Iterable[str] = (), *, ori
         try:
             recipe = schema.model_validate(document)
         except ValidationError as error:
-            found.extend(_explain(item, schema) for item in error.errors())
+            found.extend(_explain(item, _keys(schema, kind)) for item in error.errors())
         else:
             if not found:
                 return recipe
@@ -191,15 +191,15 @@ def _flat(table: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [leaf for key, value in table.items() for leaf in _flat(value, f"{prefix}{key}.")]
 
 
-def _explain(error: Any, schema: type[BaseModel]) -> str:
-    """One pydantic error as a line that names the key, what was seen and what is allowed."""
+def _explain(error: Any, known: list[str]) -> str:
+    """One pydantic error as a line that names the key, what was seen and what is allowed; `known` are all keys."""
     location = [str(part) for part in error["loc"]]
     if location[:1] == ["model"] and location[1:2] and location[1] in _BY_KIND:
         del location[1]  # pydantic puts the kind there
     key = ".".join(location)
     match error["type"]:
         case "extra_forbidden":
-            return f"unknown key `{key}`{_suggest(key, _keys(schema))}"
+            return f"unknown key `{key}`{_suggest(key, known)}"
         case "missing":
             return f"`{key}` is missing"
         case _:
@@ -207,14 +207,16 @@ def _explain(error: Any, schema: type[BaseModel]) -> str:
             return f"`{key}` is {_show(error['input'])}: {reason[:1].lower()}{reason[1:]}"
 
 
-def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every key path of a schema, sections included."""
+def _keys(schema: type[BaseModel], kind: Any, prefix: str = "") -> list[str]:
+    """Every key path of a schema, sections included; of a section of several kinds those of this `kind`."""
     paths = []
     for name, field in schema.model_fields.items():
         paths.append(prefix + name)
         for section in (field.annotation, *get_args(field.annotation)):  # itself, or one of several kinds
             if isinstance(section, type) and issubclass(section, BaseModel):
-                paths.extend(_keys(section, f"{prefix}{name}."))
+                kinds = section.model_fields.get("kind")
+                if kinds is None or kind in get_args(kinds.annotation):
+                    paths.extend(_keys(section, kind, f"{prefix}{name}."))
     return paths
 
 
