@@ -83,7 +83,9 @@ def _drawn(log_probabilities: Tensor, point: Tensor, temperature: float, top_k: 
     values, ids = log_probabilities, None
     if top_k or top_p < 1:
         values, ids = best_ids(log_probabilities, min(top_k or vocabulary, vocabulary))
-    probabilities = (values.double() / temperature).softmax(dim=1)
+    # Below the greatest, which no temperature is too low for.
+    below = values.double() - values.amax(dim=1, keepdim=True)
+    probabilities = (below / temperature).softmax(dim=1)
     if top_p < 1:
         before = probabilities.cumsum(dim=1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0)
