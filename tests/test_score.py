@@ -88,6 +88,12 @@ def test_wrong_lines_are_told_by_their_number(line: bytes, expected: str, transl
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_warns_of_a_line_that_is_cut(translator: Path) -> None:
+    done = succeed("score", cwd=translator, stdin=b"red\trot\n\n" + b"red " * 30 + b"\trot\nblue\tblau\n")
+    assert done.out.count("\n") == 4
+    assert done.err.startswith("warning: line 3 is longer than 20 subwords and was cut\nperplexity ")
+
+
 def test_an_ensemble_is_the_mean_of_its_members(translator: Path) -> None:
     """Token by token, of probabilities; the second member is the checkpoint of the last epoch."""
     data = b"red blue big\trot gro\xc3\x9f\nold\tneu\n"

@@ -277,10 +277,24 @@ def test_a_source_is_read_in_one_order_everywhere(order: str, build: Callable[..
 def test_the_limit_is_of_the_sentence_itself(order: str, build: Callable[..., Translation]) -> None:
     task = build(f"data.source_order={order}", "data.max_length=8", "data.vocabulary=word")
     within, beyond = task.translate(["1 2 3 4 5 6 7 8", "1 2 3 4 5 6 7 8 9"])
-    assert (within.cut, beyond.cut) == (False, True)
+    assert (within.cut, beyond.cut) == (None, 8)
     assert (beyond.text, beyond.source_tokens) == (within.text, within.source_tokens), "the end is cut off"
     assert len(within.source_tokens) == len(ORDERS[order]([0] * 8)) + 1
     assert sum(len(batch.lengths) for batch in task.batches(0)) == 40
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_batches_that_are_scored_hold_as_much_as_is_read(
+    order: str, build: Callable[..., Translation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = build(f"data.source_order={order}", "data.max_length=8", "data.vocabulary=word")
+    seen: list[torch.Size] = []
+    encode = task.model.encode
+    task.model.encode = lambda source, lengths: (seen.append(source.shape), encode(source, lengths))[1]  # type: ignore
+    longest = len(ORDERS[order]([0] * 8)) + 1
+    monkeypatch.setattr("dl7cli.tasks.translation.SUBWORDS_AT_ONCE", 2 * longest)
+    task.score([("1 2 3 4 5 6 7 8", "1")] * 2 + [("1 2 3 4 5 6 7 8 " * 9, "1")] * 2)
+    assert seen == [(2, longest)] * 2, "neither more of what is read twice nor less of what is cut"
 
 
 def test_a_translation_is_as_long_as_its_source_lets_it_be_however_often_that_is_read(

@@ -367,7 +367,7 @@ def test_attention_is_of_one_sentence(translator: Path, tmp_path: Path) -> None:
 
 def test_a_model_that_looks_at_nothing_cannot_be_drawn(tmp_path: Path) -> None:
     candidate = Candidate("rot", -1.0, -1.0, ["▁rot", "</s>"], [-0.5, -0.5], None)
-    line = TranslatedLine("rot", -1.0, ["▁red", "</s>"], [candidate], False)
+    line = TranslatedLine("rot", -1.0, ["▁red", "</s>"], [candidate], None)
     with pytest.raises(UserError, match="the model of run `runs/x` has no attention to draw"):
         draw(tmp_path / "a.png", line, "runs/x")
     assert as_document("red", line, matrix=True)["alignment"] is None

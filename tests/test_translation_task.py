@@ -234,6 +234,7 @@ def test_scores_of_given_translations(build: Callable[..., Any], monkeypatch: py
         assert one.log_probability == pytest.approx(float(expected.sum()), abs=1e-4)
         assert one.perplexity == pytest.approx(float((-expected.mean()).exp()), rel=1e-4)
         task.model.float()
+    assert [one.cut for one in found] == [None, None, None, 8, None]
     tokens = sum(len(one.tokens) for one in found)
     whole = translation.perplexity(found)
     assert whole == pytest.approx(math.exp(-sum(one.log_probability for one in found) / tokens))
@@ -249,7 +250,7 @@ def test_scores_of_given_translations(build: Callable[..., Any], monkeypatch: py
 def test_no_line_and_only_blank_lines(build: Callable[..., Any]) -> None:
     task = build("seq2seq")
     assert task.translate([]) == []
-    assert task.translate(["", "\t "]) == [("", 0.0, [], [], False)] * 2
+    assert task.translate(["", "\t "]) == [("", 0.0, [], [], None)] * 2
 
 
 def test_more_translations_than_the_beam_are_refused(build: Callable[..., Any]) -> None:
@@ -265,7 +266,7 @@ def test_a_line_too_long_is_cut_and_said_to_be(build: Callable[..., Any]) -> Non
     pieces = task.pairs.source_vocabulary.encode("1 2 3 4 5 6 7 8 9 0 1 2 3")
     assert len(pieces) > 8
     within, beyond = task.translate(["1 2 3", "1 2 3 4 5 6 7 8 9 0 1 2 3"])
-    assert (within.cut, beyond.cut) == (False, True)
+    assert (within.cut, beyond.cut) == (None, 8)
     start = task.pairs.source_vocabulary.decode(pieces[:8])
     assert task.pairs.source_vocabulary.encode(start) == pieces[:8]
     assert beyond.text == task.translate([start])[0].text

@@ -26,8 +26,8 @@ def score(
     """Print log-probability, tokens and perplexity per token of given translations: one line in, one line out.
 
     A line is a sentence, a tab and its translation, as paste makes them of two files. Logarithms are natural,
-    and the end of a sentence is a token. A blank line stays blank. What all lines come to is printed on
-    standard error.
+    and the end of a sentence is a token. A blank line stays blank. A sentence longer than the model can read
+    is cut, with a warning that gives its line. What all lines come to is printed on standard error.
     """
     with contextlib.ExitStack() as stack:
         # Whatever can be wrong with the files is found before the model is loaded.
@@ -40,9 +40,10 @@ def score(
         for batch in batches:
             split = [as_pair(line, name) for line in batch]
             found = iter(task.score([pair for pair in split if pair is not None], others=others))
-            for pair in split:
+            for line, pair in zip(batch, split, strict=True):
                 scored = None if pair is None else next(found)
                 if scored is not None:
+                    sentences.warn_of_cut(line, scored.cut)
                     pairs, tokens, total = pairs + 1, tokens + len(scored.tokens), total + scored.log_probability
                 if as_json:
                     documents.append(as_document(pair, scored))

@@ -175,6 +175,12 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number there")
 
 
+def warn_of_cut(line: Line, cut: int | None) -> None:
+    """Tell the user where a line was cut to so many subwords."""
+    if cut is not None:
+        console.note(f"warning: line {line.number} is longer than {cut} subwords and was cut")
+
+
 def extended(record: str, additions: Mapping[str, Any]) -> str:
     """Return a JSON object that is not empty with fields added at its end; to the letter, the others stay."""
     body = record.rstrip().removesuffix("}").rstrip()

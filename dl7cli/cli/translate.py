@@ -102,7 +102,6 @@ def translate(
             raise UserError(
                 f"`--n-best {n_best}` is more than the beam of {decoding.beam}", hint=f"add `--beam {n_best}`"
             )
-        limit = min(one.recipe.data.max_length for one in (task, *others))
         fields = (task.assets["source_language"], "source", "text")
         documents: list[dict[str, Any]] = []
         drawn = 0
@@ -124,8 +123,7 @@ def translate(
                 first_line=batch[0].number,
             )
             for line, translated in zip(batch, answers, strict=True):
-                if translated.cut:
-                    console.note(f"warning: line {line.number} is longer than {limit} subwords and was cut")
+                sentences.warn_of_cut(line, translated.cut)
                 if attention is not None and translated.alternatives:
                     draw(attention, translated, " + ".join(names))
                 if as_json:

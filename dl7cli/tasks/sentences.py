@@ -126,7 +126,7 @@ class SentencePairs:
 
     def sources(self, sentences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """The `source` (B, S) and the `lengths` (B,) of a batch, of sentences as for `batch`."""
-        rows = [self._read(ids) for ids in sentences]
+        rows = [self.read(ids) for ids in sentences]
         lengths = torch.tensor([len(row) for row in rows])
         return moved(_rectangle(rows), self._device), moved(lengths, self._device)
 
@@ -138,9 +138,19 @@ class SentencePairs:
         """The ids of target sentences, without bos and eos."""
         return self._ids(self.target_vocabulary, texts)
 
+    def read(self, ids: Sequence[int]) -> list[int]:
+        """A source as the model reads it, in training, search and scoring alike."""
+        match self._data.source_order:
+            case "forward":
+                return [*ids, EOS]
+            case "reversed":
+                return [*reversed(ids), EOS]
+            case "doubled":
+                return [*ids, *ids, EOS]
+
     def source_tokens(self, ids: Sequence[int]) -> list[str]:
         """The pieces of a sentence in the order in which the model reads them, `</s>` included."""
-        return self.source_vocabulary.pieces(self._read(ids))
+        return self.source_vocabulary.pieces(self.read(ids))
 
     def agrees_with(self, other: "SentencePairs") -> bool:
         """Whether both have the same vocabularies and languages, and their models read a text alike."""
@@ -192,7 +202,7 @@ class SentencePairs:
             pairs, _ = self._training_pairs
             random = np.random.default_rng([self._seed, epoch])
             targets = np.array([len(target) + 1 for _, target in pairs])
-            sources = np.array([len(self._read(source)) for source, _ in pairs])
+            sources = np.array([len(self.read(source)) for source, _ in pairs])
             # The noise lets pairs meet other partners in every epoch.
             noise = random.integers(0, 2, len(pairs))
             order = np.lexsort((sources + random.random(len(pairs)), targets + noise))
@@ -222,16 +232,6 @@ class SentencePairs:
             assert isinstance(vocabulary, Subwords)
             samplers.append(vocabulary.sampler(self._data.vocabulary, self._data.subword_sampling))
         return samplers
-
-    def _read(self, ids: Sequence[int]) -> list[int]:
-        """A source as the model reads it, in training, search and scoring alike."""
-        match self._data.source_order:
-            case "forward":
-                return [*ids, EOS]
-            case "reversed":
-                return [*reversed(ids), EOS]
-            case "doubled":
-                return [*ids, *ids, EOS]
 
     def _ids(self, vocabulary: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
         return vocabulary.encode_all([self._text(text) for text in texts])

@@ -50,8 +50,8 @@ class TranslatedLine(NamedTuple):
     """As the model reads them, `</s>` included; none of a blank line."""
     alternatives: list[Candidate]
     """The n best, the first included; none for a blank line."""
-    cut: bool
-    """Whether the line was longer than the model's limit."""
+    cut: int | None
+    """To how many subwords the line was cut, where the models read no more."""
 
 
 class ScoredPair(NamedTuple):
@@ -61,6 +61,8 @@ class ScoredPair(NamedTuple):
     tokens: list[str]
     """Target subwords, `</s>` included."""
     token_log_probabilities: list[float]
+    cut: int | None
+    """To how many subwords the source was cut, where the models read no more."""
 
     @property
     def perplexity(self) -> float:
@@ -223,7 +225,7 @@ class Translation:
                     f"`{text}` has characters or words that the model cannot write",
                     hint="begin translations with what the training data has",
                 )
-        answers = [TranslatedLine("", 0.0, [], [], False)] * len(lines)
+        answers = [TranslatedLine("", 0.0, [], [], None)] * len(lines)
         order = sorted((at for at, ids in enumerate(encoded) if ids), key=lambda at: len(encoded[at]))
         size = max(1, HYPOTHESES_AT_ONCE // (decoding.beam if decoding.method == "beam" else n_best))
         for begin in range(0, len(order), size):
@@ -243,7 +245,9 @@ class Translation:
                 tokens = self.pairs.source_tokens(ids)
                 candidates = [self._candidate(one, len(tokens)) for one in hypotheses]
                 text, score = (candidates[0].text, candidates[0].score) if candidates else ("", 0.0)
-                answers[at] = TranslatedLine(text, score, tokens, candidates, len(encoded[at]) > limit)
+                answers[at] = TranslatedLine(
+                    text, score, tokens, candidates, limit if len(encoded[at]) > limit else None
+                )
             self._progress("translating", begin + len(chosen), len(order))
         return answers
 
@@ -254,17 +258,20 @@ class Translation:
         ensemble.
         """
         models, limit = self._ensemble(others)
-        sources = self.pairs.source_ids([source for source, _ in pairs])
+        encoded = self.pairs.source_ids([source for source, _ in pairs])
+        sources = [ids[:limit] for ids in encoded]
         targets = self.pairs.target_ids([target for _, target in pairs])
-        answers = [ScoredPair(0.0, [], [])] * len(pairs)
-        lengths = np.array([max(len(s), len(t)) + 1 for s, t in zip(sources, targets, strict=True)])
+        answers = [ScoredPair(0.0, [], [], None)] * len(pairs)
+        read = [len(self.pairs.read(ids)) for ids in sources]
+        lengths = np.array([max(length, len(ids) + 1) for length, ids in zip(read, targets, strict=True)])
         for chosen in fill(np.argsort(lengths, kind="stable"), lengths, SUBWORDS_AT_ONCE) if pairs else []:
-            batch = self.pairs.batch([(sources[at][:limit], targets[at]) for at in chosen])
+            batch = self.pairs.batch([(sources[at], targets[at]) for at in chosen])
             values = teacher_forced(models, *batch).tolist()
             for at in chosen:
-                length = len(targets[at]) + 1
-                own, values = values[:length], values[length:]
-                answers[at] = ScoredPair(math.fsum(own), self.pairs.target_vocabulary.pieces([*targets[at], EOS]), own)
+                tokens = self.pairs.target_vocabulary.pieces([*targets[at], EOS])
+                own, values = values[: len(tokens)], values[len(tokens) :]
+                cut = limit if len(encoded[at]) > limit else None
+                answers[at] = ScoredPair(math.fsum(own), tokens, own, cut)
         return answers
 
     def _ensemble(self, others: Sequence["Translation"]) -> tuple[list[Translator], int]:

@@ -42,9 +42,9 @@ def evaluate(
     """Evaluate a run's best epoch, or the checkpoint named, and note the reading; returns what `--json` prints.
 
     `note` is called with what was done to the data. With `confusion` the details must hold a confusion matrix. A
-    translator is evaluated with each of `beams`, or as the recipe says where there are none; `rouge` is scored besides, and
-    `write` is called with the translations, in the order of the data, where there is one beam. Raises UserError, before
-    anything is scored, where the run cannot give what is asked for or cannot note the reading.
+    translator is evaluated with each of `beams`, or as the recipe says where there are none; `rouge` is scored besides,
+    and `write` is called with the translations, in the order of the data, where there is one beam. Raises UserError,
+    before anything is scored, where the run cannot give what is asked for or cannot note the reading.
 
     With several beams the result is that of the first, but for `seconds`, which are of all, and has also `beams`: of
     each its width as `beam`, its `scores` and `details`, and the `seconds` that translating took.
