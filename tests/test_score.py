@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from running import dl7, succeed
 
+from dl7cli.tasks.translation import ScoredPair, Translation
+
 SENTENCES = ("red blue big small", "old new small red", "new")
 
 
@@ -86,6 +88,16 @@ def test_wrong_lines_are_told_by_their_number(line: bytes, expected: str, transl
     assert f"error: {tmp_path / 'in.tsv'}: {expected}" in failed.err
     assert (tmp_path / "out").read_text(encoding="utf-8") == "as it was"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_perplexity_beyond_a_float_is_none(translator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = ScoredPair(-2000.0, ["rot", "</s>"], [-1000.0, -1000.0], None)
+    monkeypatch.setattr(Translation, "score", lambda *_, **__: [pair])
+    shown = succeed("score", cwd=translator, stdin=b"red\trot\n")
+    assert shown.out == "-2000.0000\t2\t-\n"
+    assert shown.err == "perplexity - per token: 1 pair, 2 tokens, log-probability -2000.0000\n"
+    document = succeed("score", "--json", cwd=translator, stdin=b"red\trot\n").document
+    assert (document["perplexity"], document["pairs"][0]["perplexity"]) == (None, None)
 
 
 def test_warns_of_a_line_that_is_cut(translator: Path) -> None:

@@ -236,11 +236,15 @@ def test_scores_of_given_translations(build: Callable[..., Any], monkeypatch: py
         task.model.float()
     assert [one.cut for one in found] == [None, None, None, 8, None]
     tokens = sum(len(one.tokens) for one in found)
-    whole = translation.perplexity(found)
-    assert whole == pytest.approx(math.exp(-sum(one.log_probability for one in found) / tokens))
+    total = sum(one.log_probability for one in found)
+    assert translation.perplexity(total, tokens) == pytest.approx(math.exp(-total / tokens))
+    assert translation.perplexity(0.0, 0) is None
     monkeypatch.setattr(translation, "SUBWORDS_AT_ONCE", 1)
     assert [one.log_probability for one in task.score(pairs)] == pytest.approx([one.log_probability for one in found])
     assert task.score([]) == []
+    with torch.no_grad():
+        task.model.output_bias[7] = 1e5
+    assert [one.perplexity for one in task.score(pairs)] == [None] * 5, "it is beyond a float"
     with torch.no_grad():
         task.model.output_bias[7] = math.inf
     with pytest.raises(UserError, match="the model's output is not a number"):

@@ -1,7 +1,6 @@
 """`dl7 score`: how probable a translator finds given translations."""
 
 import contextlib
-import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -50,13 +49,14 @@ def score(
                 if target is not None or not as_json:
                     output.write(as_line(scored) + "\n")
             output.flush()
-    perplexity = math.exp(-total / tokens) if tokens else None
+    from dl7cli.tasks.translation import perplexity
+
     if as_json:
-        numbers = {"log_probability": total, "tokens": tokens, "perplexity": perplexity}
+        numbers = {"log_probability": total, "tokens": tokens, "perplexity": perplexity(total, tokens)}
         console.document({"run": names[0], "others": names[1:], **numbers, "pairs": documents})
-    if perplexity is not None:
+    if pairs:
         console.note(
-            f"perplexity {perplexity:.4f} per token: {console.count(pairs, 'pair')},"
+            f"perplexity {as_number(perplexity(total, tokens))} per token: {console.count(pairs, 'pair')},"
             f" {console.count(tokens, 'token')}, log-probability {total:.4f}"
         )
 
@@ -77,7 +77,14 @@ def as_pair(line: sentences.Line, name: str) -> tuple[str, str] | None:
 
 def as_line(scored: "ScoredPair | None") -> str:
     """Return the line to print for a pair."""
-    return "" if scored is None else f"{scored.log_probability:.4f}\t{len(scored.tokens)}\t{scored.perplexity:.4f}"
+    if scored is None:
+        return ""
+    return f"{scored.log_probability:.4f}\t{len(scored.tokens)}\t{as_number(scored.perplexity)}"
+
+
+def as_number(perplexity: float | None) -> str:
+    """Return a perplexity as it is printed, `-` where there is none."""
+    return "-" if perplexity is None else f"{perplexity:.4f}"
 
 
 def as_document(pair: tuple[str, str] | None, scored: "ScoredPair | None") -> dict[str, Any]:

@@ -65,15 +65,17 @@ class ScoredPair(NamedTuple):
     """To how many subwords the source was cut, where the models read no more."""
 
     @property
-    def perplexity(self) -> float:
+    def perplexity(self) -> float | None:
         """Of a subword."""
-        return perplexity([self])
+        return perplexity(self.log_probability, len(self.tokens))
 
 
-def perplexity(scored: Sequence[ScoredPair]) -> float:
-    """Of a subword of all these translations together: e to the mean negative log-probability."""
-    total = sum(one.log_probability for one in scored)
-    return math.exp(-total / sum(len(one.tokens) for one in scored))
+def perplexity(log_probability: float, tokens: int) -> float | None:
+    """Of a subword: e to the mean negative log-probability. None where there is none, or it is beyond a float."""
+    try:
+        return math.exp(-log_probability / tokens)
+    except (OverflowError, ZeroDivisionError):
+        return None
 
 
 def translator(
