@@ -350,10 +350,15 @@ def test_attention_is_drawn(translator: Path, tmp_path: Path) -> None:
     assert translated["source_tokens"][0].removeprefix("▁") in text
 
 
-def test_attention_is_of_one_sentence(translator: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_attention_is_of_one_sentence(
+    batch: int, translator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dl7cli.cli.sentences.BATCH", batch)
     flags = ("--attention", str(tmp_path / "a.png"))
     for data, expected in (
         (b"red\nblue\n", "`--attention` draws one sentence, and there are more"),
+        (b"red\n\xff\n", "line 2 is not UTF-8"),
         (b"\n", "there is no sentence"),
     ):
         failed = dl7("translate", *flags, cwd=translator, stdin=data)

@@ -104,14 +104,15 @@ def translate(
             )
         fields = (task.assets["source_language"], "source", "text")
         documents: list[dict[str, Any]] = []
-        drawn = 0
+        sought = 0
+        looked: TranslatedLine | None = None
         for batch in batches:
             chosen = [
                 sentences.field(line, fields, ADDED if n_best > 1 else ADDED[:2], name) if jsonl else line.text
                 for line in batch
             ]
-            drawn += sum(bool(text.strip()) for text in chosen)
-            if attention is not None and drawn > 1:
+            sought += sum(bool(text.strip()) for text in chosen)
+            if attention is not None and sought > 1:
                 raise UserError("`--attention` draws one sentence, and there are more", hint="give one sentence")
             answers = task.translate(
                 chosen,
@@ -124,8 +125,7 @@ def translate(
             )
             for line, translated in zip(batch, answers, strict=True):
                 sentences.warn_of_cut(line, translated.cut)
-                if attention is not None and translated.alternatives:
-                    draw(attention, translated, " + ".join(names))
+                looked = translated if translated.alternatives else looked
                 if as_json:
                     documents.append(as_document(line.text, translated, matrix=attention is not None))
                 if jsonl:
@@ -133,8 +133,10 @@ def translate(
                 elif target is not None or not as_json:
                     output.writelines(f"{text}\n" for text in as_lines(line.number, translated, n_best))
             output.flush()
-        if attention is not None and not drawn:
-            raise UserError("there is no sentence whose attention could be drawn", hint="give one sentence")
+        if attention is not None:
+            if looked is None:
+                raise UserError("there is no sentence whose attention could be drawn", hint="give one sentence")
+            draw(attention, looked, " + ".join(names))
     if as_json:
         console.document({"run": names[0], "others": names[1:], "translations": documents})
 
