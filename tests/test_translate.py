@@ -331,6 +331,21 @@ def test_several_runs_are_an_ensemble(translator: Path) -> None:
     assert one["score"] == pytest.approx(two["score"], abs=1e-5)
 
 
+def test_a_line_that_nothing_can_translate_is_told_by_its_number(translator: Path) -> None:
+    """As many words as are wanted there are not, where none may appear twice."""
+    keys = ("no_repeat_ngram=1", "min_length=500", "max_length_offset=500")
+    flags = [text for key in keys for text in ("--set", f"decoding.{key}")]
+    warned = "warning: line 2 has no translation that the keys of decoding allow\n"
+    for more, expected in (((), "\n\n"), (("--n-best", "2"), "1\t0.0000\t\n2\t-inf\t\n")):
+        shown = succeed("translate", *flags, *more, cwd=translator, stdin=b"\nred\n")
+        assert (shown.out, shown.err) == (expected, warned)
+    _, one = succeed("translate", *flags, "--json", "", "red", cwd=translator).document["translations"]
+    assert (one["text"], one["score"], one["log_probability"], one["alternatives"]) == ("", None, None, [])
+    piped = succeed("translate", *flags, "--jsonl", cwd=translator, stdin=b'\n{"en": "red"}\n')
+    assert piped.out == '\n{"en": "red", "translation": "", "score": null}\n'
+    assert piped.err == warned
+
+
 # What it looked at
 
 

@@ -5,6 +5,7 @@ shown and not sent.
 """
 
 import json
+import math
 import os
 import sys
 import unicodedata
@@ -72,6 +73,11 @@ def document(value: Mapping[str, Any]) -> None:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2)
     # A file name that is not UTF-8 holds lone surrogates; as \udcXX they are JSON, as bytes they are not.
     sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+
+
+def number(value: float) -> float | None:
+    """Return a number as JSON can hold it: None for one that is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def note(text: str) -> None:

@@ -1,6 +1,7 @@
 """`dl7 translate`: one line in, one line out."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,6 +126,8 @@ def translate(
             )
             for line, translated in zip(batch, answers, strict=True):
                 sentences.warn_of_cut(line, translated.cut)
+                if translated.score == -math.inf:
+                    console.note(f"warning: line {line.number} has no translation that the keys of decoding allow")
                 looked = translated if translated.alternatives else looked
                 if as_json:
                     documents.append(as_document(line.text, translated, matrix=attention is not None))
@@ -168,10 +171,10 @@ def as_lines(number: int, translated: "TranslatedLine", n_best: int) -> list[str
 
 
 def candidates(translated: "TranslatedLine") -> list["Candidate"]:
-    """Return the translations of a line, best first; of a blank line a blank one."""
+    """Return the translations of a line, best first; where it has none, as a blank line, a blank one."""
     from dl7cli.tasks.translation import Candidate
 
-    return translated.alternatives or [Candidate("", 0.0, 0.0, [], [], None)]
+    return translated.alternatives or [Candidate("", translated.score, translated.score, [], [], None)]
 
 
 def as_record(record: str, translated: "TranslatedLine", n_best: int) -> str:
@@ -179,7 +182,7 @@ def as_record(record: str, translated: "TranslatedLine", n_best: int) -> str:
     if not record.strip():
         return record
     several = [{"text": one.text, "score": one.score} for one in translated.alternatives]
-    values = (translated.text, translated.score, several)
+    values = (translated.text, console.number(translated.score), several)
     return sentences.extended(record, dict(zip(ADDED, values[: 3 if n_best > 1 else 2], strict=False)))
 
 
@@ -197,8 +200,8 @@ def _as_document(candidate: "Candidate", matrix: bool) -> dict[str, Any]:
     looked = candidate.attention
     return {
         "text": candidate.text,
-        "score": candidate.score,
-        "log_probability": candidate.log_probability,
+        "score": console.number(candidate.score),
+        "log_probability": console.number(candidate.log_probability),
         "tokens": candidate.tokens,
         "token_log_probabilities": candidate.token_log_probabilities,
         "alignment": None if looked is None else looked.argmax(axis=1).tolist(),

@@ -46,10 +46,11 @@ class Candidate(NamedTuple):
 class TranslatedLine(NamedTuple):
     text: str
     score: float
+    """Of the best; 0 for a blank line, -inf where every output has probability 0 and the text is empty."""
     source_tokens: list[str]
     """As the model reads them, `</s>` included; none of a blank line."""
     alternatives: list[Candidate]
-    """The n best, the first included; none for a blank line."""
+    """The n best, the first included, as far as there are; none for a blank line."""
     cut: int | None
     """To how many subwords the line was cut, where the models read no more."""
 
@@ -246,7 +247,7 @@ class Translation:
             for at, ids, hypotheses in zip(chosen, sentences, found, strict=True):
                 tokens = self.pairs.source_tokens(ids)
                 candidates = [self._candidate(one, len(tokens)) for one in hypotheses]
-                text, score = (candidates[0].text, candidates[0].score) if candidates else ("", 0.0)
+                text, score = (candidates[0].text, candidates[0].score) if candidates else ("", -math.inf)
                 answers[at] = TranslatedLine(
                     text, score, tokens, candidates, limit if len(encoded[at]) > limit else None
                 )
