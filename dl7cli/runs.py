@@ -136,6 +136,12 @@ def find(run: str | None, *, task: str | None = None) -> tuple[Run, Path]:
     return _newest(task) if run is None else _named(run, task)
 
 
+def called(run: Run, checkpoint: Path) -> str:
+    """What tells a checkpoint from others of its run: the run where that alone means it, or else its own folder."""
+    default = _checkpoint(run)
+    return str(run.folder if default is not None and default.resolve() == checkpoint.resolve() else checkpoint)
+
+
 @contextlib.contextmanager
 def lock(run: Run) -> Iterator[None]:
     """Keep other processes from training in this run; raises UserError where one does already.

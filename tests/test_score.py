@@ -116,5 +116,5 @@ def test_an_ensemble_is_the_mean_of_its_members(translator: Path) -> None:
         values = [one["pairs"][number]["token_log_probabilities"] for one in alone]
         expected = [math.log((math.exp(one) + math.exp(other)) / 2) for one, other in zip(*values, strict=True)]
         assert pair["token_log_probabilities"] == pytest.approx(expected, abs=1e-5)
-    assert both["others"] == ["runs/seq2seq-1"]
+    assert both["others"] == ["runs/seq2seq-1/last"]
     assert json.dumps(both["pairs"]) != json.dumps(alone[0]["pairs"])

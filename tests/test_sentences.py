@@ -313,7 +313,7 @@ def test_a_translation_is_as_long_as_its_source_lets_it_be_however_often_that_is
 def test_what_reads_a_source_otherwise_is_no_ensemble(build: Callable[..., Translation]) -> None:
     task = build()
     for key in ("data.source_order=reversed", "data.lowercase=true"):
-        with pytest.raises(UserError, match="differ in vocabulary, languages or reading order"):
+        with pytest.raises(ValueError, match="must read and write the same"):
             task.translate(["1 2 3"], others=[build(key)])
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-from running import ENVIRONMENT, dl7, succeed
+from running import ENVIRONMENT, TINY_SEQ2SEQ, dl7, succeed
 
 from dl7cli.cli import main
 from dl7cli.cli.sentences import BATCH, Line, field, read
@@ -329,6 +329,24 @@ def test_several_runs_are_an_ensemble(translator: Path) -> None:
     (one,), (two,) = alone["translations"], twice["translations"]
     assert (one["text"], one["alignment"]) == (two["text"], two["alignment"])
     assert one["score"] == pytest.approx(two["score"], abs=1e-5)
+
+
+def test_checkpoints_of_one_run_are_told_apart(translator: Path) -> None:
+    members = ("--run", "runs/seq2seq-1", "--run", "seq2seq-1/last")
+    document = succeed("translate", "red", *members, "--json", cwd=translator).document
+    assert (document["run"], document["others"]) == ("runs/seq2seq-1", ["runs/seq2seq-1/last"])
+
+
+def test_runs_that_are_no_ensemble_are_told_as_they_were_named(translator: Path, pairs: Path, tmp_path: Path) -> None:
+    keys = ("data.source_language=de", "data.target_language=en", "training.epochs=1")
+    settings = [text for key in keys for text in ("--set", key)]
+    other = str(tmp_path / "other")
+    succeed("train", "seq2seq", "--data", str(pairs), *TINY_SEQ2SEQ, *settings, "--out", other, cwd=tmp_path)
+    members = ("--run", "runs/seq2seq-1/last", "--run", other)
+    for command in (["translate", "red"], ["score"]):
+        failed = dl7(*command, *members, cwd=translator)
+        assert (failed.code, failed.out) == (1, "")
+        assert failed.err.startswith(f"error: `runs/seq2seq-1/last` and `{other}` differ in vocabulary, languages")
 
 
 def test_a_line_that_nothing_can_translate_is_told_by_its_number(translator: Path) -> None:

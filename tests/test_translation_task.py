@@ -216,7 +216,7 @@ def test_an_ensemble_answers_by_the_mean_of_its_probabilities(build: Callable[..
         assert one.token_log_probabilities == pytest.approx(expected, abs=1e-4)
     stranger = build("seq2seq", 'data.source_language="de"', 'data.target_language="en"')
     for use in (lambda: task.translate(["1"], others=[stranger]), lambda: task.score([], others=[stranger])):
-        with pytest.raises(UserError, match="differ in vocabulary, languages"):
+        with pytest.raises(ValueError, match="must read and write the same"):
             use()
 
 

@@ -147,7 +147,7 @@ def translate(
 def load(
     names: Sequence[str] | None, device: str, precision: options.PrecisionName, gpus: str | None, *, offline: bool
 ) -> tuple[list[str], "Translation", list["Translation"]]:
-    """Load the newest translator or those named: the folders of their runs, the first, and the rest of an ensemble."""
+    """Load the newest translator or those named: what they are called, the first, and the rest of an ensemble."""
     from dl7cli import device as devices
     from dl7cli import runs, tasks
     from dl7cli.tasks.translation import Translation
@@ -155,8 +155,15 @@ def load(
     found = [runs.find(name, task="translation") for name in names or (None,)]
     runtime = devices.choose(device, precision, gpus)
     loaded = [tasks.load(folder, runtime=runtime, offline=offline) for _, folder in found]
+    called = [runs.called(run, folder) for run, folder in found]
     first, *others = (task for task in loaded if isinstance(task, Translation))
-    return [str(run.folder) for run, _ in found], first, others
+    for name, other in zip(called[1:], others, strict=True):
+        if not first.agrees_with(other):
+            raise UserError(
+                f"`{called[0]}` and `{name}` differ in vocabulary, languages or reading order",
+                hint="train the runs of an ensemble on the same data with the same keys of `data`",
+            )
+    return called, first, others
 
 
 ADDED = ("translation", "score", "alternatives")

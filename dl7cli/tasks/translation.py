@@ -211,7 +211,7 @@ class Translation:
         number of the line, counted from `first_line`. `prefixes` are texts that the translations begin with, `others`
         the rest of an ensemble. `attention`: whether candidates have theirs. Lines of like length are searched
         together, which changes no result, only the time. Raises UserError where `n_best` is more than the beam, where
-        a prefix has what the vocabulary has not, and where the models of an ensemble do not read and write the same.
+        a prefix has what the vocabulary has not, and ValueError where models of an ensemble do not agree.
         """
         decoding = self.recipe.decoding if decoding is None else decoding
         if decoding.method == "beam" and n_best > decoding.beam:
@@ -257,8 +257,7 @@ class Translation:
     def score(self, pairs: Sequence[tuple[str, str]], *, others: Sequence["Translation"] = ()) -> list[ScoredPair]:
         """What the model, or an ensemble with `others`, says of each pair's target given its source.
 
-        By teacher forcing. A source too long is cut as `translate` cuts it. Raises UserError as `translate` does for an
-        ensemble.
+        By teacher forcing. A source too long is cut as `translate` cuts it. Raises ValueError as `translate` does.
         """
         models, limit = self._ensemble(others)
         encoded = self.pairs.source_ids([source for source, _ in pairs])
@@ -277,14 +276,14 @@ class Translation:
                 answers[at] = ScoredPair(math.fsum(own), tokens, own, cut)
         return answers
 
+    def agrees_with(self, other: "Translation") -> bool:
+        """Whether both can answer as one: they read and write the same words of the same languages."""
+        return self.pairs.agrees_with(other.pairs)
+
     def _ensemble(self, others: Sequence["Translation"]) -> tuple[list[Translator], int]:
         """The models that answer together, and the most subwords that all of them read."""
-        for other in others:
-            if not self.pairs.agrees_with(other.pairs):
-                raise UserError(
-                    f"`{self.recipe.name}` and `{other.recipe.name}` differ in vocabulary, languages or reading order",
-                    hint="train the runs of an ensemble on the same data with the same keys of `data`",
-                )
+        if not all(self.agrees_with(other) for other in others):
+            raise ValueError("the models of an ensemble must read and write the same")
         tasks = [self, *others]
         return [one.model for one in tasks], min(one.recipe.data.max_length for one in tasks)
 
