@@ -79,6 +79,8 @@ def test_to_json(translator: Path) -> None:
         assert all(0 <= place < len(first["source_tokens"]) for place in one["alignment"])
     assert (blank["source"], blank["text"], blank["alternatives"]) == ("", "", [])
     assert set(blank) == set(first)
+    (alone,) = succeed("translate", "red blue big small", "--json", cwd=translator).document["translations"]
+    assert set(first) - set(alone) == {"alternatives"}
 
 
 def test_warns_of_a_line_that_is_cut(translator: Path) -> None:
@@ -357,7 +359,8 @@ def test_a_line_that_nothing_can_translate_is_told_by_its_number(translator: Pat
     for more, expected in (((), "\n\n"), (("--n-best", "2"), "1\t0.0000\t\n2\t-inf\t\n")):
         shown = succeed("translate", *flags, *more, cwd=translator, stdin=b"\nred\n")
         assert (shown.out, shown.err) == (expected, warned)
-    _, one = succeed("translate", *flags, "--json", "", "red", cwd=translator).document["translations"]
+    json_flags = (*flags, "--json", "--n-best", "2")
+    _, one = succeed("translate", *json_flags, "", "red", cwd=translator).document["translations"]
     assert (one["text"], one["score"], one["log_probability"], one["alternatives"]) == ("", None, None, [])
     piped = succeed("translate", *flags, "--jsonl", cwd=translator, stdin=b'\n{"en": "red"}\n')
     assert piped.out == '\n{"en": "red", "translation": "", "score": null}\n'
@@ -408,5 +411,5 @@ def test_a_model_that_looks_at_nothing_cannot_be_drawn(tmp_path: Path) -> None:
     line = TranslatedLine("rot", -1.0, ["▁red", "</s>"], [candidate], None)
     with pytest.raises(UserError, match="the model of run `runs/x` has no attention to draw"):
         draw(tmp_path / "a.png", line, "runs/x")
-    assert as_document("red", line, matrix=True)["alignment"] is None
+    assert as_document("red", line, 1, matrix=True)["alignment"] is None
     assert list(tmp_path.iterdir()) == []

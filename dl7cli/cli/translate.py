@@ -99,10 +99,6 @@ def translate(
             method="sample" if sample else None if beam is None else "beam",
             seed=seed,
         )
-        if decoding.method == "beam" and n_best > decoding.beam:
-            raise UserError(
-                f"`--n-best {n_best}` is more than the beam of {decoding.beam}", hint=f"add `--beam {n_best}`"
-            )
         fields = (task.assets["source_language"], "source", "text")
         documents: list[dict[str, Any]] = []
         sought = 0
@@ -130,7 +126,7 @@ def translate(
                     console.note(f"warning: line {line.number} has no translation that the keys of decoding allow")
                 looked = translated if translated.alternatives else looked
                 if as_json:
-                    documents.append(as_document(line.text, translated, matrix=attention is not None))
+                    documents.append(as_document(line.text, translated, n_best, matrix=attention is not None))
                 if jsonl:
                     output.write(as_record(line.text, translated, n_best) + "\n")
                 elif target is not None or not as_json:
@@ -193,17 +189,19 @@ def as_record(record: str, translated: "TranslatedLine", n_best: int) -> str:
     return sentences.extended(record, dict(zip(ADDED, values[: 3 if n_best > 1 else 2], strict=False)))
 
 
-def as_document(source: str, translated: "TranslatedLine", *, matrix: bool) -> dict[str, Any]:
-    """Return a translation as `--json` prints it; `matrix`: with all of its attention."""
+def as_document(source: str, translated: "TranslatedLine", n_best: int, *, matrix: bool) -> dict[str, Any]:
+    """Return a translation as `--json` prints it; `matrix`: with all the attention of the best."""
+    best = candidates(translated)[0]
     return {
         "source": source,
         "source_tokens": translated.source_tokens,
-        **_as_document(candidates(translated)[0], matrix),
-        "alternatives": [_as_document(one, matrix) for one in translated.alternatives],
+        **_as_document(best),
+        **({"attention": best.attention.tolist()} if matrix and best.attention is not None else {}),
+        **({"alternatives": [_as_document(one) for one in translated.alternatives]} if n_best > 1 else {}),
     }
 
 
-def _as_document(candidate: "Candidate", matrix: bool) -> dict[str, Any]:
+def _as_document(candidate: "Candidate") -> dict[str, Any]:
     looked = candidate.attention
     return {
         "text": candidate.text,
@@ -212,7 +210,6 @@ def _as_document(candidate: "Candidate", matrix: bool) -> dict[str, Any]:
         "tokens": candidate.tokens,
         "token_log_probabilities": candidate.token_log_probabilities,
         "alignment": None if looked is None else looked.argmax(axis=1).tolist(),
-        **({"attention": looked.tolist()} if matrix and looked is not None else {}),
     }
 
 

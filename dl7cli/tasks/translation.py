@@ -215,9 +215,7 @@ class Translation:
         """
         decoding = self.recipe.decoding if decoding is None else decoding
         if decoding.method == "beam" and n_best > decoding.beam:
-            raise UserError(
-                f"a beam of {decoding.beam} cannot give the {n_best} best", hint=f"use `--beam {n_best}` or more"
-            )
+            raise UserError(f"a beam of {decoding.beam} cannot give the {n_best} best", hint=f"add `--beam {n_best}`")
         models, limit = self._ensemble(others)
         encoded = self.pairs.source_ids(lines)
         prefixes = prefixes or [""] * len(lines)
