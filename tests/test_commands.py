@@ -241,6 +241,10 @@ def test_runs(work: Path, images: Path) -> None:
     assert (after["epochs"], after["epochs_planned"]) == (2, 2)
     shown = succeed("runs", "show", "runs/resnet-1", cwd=work).out
     assert re.search(rf"^test +read {after['readings']['test']} times; newest: accuracy ", shown, re.MULTILINE)
+    assert "by checkpoint" not in shown
+    succeed("eval", "runs/resnet-1/last", cwd=work)
+    shown = succeed("runs", "show", "runs/resnet-1", cwd=work).out
+    assert re.search(r"^test .*; newest: accuracy .* by checkpoint last$", shown, re.MULTILINE)
 
 
 def interrupt_once_it_grows(file: Path, number: int) -> None:

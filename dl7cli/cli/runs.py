@@ -80,7 +80,9 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
         console.write(f"{name:<12}{value}")
     for split, times in shown["readings"].items():
         newest = next(record for record in reversed(evaluations) if str(record.get("split")) == split)
-        score = f"{_record_score(newest)} of {newest.get('data', '-')}"
+        checkpoint_read = newest.get("checkpoint", "best")
+        by = "" if checkpoint_read == "best" else f" by checkpoint {checkpoint_read}"
+        score = f"{_record_score(newest)} of {newest.get('data', '-')}{by}"
         console.write(f"{split:<12}read {console.count(times, 'time')}; newest: {score}")
 
 
