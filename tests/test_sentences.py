@@ -122,7 +122,7 @@ def test_pairs_beyond_the_limit_are_left_out_and_counted(build: Callable[..., Tr
     short = [pair for pair in task.pairs.splits["train"] if max(len(encode(side)) for side in pair) <= 4]
     shorter = limited(4)
     assert sum(len(batch.lengths) for batch in shorter.batches(1)) == len(short) < 40
-    assert shorter.notes == [f"{40 - len(short)} training pairs longer than 4 subwords are left out"]
+    assert shorter.notes == [f"left out: {40 - len(short)} of 40 training pairs, longer than 4 subwords"]
     with pytest.raises(UserError, match="is within 0 subwords"):
         limited(0).steps(2)
 

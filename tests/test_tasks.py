@@ -99,7 +99,7 @@ def test_the_validation_set_is_the_same_for_every_seed(kind: str, tiny: dict[str
     assert one.splits() == two.splits() == {"train": total - kept, "validation": kept, "test": one.splits()["test"]}
     assert one.digest == two.digest
     what = {"resnet": "images", "seq2seq": "pairs"}[kind]
-    assert f"{kept} {what} of train are kept for validation" in one.notes
+    assert f"kept for validation: {kept} of {total} {what} of train" in one.notes
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -309,7 +309,7 @@ def test_without_a_test_split_the_score_is_of_validation(tiny: dict[str, Path], 
     result = training.train(recipe, out=Path("run"), runtime=CPU, listener=heard)
     assert (result["split"], result["examples"]) == ("validation", 2)
     assert heard.plans[0].splits == {"train": 38, "validation": 2}
-    assert "2 pairs of train are kept for validation" in heard.plans[0].notes
+    assert "kept for validation: 2 of 40 pairs of train" in heard.plans[0].notes
 
 
 # What diverges
@@ -530,7 +530,7 @@ def test_what_was_done_to_the_data_is_told_before_scoring(
 
     monkeypatch.setattr(Classification, "evaluate", checked)
     training.evaluate("run", data=str(other), runtime=CPU, note=told.append)
-    assert told == ["images of 12x10 resized and cropped to 8x8", "6 images of train are kept for validation"]
+    assert told == ["images of 12x10 resized and cropped to 8x8", "kept for validation: 6 of 60 images of train"]
 
 
 def test_a_translator_has_no_confusion_matrix(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -312,8 +312,10 @@ class Classification:
         self.notes.extend(images.notes)
         splits = dict(images.splits)
         if "validation" not in splits:
+            whole = len(splits["train"].labels)
             splits["train"], splits["validation"] = _carve(splits["train"], data.validation_fraction)
-            self.notes.append(f"{len(splits['validation'].labels):,} images of train are kept for validation")
+            kept = len(splits["validation"].labels)
+            self.notes.append(f"kept for validation: {kept:,} of {whole:,} images of train")
         return splits, images.classes
 
     def _splits(self) -> dict[str, ImageSet]:

@@ -83,8 +83,9 @@ class SentencePairs:
         self.notes.extend(found.notes)
         splits = dict(found.splits)
         if "validation" not in splits:
+            whole = len(splits["train"])
             splits["train"], splits["validation"] = _carve(splits["train"], data.validation_fraction)
-            self.notes.append(f"{len(splits['validation']):,} pairs of train are kept for validation")
+            self.notes.append(f"kept for validation: {len(splits['validation']):,} of {whole:,} pairs of train")
         return splits
 
     def split(self, name: str) -> list[tuple[str, str]]:
@@ -190,7 +191,8 @@ class SentencePairs:
                 hint="raise `--set data.max_length=N`",
             )
         if len(within) < len(pairs):
-            self.notes.append(f"{len(pairs) - len(within):,} training pairs longer than {limit} subwords are left out")
+            left = f"{len(pairs) - len(within):,} of {len(pairs):,} training pairs"
+            self.notes.append(f"left out: {left}, longer than {limit} subwords")
         return [both[at] for at in within], [pairs[at] for at in within]
 
     def _batch_plan(self, epoch: int) -> list[np.ndarray]:
