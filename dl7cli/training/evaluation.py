@@ -53,16 +53,14 @@ def evaluate(
     found, folder = runs.find(run)
     runs.refuse_unwritable(found)
     task = tasks.load(folder, runtime=runtime, offline=offline, progress=progress, data=data)
-    if confusion and isinstance(task, Translation):
-        raise UserError(
-            f"run `{found.folder}` is a translator: it has no confusion matrix to draw",
-            hint="name the run of a classifier, or leave the option out",
-        )
-    if not isinstance(task, Translation):
-        asked = {"beam": beams or length_penalty is not None, "text for ROUGE": rouge, "translations to write": write}
-        for what, wanted in asked.items():
-            if wanted:
-                raise UserError(f"run `{found.folder}` is a classifier: it has no {what}", hint="leave the option out")
+    if isinstance(task, Translation):
+        kind, asked = "translator", {"confusion matrix to draw": confusion}
+    else:
+        kind, beam_asked = "classifier", bool(beams) or length_penalty is not None
+        asked = {"beam": beam_asked, "text for ROUGE": rouge, "translations to write": write is not None}
+    for what, wanted in asked.items():
+        if wanted:
+            raise UserError(f"run `{found.folder}` is a {kind}: it has no {what}", hint="leave the option out")
     task.splits()  # reads the data, so that its notes are there
     for text in task.notes:
         note(text)
