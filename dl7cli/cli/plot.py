@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dl7cli import files
-from dl7cli.cli import console
+from dl7cli.cli import console, figures
 from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Draw figures.")
 
-_SUFFIXES = (".png", ".svg")
 _RANGE = 5.0
 _COLOURS = 10
 """Colours of matplotlib's cycle; what comes after them is drawn dashed."""
@@ -28,7 +26,7 @@ Output = Annotated[
 
 
 @app.callback()
-def figures() -> None:
+def group() -> None:
     """Draw figures."""  # a group also while it has one command
 
 
@@ -48,11 +46,7 @@ def activations(
     """
     if every and names:
         raise typer.BadParameter("give names or --all, not both")
-    if output.suffix.lower() not in _SUFFIXES:
-        raise UserError(
-            f"`{output}` does not end in {' or '.join(f'`{suffix}`' for suffix in _SUFFIXES)}",
-            hint="the suffix says which format is written",
-        )
+    figures.refuse_unwritable(output)
     from dl7cli.models.activations import NAMES
 
     chosen = list(NAMES) if every else list(dict.fromkeys(names or ("swish", "su")))
@@ -61,14 +55,8 @@ def activations(
             near = difflib.get_close_matches(name, NAMES, n=1)
             suggestion = f" (did you mean `{near[0]}`?)" if near else ""
             raise UserError(f"there is no activation `{name}`{suggestion}", hint=f"there are {', '.join(NAMES)}")
-    if output.is_dir():
-        raise UserError(f"`{output}` cannot be written: it is a folder")
-    try:
-        with files.replacing(output) as file:
-            _drawn(chosen).savefig(file, format=output.suffix[1:].lower(), dpi=150)
-    except OSError as error:
-        raise UserError(f"`{output}` cannot be written: {console.reason(error)}") from None
-    console.note(f"written to {output}")
+    figures.save(_drawn(chosen), output)
+    console.note(f"drawn: {output}")
 
 
 def curve(name: str, x: Sequence[float]) -> tuple[list[float], list[float]]:
