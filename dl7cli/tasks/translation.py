@@ -246,9 +246,8 @@ class Translation:
                 tokens = self.pairs.source_tokens(ids)
                 candidates = [self._candidate(one, len(tokens)) for one in hypotheses]
                 text, score = (candidates[0].text, candidates[0].score) if candidates else ("", -math.inf)
-                answers[at] = TranslatedLine(
-                    text, score, tokens, candidates, limit if len(encoded[at]) > limit else None
-                )
+                cut = limit if len(encoded[at]) > limit else None
+                answers[at] = TranslatedLine(text, score, tokens, candidates, cut)
             self._progress("translating", begin + len(chosen), len(order))
         return answers
 
