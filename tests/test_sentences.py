@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dl7cli import checkpoint, metrics, tasks
 from dl7cli.checkpoint import Checkpoint, Progress
-from dl7cli.data.vocabulary import BOS, EOS, PAD
+from dl7cli.data.vocabulary import BOS, EOS, PAD, Subwords
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve
@@ -229,6 +229,18 @@ def test_what_is_drawn_longer_than_the_limit_is_taken_as_it_is(build: Callable[.
                     vocabulary.pieces(vocabulary.encode(vocabulary.decode(ids))) if len(letters) > 10 else letters
                 )
     assert min(lengths.values()) > 5, "some are too long and some are not"
+
+
+@pytest.mark.parametrize(("separate", "built"), [((), 1), (SEPARATE, 2)])
+def test_each_vocabulary_has_one_sampler(
+    separate: tuple[str, ...], built: int, build: Callable[..., Translation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = build(SAMPLED, *separate)
+    sampler, asked = Subwords.sampler, []
+    monkeypatch.setattr(Subwords, "sampler", lambda self, *key: (asked.append(self), sampler(self, *key))[1])
+    for epoch in (0, 1):
+        list(task.batches(epoch))
+    assert len(asked) == built
 
 
 def test_neither_scores_nor_translations_are_sampled(build: Callable[..., Translation]) -> None:

@@ -74,32 +74,27 @@ class BPEDropout:
         """`scores` rank the subwords: of two merges that with the greater score comes first."""
         self._scores = scores
         self._probability = probability
-        self._kept_segmentation = lru_cache(WORDS_KEPT)(self._segmentation)
+        self._kept_steps = lru_cache(WORDS_KEPT)(self._steps)
 
     def sample(self, word: str, random: Random) -> Sequence[str]:
-        merges, whole = self._kept_segmentation(word) if len(word) <= LONGEST_KEPT else self._segmentation(word)
-        for made in range(merges):
-            if random.random() < self._probability:
-                return self._without_the_best(word, made, random)
-        return whole
-
-    def _segmentation(self, word: str) -> tuple[int, Sequence[str]]:
-        """What BPE makes of a word when nothing is left out, and by how many merges."""
-        pieces = list(word)
-        while merges := self._merges(pieces):
-            pieces = _merged(pieces, merges[0])
-        return len(word) - len(pieces), pieces
-
-    def _without_the_best(self, word: str, made: int, random: Random) -> Sequence[str]:
-        """What becomes of a word of which a best merge is left out for the first time, after `made` merges."""
-        pieces = list(word)
-        for _ in range(made):
-            pieces = _merged(pieces, self._merges(pieces)[0])
-        merges = self._merges(pieces)[1:]
+        steps = self._kept_steps(word) if len(word) <= LONGEST_KEPT else self._steps(word)
+        last = len(steps) - 1
+        # Up to the first step that leaves the best merge out, all is as without chance.
+        pieces, merges = steps[next((at for at in range(last) if random.random() < self._probability), last)]
+        merges = merges[1:]
         while (at := next((at for at in merges if random.random() >= self._probability), None)) is not None:
             pieces = _merged(pieces, at)
             merges = self._merges(pieces)
         return pieces
+
+    def _steps(self, word: str) -> list[tuple[list[str], list[int]]]:
+        """Pieces and possible merges before each step of BPE that leaves nothing out, and after the last."""
+        pieces = list(word)
+        steps = [(pieces, self._merges(pieces))]
+        while merges := steps[-1][1]:
+            pieces = _merged(pieces, merges[0])
+            steps.append((pieces, self._merges(pieces)))
+        return steps
 
     def _merges(self, pieces: list[str]) -> list[int]:
         """The places of two neighbours that make a subword, best first, and of equal ones from the left."""

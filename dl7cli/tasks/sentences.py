@@ -17,6 +17,8 @@ from dl7cli.data.vocabulary import BOS, EOS, PAD, Subwords, Vocabulary
 from dl7cli.errors import UserError
 from dl7cli.recipe import TranslationRecipe
 
+Sampler = Callable[[str, Random], list[int]]
+
 
 class PairBatch(NamedTuple):
     """B sentence pairs of at most S source and T target subwords, padded with PAD."""
@@ -227,13 +229,15 @@ class SentencePairs:
         return [(drawn(at, 0), drawn(at, 1)) for at in chosen]
 
     @cached_property
-    def _samplers(self) -> list[Callable[[str, Random], list[int]]]:
-        """What draws the subwords of a source and of a target."""
-        samplers = []
-        for vocabulary in (self.source_vocabulary, self.target_vocabulary):
+    def _samplers(self) -> tuple[Sampler, Sampler]:
+        """What draws the subwords of a source and of a target: one for both where they share a vocabulary."""
+
+        def sampler(vocabulary: Vocabulary) -> Sampler:
             assert isinstance(vocabulary, Subwords)
-            samplers.append(vocabulary.sampler(self._data.vocabulary, self._data.subword_sampling))
-        return samplers
+            return vocabulary.sampler(self._data.vocabulary, self._data.subword_sampling)
+
+        source = sampler(self.source_vocabulary)
+        return source, source if self.target_vocabulary is self.source_vocabulary else sampler(self.target_vocabulary)
 
     def _ids(self, vocabulary: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
         return vocabulary.encode_all([self._text(text) for text in texts])
