@@ -1,5 +1,6 @@
 """The data of translation: batches, vocabularies, the order in which a source is read, and subwords drawn at random."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -187,7 +188,7 @@ def test_only_subwords_are_sampled(kind: str, tiny: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @pytest.mark.parametrize("separate", [(), SEPARATE])
-def test_sampled_batches_are_a_function_of_seed_epoch_and_number(
+def test_sampled_batches_are_a_function_of_seed_and_epoch(
     kind: str, separate: tuple[str, ...], build: Callable[..., Translation]
 ) -> None:
     overrides = (SAMPLED, f"data.vocabulary={kind}", *separate)
@@ -202,17 +203,35 @@ def test_sampled_batches_are_a_function_of_seed_epoch_and_number(
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_sampled_batches_hold_the_sentences_of_the_plan(kind: str, build: Callable[..., Translation]) -> None:
+def test_sampled_batches_are_every_sentence_once_in_like_lengths_and_as_many_as_planned(
+    kind: str, build: Callable[..., Translation]
+) -> None:
     task, plain = build(SAMPLED, f"data.vocabulary={kind}"), build(f"data.vocabulary={kind}")
     vocabulary = task.pairs.source_vocabulary
     spellings = set()
     for epoch in range(3):
-        for one, other in zip(task.batches(epoch), plain.batches(epoch), strict=True):
-            drawn, usual = sides(task, one), sides(task, other)
-            texts = [[tuple(map(vocabulary.decode, pair)) for pair in pairs] for pairs in (drawn, usual)]
-            assert texts[0] == texts[1]
-            spellings |= {tuple(source) for source, _ in drawn}
+        batches, planned = list(task.batches(epoch)), list(plain.batches(epoch))
+        assert [len(batch.lengths) for batch in batches] == [len(batch.lengths) for batch in planned]
+        drawn = [pair for batch in batches for pair in sides(task, batch)]
+        texts = Counter(tuple(map(vocabulary.decode, pair)) for pair in drawn)
+        assert texts == Counter(task.pairs.splits["train"])
+        spellings |= {tuple(source) for source, _ in drawn}
+        ranges = sorted((min(own), max(own)) for own in ([len(ids) for _, ids in sides(task, one)] for one in batches))
+        for (_, longest), (shortest, _) in itertools.pairwise(ranges):
+            assert longest <= shortest + 1, "those of like length are together"
+        assert ranges[0][1] < ranges[-1][0]
     assert len(spellings) > 2 * 40  # for 40 sentences
+
+
+def test_the_draw_of_an_epoch_tells_its_progress(tiny: dict[str, Path]) -> None:
+    told: list[tuple[str, int, int]] = []
+    recipe = resolve(str(tiny["seq2seq"]), [SAMPLED]).recipe
+    task = tasks.build(recipe, runtime=CPU, progress=lambda *what: told.append(what))
+    next(iter(task.batches(0)))
+    assert [one for one in told if one[0] == "drawing subwords"] == [
+        ("drawing subwords", 0, 40),
+        ("drawing subwords", 40, 40),
+    ]
 
 
 def test_what_is_drawn_longer_than_the_limit_is_taken_as_it_is(build: Callable[..., Translation]) -> None:
@@ -350,10 +369,10 @@ def test_lower_case_is_read_and_written_and_the_references_stay(
     assert task.score([("A B", "C d")]) == task.score([("a b", "c D")])
     cased = build(data=str(capitals))
     assert cased.pairs.source_vocabulary.encode("A") != cased.pairs.source_vocabulary.encode("a")
-    batches = zip(task.batches(0), build("data.lowercase=true", SAMPLED, data=str(capitals)).batches(0), strict=True)
-    for one, sampled in batches:
-        texts = [[vocabulary.decode(ids) for ids, _ in sides(task, batch)] for batch in (one, sampled)]
-        assert texts[0] == texts[1] == [text.lower() for text in texts[0]]
+    for keys in ((), (SAMPLED,)):
+        batches = build("data.lowercase=true", *keys, data=str(capitals)).batches(0)
+        read = Counter(vocabulary.decode(ids) for batch in batches for ids, _ in sides(task, batch))
+        assert read == Counter(source.lower() for source, _ in task.pairs.splits["train"])
 
 
 def test_two_keys_turn_the_direction_round(tiny: dict[str, Path]) -> None:

@@ -192,7 +192,11 @@ class ConvS2SModel(Section):
 
 class PairTraining(Training):
     batch_tokens: Annotated[int, Field(ge=16)] = 2048
-    """Most subwords in a batch, of source or of target, padding included."""
+    """Most subwords in a batch, of source or of target, padding included.
+
+    With `data.subword_sampling` batches are planned by sentences that are not sampled: they have as many pairs, and
+    more subwords by as much as sampling makes the sentences longer.
+    """
     coverage_weight: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Of the coverage loss of See et al. 2017, eq. 12 and 13, with `model.coverage`; there 1."""
     select: Literal["bleu", "chrf", "loss"] = "bleu"

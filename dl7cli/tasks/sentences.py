@@ -19,6 +19,9 @@ from dl7cli.recipe import TranslationRecipe
 
 Sampler = Callable[[str, Random], list[int]]
 
+PAIRS_BETWEEN_NOTES = 1000
+"""Of which the subwords are drawn before progress is told again."""
+
 
 class PairBatch(NamedTuple):
     """B sentence pairs of at most S source and T target subwords, padded with PAD."""
@@ -33,6 +36,16 @@ class PairBatch(NamedTuple):
     """(B, T) target subwords up to eos: what it should answer"""
     real: Tensor
     """(N,) where `target`, flattened, is not padding"""
+
+
+class TrainingPairs(NamedTuple):
+    """The training pairs that are within the recipe's limit."""
+
+    texts: list[tuple[str, str]]
+    ids: list[tuple[list[int], list[int]]]
+    """In subwords that are not sampled."""
+    lengths: tuple[np.ndarray, np.ndarray]
+    """(pairs,) of each source as the model reads it and of each target, eos included."""
 
 
 class SentencePairs:
@@ -58,7 +71,6 @@ class SentencePairs:
         self._device = device
         self._offline = offline
         self._progress = progress
-        self._plan: tuple[int, list[np.ndarray]] | None = None
         self._steps: dict[int, int] = {}
         if assets is None:
             assets = {
@@ -113,10 +125,12 @@ class SentencePairs:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[PairBatch]:
         """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
-        pairs, _ = self._training_pairs
-        sampled = self._data.subword_sampling > 0
-        for number, chosen in enumerate(self._batch_plan(epoch)[start:], start):
-            yield self.batch(self._sampled(chosen, epoch, number) if sampled else [pairs[index] for index in chosen])
+        pairs, drawn = self._training_pairs.ids, None
+        if self._data.subword_sampling > 0:
+            pairs = self._sampled(epoch)
+            drawn = self._lengths(pairs)
+        for chosen in self._batch_plan(epoch, drawn)[start:]:
+            yield self.batch([pairs[index] for index in chosen])
 
     def batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> PairBatch:
         """Pairs of ids, without bos and eos and in their own order, as a batch on the device."""
@@ -179,8 +193,7 @@ class SentencePairs:
         return learnt
 
     @cached_property
-    def _training_pairs(self) -> tuple[list[tuple[list[int], list[int]]], list[tuple[str, str]]]:
-        """Training pairs as subword ids and as texts, without those longer than the recipe's limit."""
+    def _training_pairs(self) -> TrainingPairs:
         pairs = self.splits["train"]
         limit = self._data.max_length
         sources = self.source_ids([source for source, _ in pairs])
@@ -195,38 +208,53 @@ class SentencePairs:
         if len(within) < len(pairs):
             left = f"{len(pairs) - len(within):,} of {len(pairs):,} training pairs"
             self.notes.append(f"left out: {left}, longer than {limit} subwords")
-        return [both[at] for at in within], [pairs[at] for at in within]
+        ids = [both[at] for at in within]
+        return TrainingPairs([pairs[at] for at in within], ids, self._lengths(ids))
 
-    def _batch_plan(self, epoch: int) -> list[np.ndarray]:
+    def _lengths(self, pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[np.ndarray, np.ndarray]:
+        """As `TrainingPairs.lengths`."""
+        sources = np.array([len(self.read(source)) for source, _ in pairs])
+        return sources, np.array([len(target) + 1 for _, target in pairs])
+
+    def _batch_plan(self, epoch: int, drawn: tuple[np.ndarray, np.ndarray] | None = None) -> list[np.ndarray]:
         """The pairs of each batch: of like length, at most `batch_tokens` padded steps a side, in random order.
 
-        Lengths are those without sampling, so that the number of steps is known before anything is drawn.
+        With sampling their lengths are `drawn`. The batches are then of as many pairs as without, so that their number
+        is known before anything is drawn, but of pairs that are of like length as drawn.
         """
-        if self._plan is None or self._plan[0] != epoch:
-            pairs, _ = self._training_pairs
-            random = np.random.default_rng([self._seed, epoch])
-            targets = np.array([len(target) + 1 for _, target in pairs])
-            sources = np.array([len(self.read(source)) for source, _ in pairs])
-            # The noise lets pairs meet other partners in every epoch.
-            noise = random.integers(0, 2, len(pairs))
-            order = np.lexsort((sources + random.random(len(pairs)), targets + noise))
-            batches = fill(order, np.maximum(sources, targets), self._batch_tokens)
-            self._plan = epoch, [batches[index] for index in random.permutation(len(batches))]
-        return self._plan[1]
+        random = np.random.default_rng([self._seed, epoch])
+        usual = self._training_pairs.lengths
+        # The noise lets pairs meet other partners in every epoch.
+        noise = random.integers(0, 2, len(usual[1]))
+        fraction = random.random(len(usual[1]))
 
-    def _sampled(self, chosen: np.ndarray, epoch: int, number: int) -> list[tuple[list[int], list[int]]]:
-        """Pairs in subwords drawn anew: a function of the seed, the epoch and the batch's number in it.
+        def by_length(sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
+            return np.lexsort((sources + fraction, targets + noise))
+
+        batches = fill(by_length(*usual), np.maximum(*usual), self._batch_tokens)
+        if drawn is not None:
+            batches = np.split(by_length(*drawn), np.cumsum([len(batch) for batch in batches])[:-1])
+        return [batches[index] for index in random.permutation(len(batches))]
+
+    def _sampled(self, epoch: int) -> list[tuple[list[int], list[int]]]:
+        """All training pairs in subwords drawn anew: a function of the seed and the epoch.
 
         A sentence that gets longer than the recipe's limit is taken as it is without sampling.
         """
-        limit, (pairs, texts) = self._data.max_length, self._training_pairs
-        random = Random(f"{self._seed} {epoch} {number}")
+        limit, (texts, usual, _) = self._data.max_length, self._training_pairs
+        random = Random(f"{self._seed} {epoch}")
 
         def drawn(at: int, side: int) -> list[int]:
             ids = self._samplers[side](self._text(texts[at][side]), random)
-            return ids if len(ids) <= limit else pairs[at][side]
+            return ids if len(ids) <= limit else usual[at][side]
 
-        return [(drawn(at, 0), drawn(at, 1)) for at in chosen]
+        pairs = []
+        for at in range(len(texts)):
+            if at % PAIRS_BETWEEN_NOTES == 0:
+                self._progress("drawing subwords", at, len(texts))
+            pairs.append((drawn(at, 0), drawn(at, 1)))
+        self._progress("drawing subwords", len(texts), len(texts))
+        return pairs
 
     @cached_property
     def _samplers(self) -> tuple[Sampler, Sampler]:
