@@ -68,7 +68,10 @@ class Seq2SeqModel(Section):
     decoder_layers: Annotated[int, Field(ge=1, le=8, validate_default=True)] = 1
     """Of `conditional` one more: its first layer is two, with the attention between them."""
     input_feeding: bool = False
-    """Of `luong`: whether the lowest layer also reads the readout of the step before; about a quarter slower."""
+    """Of `luong`: whether the lowest layer also reads the readout of the step before.
+
+    Training is a quarter to two fifths slower.
+    """
     readout: Literal["tanh", "maxout"] = "tanh"
     """What stands between the decoder and the output words: a layer with tanh, or the greater of each two values."""
     tied: Tied = "all"
@@ -194,8 +197,8 @@ class PairTraining(Training):
     batch_tokens: Annotated[int, Field(ge=16)] = 2048
     """Most subwords in a batch, of source or of target, padding included.
 
-    With `data.subword_sampling` batches are planned by sentences that are not sampled: they have as many pairs, and
-    more subwords by as much as sampling makes the sentences longer.
+    With `data.subword_sampling` it bounds batches as they would be without: the sampled ones have as many pairs each,
+    and more subwords, as sampled sentences are longer.
     """
     coverage_weight: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Of the coverage loss of See et al. 2017, eq. 12 and 13, with `model.coverage`; there 1."""
