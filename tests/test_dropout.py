@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dl7cli.models.dropout import dropout
+from dl7cli.models.dropout import Dropout, dropout
 
 
 @pytest.mark.parametrize(("probability", "nearest"), [(0.3, 77 / 256), (0.5, 0.5), (1e-4, 1 / 256), (0.999, 255 / 256)])
@@ -43,3 +43,31 @@ def test_nothing_is_dropped_without_training_or_probability() -> None:
     assert torch.equal(dropout(x, 0.3, training=False), x)
     assert torch.equal(dropout(x, 0.0, training=True), x)
     assert dropout(torch.empty(0, 3), 0.3, training=True).shape == (0, 3)
+
+
+@pytest.mark.parametrize("by_steps", [False, True])
+def test_locked_dropout_drops_the_same_values_at_every_step_and_others_in_each_row(by_steps: bool) -> None:
+    torch.manual_seed(1)
+    drop = Dropout(0.25, locked=True).train()
+    x = torch.ones(400, 7, 10)
+    one = drop.by_steps()
+    dropped = torch.stack([one(1, part) for part in x.unbind(dim=1)], dim=1) if by_steps else drop(x)
+    assert torch.equal(dropped, dropped[:, :1].expand_as(dropped))
+    assert len(dropped[:, 0].unique(dim=0)) > 100
+    assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert (dropped == 0).float().mean() == pytest.approx(0.25, abs=0.03)
+    if by_steps:
+        assert not torch.equal(one(2, x[:, 0]), dropped[:, 0])
+
+
+def test_as_a_module_it_is_the_same_by_sequence_and_by_steps_and_none_drops_in_evaluation() -> None:
+    drop, x = Dropout(0.3), torch.ones(3, 4, 5)
+    for forward, values in ((drop, x), (lambda part: drop.by_steps()(0, part), x[:, 0])):
+        torch.manual_seed(1)
+        found = forward(values)
+        torch.manual_seed(1)
+        assert torch.equal(found, dropout(values, 0.3, training=True))
+    for locked in (False, True):
+        drop = Dropout(0.3, locked=locked).eval()
+        assert torch.equal(drop(x), x)
+        assert torch.equal(drop.by_steps()(0, x[:, 0]), x[:, 0])

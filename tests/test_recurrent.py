@@ -7,7 +7,8 @@ import slow_seq2seq
 import torch
 from torch import Tensor, nn
 
-from dl7cli.models.recurrent import Dropout, Encoder, advance, layer, project, reverse, run
+from dl7cli.models.dropout import Dropout
+from dl7cli.models.recurrent import Encoder, advance, layer, project, reverse, run
 
 CELLS = ("lstm", "gru", "rnn")
 
@@ -102,30 +103,3 @@ def test_reverse_turns_only_the_real_steps_and_undoes_itself() -> None:
     assert turned[0, :, 0].tolist() == [2, 1, 0, 3]
     assert turned[1, :, 0].tolist() == [7, 6, 5, 4]
     assert torch.equal(reverse(turned, lengths), x)
-
-
-@pytest.mark.parametrize("by_steps", [False, True])
-def test_locked_dropout_drops_the_same_values_at_every_step_and_others_in_each_row(by_steps: bool) -> None:
-    torch.manual_seed(1)
-    drop = Dropout(0.25, locked=True).train()
-    x = torch.ones(400, 7, 10)
-    one = drop.by_steps()
-    dropped = torch.stack([one(1, part) for part in x.unbind(dim=1)], dim=1) if by_steps else drop(x)
-    assert torch.equal(dropped, dropped[:, :1].expand_as(dropped))
-    assert len(dropped[:, 0].unique(dim=0)) > 100
-    assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
-    assert (dropped == 0).float().mean() == pytest.approx(0.25, abs=0.03)
-    if by_steps:
-        assert not torch.equal(one(2, x[:, 0]), dropped[:, 0])
-
-
-def test_dropout_that_is_not_locked_is_torchs_own_and_none_drops_in_evaluation() -> None:
-    drop, x = Dropout(0.5), torch.ones(3, 4, 5)
-    torch.manual_seed(1)
-    ours = drop(x)
-    torch.manual_seed(1)
-    assert torch.equal(ours, nn.functional.dropout(x, 0.5))
-    for locked in (False, True):
-        drop = Dropout(0.5, locked=locked).eval()
-        assert torch.equal(drop(x), x)
-        assert torch.equal(drop.by_steps()(0, x[:, 0]), x[:, 0])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dl7cli.models.dropout import Dropout
 from dl7cli.models.translator import State
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1}
@@ -83,38 +84,6 @@ def reverse(x: Tensor, lengths: Tensor) -> Tensor:
     ends = lengths[:, None]
     index = torch.where(steps < ends, ends - 1 - steps, steps)
     return x.gather(1, index[:, :, None].expand_as(x))
-
-
-class Dropout(nn.Module):
-    """Dropout with a mask of its own at every step or, `locked`, one mask for all the steps of a sequence.
-
-    The latter is the variational dropout of Gal & Ghahramani 2016 (arXiv 1512.05287) but for the recurrent
-    connections, which fused kernels do not show.
-    """
-
-    def __init__(self, rate: float, *, locked: bool = False) -> None:
-        super().__init__()
-        self.rate = rate
-        self.locked = locked
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, S, W) with some values zero and the others larger; in evaluation x itself."""
-        if self.locked and self.training:
-            return x * functional.dropout(torch.ones_like(x[:, :1]), self.rate)
-        return functional.dropout(x, self.rate, self.training)
-
-    def by_steps(self) -> Callable[[int, Tensor], Tensor]:
-        """The same for one sequence step by step: a function of a place in the network and what is there, (B, W)."""
-        masks: dict[int, Tensor] = {}
-
-        def drop(place: int, x: Tensor) -> Tensor:
-            if not (self.locked and self.training):
-                return functional.dropout(x, self.rate, self.training)
-            if place not in masks:
-                masks[place] = functional.dropout(torch.ones_like(x), self.rate)
-            return x * masks[place]
-
-        return drop
 
 
 class Transitions(nn.Module):

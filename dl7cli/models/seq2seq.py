@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dl7cli.models.attention import AdditiveAttention, Attention, DotAttention, GeneralAttention, MultiHeadAttention
-from dl7cli.models.recurrent import Dropout, Encoder, advance, layer, project, run, state_size
+from dl7cli.models.dropout import Dropout
+from dl7cli.models.recurrent import Encoder, advance, layer, project, run, state_size
 from dl7cli.models.translator import Decoded, State, Translator
 
 
@@ -67,6 +68,7 @@ class Seq2Seq(Translator):
         cell, embedding, units = options.cell, options.embedding_width, options.decoder_width
         width = options.readout_width or embedding
         self.dropout = Dropout(options.dropout, locked=options.locked_dropout)
+        # Tied here and not by `Embeddings`, as the names of parameters are those of checkpoints from before it.
         self.embedding = nn.Embedding(target_words, embedding, padding_idx=pad)
         attends = options.attention != "none"
         self.encoder = Encoder(
