@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from dl7cli import training
 from dl7cli.cli import main
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -40,6 +41,16 @@ class Outcome(NamedTuple):
         value = json.loads(self.out)
         assert isinstance(value, dict)
         return value
+
+
+class Silent:
+    """A listener to a training that shows nothing."""
+
+    def plan(self, plan: training.Plan) -> None: ...
+    def step(self, step: training.Step) -> None: ...
+    def epoch(self, epoch: training.Epoch) -> None: ...
+    def note(self, text: str) -> None: ...
+    def progress(self, what: str, done: int, total: int) -> None: ...
 
 
 def dl7(*arguments: str, cwd: Path, stdin: bytes = b"", terminal: bool = False, **environment: str) -> Outcome:

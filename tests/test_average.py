@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from running import Silent
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
@@ -28,25 +29,6 @@ from dl7cli.training import session
 
 KINDS = ("resnet", "seq2seq")
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
-
-
-class Silent:
-    """A listener that shows nothing."""
-
-    def plan(self, plan: training.Plan) -> None:
-        pass
-
-    def step(self, step: training.Step) -> None:
-        pass
-
-    def epoch(self, epoch: training.Epoch) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        pass
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from running import Silent
 from torch import nn
 
 from dl7cli import checkpoint, tasks, training
@@ -179,16 +180,6 @@ def test_weights_are_swapped_for_a_while_even_if_that_fails() -> None:
     with pytest.raises(KeyError):
         used()
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
-
-
-class Silent:
-    """A listener that says nothing."""
-
-    def plan(self, plan: training.Plan) -> None: ...
-    def step(self, step: training.Step) -> None: ...
-    def epoch(self, epoch: training.Epoch) -> None: ...
-    def note(self, text: str) -> None: ...
-    def progress(self, what: str, done: int, total: int) -> None: ...
 
 
 @pytest.mark.parametrize("kind", ["resnet", "seq2seq"])

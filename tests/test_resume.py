@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from running import Silent
 from torch import Tensor
 
 from dl7cli import checkpoint, runs, tasks, training
@@ -32,25 +33,6 @@ from dl7cli.training.loop import Report, Trainer, fit
 
 KINDS = ("resnet", "seq2seq")
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
-
-
-class Silent:
-    """A listener that shows nothing."""
-
-    def plan(self, plan: training.Plan) -> None:
-        pass
-
-    def step(self, step: training.Step) -> None:
-        pass
-
-    def epoch(self, epoch: training.Epoch) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        pass
 
 
 @pytest.fixture(autouse=True)
