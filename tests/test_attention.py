@@ -95,3 +95,16 @@ def test_additive_scores_of_great_numbers_are_finite_and_right() -> None:
     scores.sum().backward()
     assert numbers.grad is not None
     assert numbers.grad.isfinite().all()
+
+
+def test_additive_scores_are_of_float32_under_autocast() -> None:
+    """With queries that bfloat16 holds exactly, nothing is rounded."""
+    torch.manual_seed(1)
+    attention = AdditiveAttention(8, 5)
+    with torch.no_grad():
+        attention.query.weight.copy_(torch.eye(8))
+        attention.query.bias.zero_()
+        queries, keys = torch.randn(3, 4, 8).bfloat16().float(), attention.keys(torch.randn(3, 6, 5))
+        expected = attention.scores(queries, keys, None)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(attention.scores(queries, keys, None), expected)

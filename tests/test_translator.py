@@ -1,9 +1,11 @@
 """What holds for every translation model, however it is made: the promises of `dl7cli.models.translator`."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from running import Silent
 from torch import Tensor
 
 from dl7cli import recipe as recipes
@@ -21,8 +23,16 @@ WORDS = 11
 PREVIOUS = torch.tensor([[BOS, 5, 6, 4, 7, 7], [BOS, 9, 1, 4, 10, 5], [BOS, 7, 8, 10, 4, 4]])
 SOURCE, LENGTHS = torch.tensor([[4, 5, 6, 7, 3], [8, 9, 3, 0, 0], [10, 3, 0, 0, 0]]), torch.tensor([5, 3, 2])
 
+RECURRENT: Any = {"kind": "seq2seq", "embedding_width": 6, "encoder_width": 5, "decoder_width": 7, "dropout": 0.2}
+
 MODELS: dict[str, Seq2SeqModel | TransformerModel | ConvS2SModel] = {
-    "seq2seq": Seq2SeqModel(kind="seq2seq", embedding_width=6, encoder_width=5, decoder_width=7, dropout=0.2),
+    "seq2seq": Seq2SeqModel(**RECURRENT),
+    "seq2seq-copying": Seq2SeqModel(
+        **RECURRENT, cell="gru", attention="additive", decoder="bahdanau", coverage=True, copying=True, readout="maxout"
+    ),
+    "seq2seq-fed": Seq2SeqModel(
+        **RECURRENT, attention="concat", decoder="luong", decoder_layers=2, input_feeding=True, tied="output"
+    ),
     "transformer": TransformerModel(
         kind="transformer", width=8, heads=2, feedforward_width=12, encoder_layers=2, decoder_layers=3, dropout=0.2
     ),
@@ -186,7 +196,7 @@ def test_bfloat16_is_close_to_float32(name: str) -> None:
     assert (stepwise - expected).abs().mean() < 0.03 * exact.std()
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "seq2seq"])
+@every_model
 def test_a_step_reads_no_number_back_from_the_device(name: str) -> None:
     """The device `meta` has shapes and no numbers: what asks it for one raises."""
     with torch.device("meta"):
@@ -194,16 +204,6 @@ def test_a_step_reads_no_number_back_from_the_device(name: str) -> None:
         words = torch.zeros(3, 6, dtype=torch.int64)
         decoded, context = net(words, torch.ones(3, dtype=torch.int64), words)
         assert net.logits(decoded, context, torch.zeros(7, dtype=torch.int64)).shape == (7, WORDS)
-
-
-class Silent:
-    """A listener that says nothing."""
-
-    def plan(self, plan: training.Plan) -> None: ...
-    def step(self, step: training.Step) -> None: ...
-    def epoch(self, epoch: training.Epoch) -> None: ...
-    def note(self, text: str) -> None: ...
-    def progress(self, what: str, done: int, total: int) -> None: ...
 
 
 @pytest.mark.parametrize("tied", ["all", "output", "none"])

@@ -137,10 +137,9 @@ class _AdditiveScores(torch.autograd.Function):
         energy = energy.to(keys.dtype)
         ctx.save_for_backward(queries, keys, energy)
         scores = queries.new_empty(*queries.shape[:2], keys.size(1))
-        with torch.autocast(keys.device.type, enabled=False):
-            for rows, columns in _blocks(queries, keys):
-                inner = (queries[rows, columns, None] * keys[rows, None]).add_(1).reciprocal_()
-                scores[rows, columns] = inner @ energy
+        for rows, columns in _blocks(queries, keys):
+            inner = (queries[rows, columns, None] * keys[rows, None]).add_(1).reciprocal_()
+            torch.matmul(inner, energy, out=scores[rows, columns])  # autocast lets what is written to `out` alone
         return scores.mul_(-2).add_(energy.sum())
 
     @staticmethod
