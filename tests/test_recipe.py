@@ -151,11 +151,33 @@ def test_keys_of_the_recurrent_model_that_do_not_go_together_are_named(overrides
     assert "mistakes" not in caught.value.message
 
 
-def test_a_weight_of_coverage_needs_coverage() -> None:
-    with pytest.raises(UserError, match=r"needs `model\.coverage = true`"):
-        recipe.resolve("seq2seq", ["training.coverage_weight=1"])
+@pytest.mark.parametrize(
+    ("overrides", "seen"),
+    [
+        (["data.joint=false"], '`model`: a vocabulary for each language needs `model.tied = "output"` or `"none"`'),
+        (
+            ["data.joint=false", "model.tied=none", "model.copying=true"],
+            "`model`: copying needs one vocabulary for both languages: `data.joint = true`",
+        ),
+        (["training.coverage_weight=1"], "`training`: `training.coverage_weight` needs `model.coverage = true`"),
+        (["optim.name=muon"], "`optim`: `muon` is for the filters of convolutions, of which this model has none"),
+        (
+            ["model.attention=none", "decoding.coverage_penalty=0.2"],
+            "`decoding`: `decoding.coverage_penalty` is of attention, and `model.attention` is none",
+        ),
+    ],
+)
+def test_keys_of_two_sections_that_do_not_go_together_are_named(overrides: list[str], seen: str) -> None:
+    with pytest.raises(UserError) as caught:
+        recipe.resolve("seq2seq", overrides)
+    assert caught.value.message == f"recipe `seq2seq` has one mistake:\n  {seen}"
+
+
+def test_keys_of_two_sections_that_go_together_are_taken() -> None:
     keys = ["training.coverage_weight=1", "model.coverage=true", "model.attention=concat"]
     assert recipe.resolve("seq2seq", keys).recipe.training.coverage_weight == 1  # type: ignore[union-attr]
+    keys = ["data.joint=false", "model.tied=output", "decoding.coverage_penalty=0.2"]
+    assert recipe.resolve("seq2seq", keys).recipe.decoding.coverage_penalty == 0.2  # type: ignore[union-attr]
 
 
 def test_an_unknown_recipe_suggests_the_nearest() -> None:
@@ -209,12 +231,6 @@ def test_values_keep_their_type(value: Any) -> None:
 @given(st.lists(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), min_size=1, max_size=4))
 def test_key_paths_come_back(names: list[str]) -> None:
     assert recipe.parse_override(".".join(names) + "=1") == (names, 1)
-
-
-def test_coverage_of_no_attention_is_refused() -> None:
-    assert recipe.resolve("seq2seq", ["decoding.coverage_penalty=0.2"]).recipe.decoding.coverage_penalty == 0.2
-    with pytest.raises(UserError, match=r"`coverage_penalty` is of attention, and `model.attention` is none"):
-        recipe.resolve("seq2seq", ["decoding.coverage_penalty=0.2", "model.attention=none", "model.decoder_layers=1"])
 
 
 def test_flags_that_were_given_change_how_a_run_searches() -> None:

@@ -173,7 +173,7 @@ def test_a_checkpoint_brings_its_vocabularies(
 
 def test_a_joint_vocabulary_is_asked_for_by_what_needs_it(tiny: dict[str, Path]) -> None:
     for key in ("model.tied=all", "model.copying=true"):
-        with pytest.raises(UserError, match="`model` is"):
+        with pytest.raises(UserError, match="`model`: "):
             resolve(str(tiny["seq2seq"]), [*SEPARATE, key])
 
 

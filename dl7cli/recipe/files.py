@@ -204,7 +204,9 @@ def _explain(error: Any, known: list[str]) -> str:
             return f"`{key}` is missing"
         case _:
             reason = str(error["msg"]).removeprefix("Value error, ")
-            return f"`{key}` is {_show(error['input'])}: {reason[:1].lower()}{reason[1:]}"
+            # What keys of several sections ask of one another is said of a whole table, which no one wants to read.
+            seen = "" if isinstance(error["input"], dict) else f" is {_show(error['input'])}"
+            return f"`{key}`{seen}: {reason[:1].lower()}{reason[1:]}"
 
 
 def _keys(schema: type[BaseModel], kind: Any, prefix: str = "") -> list[str]:

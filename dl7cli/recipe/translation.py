@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from dl7cli.recipe.section import Fraction, Optim, Section, Training
 
@@ -244,46 +244,47 @@ class Decoding(Section):
         return type(self).model_validate(self.model_dump() | given)
 
 
-_PairModel = Seq2SeqModel | TransformerModel | ConvS2SModel
-
-
-def _without_muon(optim: Optim) -> Optim:
-    if optim.name == "muon":
-        raise ValueError("`muon` is for the filters of convolutions, of which this model has none")
-    return optim
-
-
-def _with_coverage(training: PairTraining, info: ValidationInfo) -> PairTraining:
-    model = info.data.get("model")
-    covers = isinstance(model, Seq2SeqModel) and model.coverage
-    if training.coverage_weight and model is not None and not covers:
-        raise ValueError("`training.coverage_weight` needs `model.coverage = true`")
-    return training
-
-
-def _with_its_vocabularies(model: _PairModel, info: ValidationInfo) -> _PairModel:
-    data = info.data.get("data")
-    if data is not None and not data.joint:
-        if model.tied == "all":
-            raise ValueError('a vocabulary for each language needs `model.tied = "output"` or `"none"`')
-        if isinstance(model, Seq2SeqModel) and model.copying:
-            raise ValueError("copying needs one vocabulary for both languages: `data.joint = true`")
-    return model
-
-
 class TranslationRecipe(Section):
     name: str
     data: PairData = PairData()
-    model: Annotated[_PairModel, Field(discriminator="kind"), AfterValidator(_with_its_vocabularies)]
-    training: Annotated[PairTraining, AfterValidator(_with_coverage)]
-    optim: Annotated[Optim, AfterValidator(_without_muon)]
+    model: Annotated[Seq2SeqModel | TransformerModel | ConvS2SModel, Field(discriminator="kind")]
+    training: PairTraining
+    optim: Optim
     decoding: Decoding = Decoding()
+
+    @field_validator("model")
+    @classmethod
+    def _model_fits(
+        cls, model: Seq2SeqModel | TransformerModel | ConvS2SModel, info: ValidationInfo
+    ) -> Seq2SeqModel | TransformerModel | ConvS2SModel:
+        data = info.data.get("data")
+        if data is not None and not data.joint:
+            if model.tied == "all":
+                raise ValueError('a vocabulary for each language needs `model.tied = "output"` or `"none"`')
+            if isinstance(model, Seq2SeqModel) and model.copying:
+                raise ValueError("copying needs one vocabulary for both languages: `data.joint = true`")
+        return model
+
+    @field_validator("training")
+    @classmethod
+    def _training_fits(cls, training: PairTraining, info: ValidationInfo) -> PairTraining:
+        model = info.data.get("model")
+        if training.coverage_weight and model is not None and not getattr(model, "coverage", False):
+            raise ValueError("`training.coverage_weight` needs `model.coverage = true`")
+        return training
+
+    @field_validator("optim")
+    @classmethod
+    def _optim_fits(cls, optim: Optim) -> Optim:
+        if optim.name == "muon":
+            raise ValueError("`muon` is for the filters of convolutions, of which this model has none")
+        return optim
 
     @field_validator("decoding")
     @classmethod
-    def _coverage_fits(cls, decoding: Decoding, info: ValidationInfo) -> Decoding:
+    def _decoding_fits(cls, decoding: Decoding, info: ValidationInfo) -> Decoding:
         if decoding.coverage_penalty and getattr(info.data.get("model"), "attention", "") == "none":
-            raise ValueError("`coverage_penalty` is of attention, and `model.attention` is none")
+            raise ValueError("`decoding.coverage_penalty` is of attention, and `model.attention` is none")
         return decoding
 
     @property
