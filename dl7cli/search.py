@@ -4,8 +4,8 @@ What is found, exactly:
 
 - The **score** of a hypothesis is `log-probability / penalty(length) + coverage_penalty * coverage`. The
   log-probability includes the closing eos, and so does the length. The penalty is `((5 + length) / 6) **
-  length_penalty` for "gnmt" (Wu et al. 2016, Google's NMT system, eq. 14), `length ** length_penalty` for "average",
-  and 1 for "none". Coverage, of the same equation, is the sum over the source steps of `log(min(a, 1))`, where a is
+  length_penalty` for "gnmt" (Wu et al. 2016, Google's NMT system, eq. 14) and `length ** length_penalty` for
+  "average". Coverage, of the same equation, is the sum over the source steps of `log(min(a, 1))`, where a is
   all the attention the target steps, eos included, have paid to a source step. An `a` below `LEAST_COVERAGE` counts as
   that, as rounding makes it 0.
 - **A step** ranks all beam * V extensions of a sentence's live hypotheses by log-probability. Those among the
@@ -79,7 +79,7 @@ class Rules:
     """So many ids in a row never appear twice in an output; 0: any may."""
     prefixes: Sequence[Sequence[int]] | None = None
     """Ids that the output of each sentence begins with, whatever the rules above say of them; charged like others."""
-    normalisation: Literal["gnmt", "average", "none"] = "gnmt"
+    normalisation: Literal["gnmt", "average"] = "gnmt"
     length_penalty: float = 0.0
     coverage_penalty: float = 0.0
     source_lengths: Sequence[int] | None = None
@@ -110,8 +110,6 @@ class Rules:
                 return ((5 + length) / 6) ** self.length_penalty
             case "average":
                 return length**self.length_penalty
-            case "none":
-                return torch.ones_like(length)
 
 
 def beam_search(

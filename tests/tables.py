@@ -64,7 +64,7 @@ class Sentence:
     forbidden: Sequence[int] = ()
     no_repeat_ngram: int = 0
     prefix: Sequence[int] = ()
-    normalisation: Literal["gnmt", "average", "none"] = "gnmt"
+    normalisation: Literal["gnmt", "average"] = "gnmt"
     length_penalty: float = 0.0
     coverage_penalty: float = 0.0
     weights: Tensor | None = None
@@ -97,7 +97,7 @@ class Sentence:
 
     def score(self, log_probability: float, ids: Sequence[int]) -> float:
         length = len(ids) + 1
-        penalty = {"gnmt": (5 + length) / 6, "average": length, "none": 1}[self.normalisation]
+        penalty = {"gnmt": (5 + length) / 6, "average": length}[self.normalisation]
         score = log_probability / math.pow(penalty, self.length_penalty)
         if self.coverage_penalty:
             paid = [sum(float(step[at]) for step in self.attention(ids)) for at in range(self.source_length)]

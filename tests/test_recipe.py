@@ -180,6 +180,12 @@ def test_keys_of_two_sections_that_go_together_are_taken() -> None:
     assert recipe.resolve("seq2seq", keys).recipe.decoding.coverage_penalty == 0.2  # type: ignore[union-attr]
 
 
+def test_no_length_normalisation_is_a_penalty_of_0_and_nothing_else() -> None:
+    """So that no length penalty is without effect."""
+    with pytest.raises(UserError, match=r"`decoding\.length_normalisation` is `\"none\"`"):
+        recipe.resolve("seq2seq", ["decoding.length_normalisation=none"])
+
+
 def test_an_unknown_recipe_suggests_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean `resnet`"):
         recipe.resolve("resent")

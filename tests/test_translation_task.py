@@ -139,7 +139,7 @@ def test_the_keys_of_decoding_reach_the_search(build: Callable[..., Any]) -> Non
         assert len(set(one.tokens)) == len(one.tokens)
     for _, one in candidates(length_normalisation="average", length_penalty=2.0):
         assert one.score == pytest.approx(one.log_probability / len(one.tokens) ** 2)
-    for _, one in candidates(length_normalisation="none", coverage_penalty=0.5):
+    for _, one in candidates(length_penalty=0.0, coverage_penalty=0.5):
         assert one.attention is not None
         coverage = np.log(np.clip(one.attention.astype(np.float64).sum(axis=0), 1e-6, 1)).sum()
         assert one.score == pytest.approx(one.log_probability + 0.5 * coverage, abs=1e-5)

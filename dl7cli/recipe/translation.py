@@ -213,8 +213,8 @@ class Decoding(Section):
     method: Literal["beam", "sample"] = "beam"
     """The best that a beam finds, or words drawn at random by their probabilities."""
     beam: Annotated[int, Field(ge=1, le=100)] = 5
-    length_normalisation: Literal["gnmt", "average", "none"] = "gnmt"
-    """What a log-probability is divided by to rank: by Wu et al. 2016, eq. 14, the length itself, or nothing."""
+    length_normalisation: Literal["gnmt", "average"] = "gnmt"
+    """What a log-probability is divided by to rank: by Wu et al. 2016, eq. 14, or the length itself."""
     length_penalty: Annotated[float, Field(ge=0, le=5)] = 0.6
     """Exponent of what `length_normalisation` divides by: 0 is none, more gives longer output."""
     coverage_penalty: Annotated[float, Field(ge=0, le=10)] = 0.0
