@@ -119,5 +119,5 @@ def test_the_smallest_image_is_just_large_enough(stages: int) -> None:
 
 
 def test_a_translator_has_no_filters_for_muon(tiny: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=r"`optim` is .*of which this model has none"):
+    with pytest.raises(UserError, match=r"`optim`: .*of which a translator has none"):
         resolve(str(tiny["seq2seq"]), ["optim.name=muon"])

@@ -277,7 +277,7 @@ class TranslationRecipe(Section):
     @classmethod
     def _optim_fits(cls, optim: Optim) -> Optim:
         if optim.name == "muon":
-            raise ValueError("`muon` is for the filters of convolutions, of which this model has none")
+            raise ValueError("`muon` is for the filters of convolutions over images, of which a translator has none")
         return optim
 
     @field_validator("decoding")
