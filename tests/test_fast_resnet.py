@@ -116,8 +116,3 @@ def test_the_smallest_image_is_just_large_enough(stages: int) -> None:
     assert network(torch.zeros(1, 3, size, size)).shape == (1, 2)
     with pytest.raises(RuntimeError):
         network(torch.zeros(1, 3, size - 1, size - 1))
-
-
-def test_a_translator_has_no_filters_for_muon(tiny: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=r"`optim`: .*of which a translator has none"):
-        resolve(str(tiny["seq2seq"]), ["optim.name=muon"])
