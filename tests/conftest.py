@@ -127,3 +127,10 @@ def translator(tmp_path_factory: pytest.TempPathFactory, pairs: Path) -> Path:
     work = tmp_path_factory.mktemp("translator")
     succeed("train", "seq2seq", "--data", str(pairs), *TINY_SEQ2SEQ, "--set", "training.epochs=12", cwd=work)
     return work
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to be in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -30,12 +30,7 @@ from dl7cli.training import session
 KINDS = ("resnet", "seq2seq")
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
 
-
-@pytest.fixture(autouse=True)
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to be in."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("work")
 
 
 @pytest.fixture(scope="module")

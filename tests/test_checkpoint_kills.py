@@ -2,18 +2,17 @@
 
 import errno
 import os
-import resource
 import shutil
 import stat
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from checkpoints import FILES, assert_same, example
+from running import files_no_longer_than
 
 from dl7cli import checkpoint
 from dl7cli.errors import UserError
@@ -147,17 +146,6 @@ def test_loading_while_another_process_saves_gives_one_whole_checkpoint(folder: 
 
 
 # Disks
-
-
-@contextmanager
-def files_no_longer_than(size: int) -> Iterator[None]:
-    """Writes over this size come up short, as on a full disk: Python ignores SIGXFSZ."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_write_cut_short_at_any_size_keeps_the_previous_one(folder: Path) -> None:

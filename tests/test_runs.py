@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from running import files_no_longer_than
 
 from dl7cli import __version__, runs
 from dl7cli.errors import UserError
@@ -27,12 +27,7 @@ from dl7cli.runs import Run
 RESNET = resolve("resnet").recipe
 SEQ2SEQ = resolve("seq2seq").recipe
 
-
-@pytest.fixture(autouse=True)
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to be in."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("work")
 
 
 def checkpoint(folder: Path, when: int) -> Path:
@@ -170,17 +165,6 @@ def test_a_place_that_cannot_be_written_is_named(out: Path | None) -> None:
     with pytest.raises(UserError, match="cannot write `runs") as caught:
         runs.create(RESNET, "resnet", out)
     assert caught.value.hint
-
-
-@contextmanager
-def files_no_longer_than(size: int) -> Iterator[None]:
-    """Writes over this size come up short, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_leaves_nothing_half_written() -> None:
