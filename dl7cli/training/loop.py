@@ -1,15 +1,18 @@
 """The training loop: a generator of reports. It knows no disk and no console; its reader saves and prints."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dl7cli.checkpoint import Progress
-from dl7cli.device import random_state, restore_random_state
+from dl7cli.device import random_state, restore_random_state, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
 from dl7cli.tasks import Task
@@ -89,11 +92,16 @@ def total_steps(task: Task) -> int:
 def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
     """Train from `start` to the recipe's last epoch; yields after every step and after the validation of every epoch.
 
+    Of several workers each calls this, and all get the same reports. Dropout and the like draw, on the first, from the
+    stream that a training alone has; on any other from one that begins anew in every step, so that it need not be kept.
+
     A caller may save at any report and go on later from its `progress`: the result is the same. Raises UserError where
     the loss or the gradient is not finite, before the weights are touched (on a GPU up to 50 steps later).
     """
     training, optim = task.recipe.training, task.recipe.optim
     optimiser, scaler = trainer.optimiser, trainer.scaler
+    workers = task.runtime.workers
+    loss_of = task.loss if workers.count == 1 else _distributed(task)
     parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     on_cpu = task.runtime.device.type == "cpu"
     steps = total_steps(task)
@@ -108,13 +116,16 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
             rate = learning_rate(optim, progress.step, steps)
             for group in optimiser.param_groups:
                 group["lr"] = rate * group["share"]
-            total, examples = task.loss(batch)  # type: ignore[arg-type]  # a task is given its own batches
+            if not workers.first:
+                seed_everything(_seed(training.seed, workers.rank, progress.step))
+            total, examples = loss_of(batch)  # type: ignore[arg-type]  # a task is given its own batches
             mean = total / examples
             optimiser.zero_grad(set_to_none=True)
-            scaler.scale(mean).backward()  # type: ignore[no-untyped-call]
+            # What comes back is the mean of the workers' gradients, and this is a part of a sum.
+            scaler.scale(mean * workers.count).backward()
             scaler.unscale_(optimiser)
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            loss = mean.detach()
+            loss = workers.add(mean.detach())
             if on_cpu or progress.step % STEPS_BETWEEN_CHECKS == 0:
                 check_finite(loss, norm, progress.step + 1, rate, scaled=scaler.is_enabled())
             if optim.clip_norm > 0:
@@ -126,12 +137,41 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
                 trainer.average.update(progress.step)
             yield Report(progress, loss, norm, rate, examples)
         check_weights(task.model, loss, norm, progress.step, rate)
+        # Running statistics may be of the part that each has seen.
+        workers.copy_first(trainer.weights(task).values())
         with swapped(task.model, trainer.weights(task)):
             scores = task.validate()
         progress = progress._replace(epoch=epoch + 1, batch=0)
         if progress.best is None or scores.score > progress.best:
             progress = progress._replace(best=scores.score, best_epoch=epoch + 1)
         yield Report(progress, loss, norm, rate, 0, scores)
+
+
+class _Loss(nn.Module):
+    """The task's loss as the forward pass of a module, which is where gradients are told to meet."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.model = task.model
+        self._loss = task.loss
+
+    def forward(self, batch: Any) -> tuple[Tensor, int]:
+        return self._loss(batch)
+
+
+def _distributed(task: Task) -> DistributedDataParallel:
+    """The task's loss, of which a backward pass leaves the mean of the workers' gradients on each.
+
+    All begin with the first one's weights. As parameters may be unused, those that are added up together stay the same
+    from the first step on: a resumed training adds in the same order.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of an argument that is to be called by another name
+        return DistributedDataParallel(_Loss(task), broadcast_buffers=False, find_unused_parameters=True)
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def check_finite(loss: Tensor, norm: Tensor, step: int, rate: float, *, scaled: bool = False) -> None:

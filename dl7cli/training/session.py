@@ -5,8 +5,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -17,9 +17,10 @@ from torch import Tensor
 from dl7cli import checkpoint, runs, tasks
 from dl7cli.checkpoint import Checkpoint, Progress
 from dl7cli.device import Runtime, peak_memory_bytes
+from dl7cli.distributed import Workers
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
-from dl7cli.recipe import Recipe
+from dl7cli.recipe import Recipe, from_document, to_document
 from dl7cli.runs import Run
 from dl7cli.tasks import Task
 from dl7cli.training import compilation
@@ -29,6 +30,8 @@ from dl7cli.training.loop import Report, Trainer, check_finite, check_weights, f
 SECONDS_BETWEEN_STEP_EVENTS = 0.25
 STEPS_BETWEEN_RECORDS = 50
 STEPS_BEFORE_TIMING = 3
+_RUN = "run"
+"""What workers remember for those in their place: the folder."""
 
 
 class Plan(NamedTuple):
@@ -41,6 +44,7 @@ class Plan(NamedTuple):
     notes: list[str]
     parameters: int
     device: str
+    workers: int
     precision: str
     reason: str
     steps: int
@@ -93,43 +97,125 @@ class Interrupted(Exception):
 
 
 def train(
-    recipe: Recipe, *, out: Path | None = None, runtime: Runtime, offline: bool = False, listener: Listener
+    recipe: Recipe | None, *, out: Path | None = None, runtime: Runtime, offline: bool = False, listener: Listener
 ) -> dict[str, Any]:
     """Train a recipe in a new run folder and evaluate the best epoch; returns what `--json` prints.
 
-    Raises UserError for anything a user can put right, before the run folder is made where possible, and Interrupted
-    after a SIGINT or SIGTERM, when the run can be resumed.
+    Of several workers each calls this, but only what the first is given counts, and only it returns anything; those
+    that were started in the place of others go on with the run of these. Raises UserError for anything a user can put
+    right, before the run folder is made where possible, and Interrupted after a SIGINT or SIGTERM, when the run can be
+    resumed; workers but the first then just return.
     """
     begin = time.monotonic()
-    if out is not None:
+    workers = runtime.workers
+    started = workers.recall(_RUN)
+    if started is not None:
+        return resume(started, runtime=runtime, offline=offline, listener=listener)
+    if out is not None and workers.first:
         runs.refuse_occupied(out)
-    task = tasks.build(recipe, runtime=runtime, offline=offline, progress=listener.progress)
+    if workers.count > 1:
+        document = workers.shared(to_document(recipe) if recipe is not None else None)
+        recipe = from_document(document, origin="the recipe")
+    assert recipe is not None
+    task = _build(recipe, None, runtime=runtime, offline=offline, listener=listener)
     steps = total_steps(task)
+    trainer = Trainer.of(task)
+    if not workers.first:
+        return _follow(task, trainer, Progress(), listener)
     run = runs.create(recipe, recipe.name, out)
     with runs.lock(run):
-        trainer = Trainer.of(task)
         _save(run.last, task, trainer.tensors(runtime.device), Progress(), {})
+        workers.remember(_RUN, str(run.folder.absolute()))
         return _run(run, task, trainer, _Watch(task, steps, Progress(), {}), {}, listener, begin)
 
 
-def resume(run: str, *, runtime: Runtime, offline: bool = False, listener: Listener) -> dict[str, Any]:
-    """Go on with an interrupted run from its last checkpoint; raises as `train`."""
+def resume(run: str | None, *, runtime: Runtime, offline: bool = False, listener: Listener) -> dict[str, Any]:
+    """Go on with an interrupted run from its last checkpoint, on any number of workers; as `train` otherwise."""
     begin = time.monotonic()
-    found, _ = runs.find(run)
-    with runs.lock(found):
-        saved = checkpoint.load(found.last, training=True)
-        if not saved.training:
-            raise UserError(f"checkpoint `{found.last}` is one to use, not to go on from", hint="train anew instead")
-        if saved.progress.epoch >= saved.recipe.training.epochs and (found.folder / "result.json").exists():
-            raise UserError(f"run `{found.folder}` is finished", hint=f"`dl7 eval {found.folder}` evaluates it")
-        task = tasks.build(saved.recipe, saved.assets, runtime=runtime, offline=offline, progress=listener.progress)
+    workers = runtime.workers
+    with ExitStack() as stack:
+        found, saved = None, None
+        if workers.first:
+            found, _ = runs.find(run)
+            stack.enter_context(runs.lock(found))
+            saved = checkpoint.load(found.last, training=True)
+            if not saved.training:
+                raise UserError(
+                    f"checkpoint `{found.last}` is one to use, not to go on from", hint="train anew instead"
+                )
+            if saved.progress.epoch >= saved.recipe.training.epochs and (found.folder / "result.json").exists():
+                raise UserError(f"run `{found.folder}` is finished", hint=f"`dl7 eval {found.folder}` evaluates it")
+        saved = _shared(saved, workers)
+        task = _build(saved.recipe, saved.assets, runtime=runtime, offline=offline, listener=listener)
         refuse_other_data(task, saved.assets, "resuming")
         tasks.restore(task, saved)
         trainer = Trainer.of(task)
         trainer.restore(saved.training, runtime.device)
+        if found is None:
+            return _follow(task, trainer, saved.progress, listener)
+        workers.remember(_RUN, str(found.folder.absolute()))
         runs.trim_metrics(found, saved.progress.step, saved.progress.epoch)
         watch = _Watch(task, total_steps(task), saved.progress, saved.training)
         return _run(found, task, trainer, watch, saved.scores, listener, begin)
+
+
+def _build(
+    recipe: Recipe, assets: dict[str, Any] | None, *, runtime: Runtime, offline: bool, listener: Listener
+) -> Task:
+    """The task, on all workers with the first one's assets. Raises UserError where they have not the same data."""
+    workers = runtime.workers
+    task = None
+    if workers.first:
+        task = tasks.build(recipe, assets, runtime=runtime, offline=offline, progress=listener.progress)
+    assets = workers.shared(task.assets if task is not None else None)
+    if task is None:
+        task = tasks.build(recipe, assets, runtime=runtime, offline=offline, progress=listener.progress)
+    # Made of data that only the first has read, perhaps.
+    workers.copy_first(task.model.state_dict().values())
+    digests = workers.gathered(task.digest) if workers.count > 1 else []
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        raise UserError(
+            f"`{task.data_name}` is not the same on workers 0 and {other}", hint="give every node a copy of the same"
+        )
+    return task
+
+
+def _shared(saved: Checkpoint | None, workers: Workers) -> Checkpoint:
+    """The checkpoint that the first worker has read."""
+    if workers.count == 1:
+        assert saved is not None
+        return saved
+    plain = None
+    if saved is not None:
+        plain = [to_document(saved.recipe), saved.assets, saved.progress, saved.scores]
+    recipe, assets, progress, scores = workers.shared(plain)
+    weights = workers.shared_tensors(saved.weights if saved is not None else {})
+    training = workers.shared_tensors(saved.training if saved is not None else {})
+    return Checkpoint(
+        from_document(recipe, origin="the recipe"), assets, weights, training, Progress(*progress), scores
+    )
+
+
+def _follow(task: Task, trainer: Trainer, start: Progress, listener: Listener) -> dict[str, Any]:
+    """What workers do besides the first: the same steps and evaluations as `_run`, and nothing that lasts."""
+    workers = task.runtime.workers
+    if workers.shared(None) and start.epoch < task.recipe.training.epochs:
+        compilation.prepare(task, listener.note)
+    with _signals(workers) as stopping:
+        for _ in fit(task, trainer, start=start):
+            if stopping():
+                return {}
+        if stopping():
+            return {}
+    workers.copy_first(task.model.state_dict().values())
+    task.evaluate(_last_split(task))
+    return {}
+
+
+def _last_split(task: Task) -> str:
+    """What is evaluated when all is trained."""
+    return "test" if "test" in task.splits() else "validation"
 
 
 def _run(
@@ -142,13 +228,15 @@ def _run(
     begin: float,
 ) -> dict[str, Any]:
     recipe, runtime, start = task.recipe, task.runtime, watch.start
+    workers = runtime.workers
     before = runs.environment(run)
     # As it began, so it goes on: the bits depend on it.
-    compiled = before.get("compiled", False) if before else compilation.wanted(task)
+    compiled = workers.shared(before.get("compiled", False) if before else compilation.wanted(task))
     runs.write_environment(
         run,
         {
             "device": runtime.device_name,
+            "workers": workers.count,
             "precision": runtime.precision,
             "compiled": compiled,
             "resumed_step": start.step,
@@ -163,6 +251,7 @@ def _run(
             notes=task.notes,
             parameters=task.parameters,
             device=runtime.device_name,
+            workers=runtime.workers.count,
             precision=runtime.precision,
             reason=runtime.reason,
             steps=watch.steps,
@@ -177,15 +266,15 @@ def _run(
     watch.go_on()
     progress = start
     saved_at = time.monotonic()
-    with _signals() as received:
+    with _signals(workers) as stopping:
         for report in fit(task, trainer, start=start):
             watch.see(report)
             progress = report.progress._replace(seconds=start.seconds + watch.seconds)
-            stopping = bool(received)
+            stop = stopping()
             due = time.monotonic() - saved_at > 60 * recipe.training.checkpoint_minutes
             recorded = report.scores is not None or progress.step % STEPS_BETWEEN_RECORDS == 0
             told = report.loss, report.gradient_norm, progress.step, report.learning_rate
-            if recorded or due or stopping:
+            if recorded or due or stop:
                 check_finite(*told, scaled=True)
             if report.scores is not None:
                 scores = report.scores.values
@@ -209,20 +298,22 @@ def _run(
                 listener.epoch(Epoch(progress.epoch, report.scores, "validation", best, progress.seconds))
             elif recorded:
                 runs.append_metrics(run, watch.record(report))
-            if report.scores is not None or due or stopping:
+            if report.scores is not None or due or stop:
                 check_weights(task.model, *told)
                 training = {**trainer.tensors(runtime.device), **watch.tensors()}
                 _save(run.last, task, training, progress, scores)
                 saved_at = time.monotonic()
-            if stopping:
-                raise Interrupted(run.folder, received[0])
+            if stop:
+                raise Interrupted(run.folder, stop)
             if watch.due():
                 listener.step(watch.step(report))
             watch.go_on()
-        if received:
-            raise Interrupted(run.folder, received[0])
+        stop = stopping()
+        if stop:
+            raise Interrupted(run.folder, stop)
     tasks.restore(task, checkpoint.load(run.best))
-    split = "test" if "test" in task.splits() else "validation"
+    workers.copy_first(task.model.state_dict().values())
+    split = _last_split(task)
     result = result_of(run, task, split, task.evaluate(split), time.monotonic() - begin)
     result |= {
         "steps": progress.step,
@@ -346,25 +437,37 @@ class _Watch:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of stopping at once; a second one does stop at once."""
+def _signals(workers: Workers) -> Iterator[Callable[[], int]]:
+    """Collect SIGINT and SIGTERM instead of stopping at once; a second one does stop at once.
+
+    Gives a function that all workers call after the same steps, and that tells all of them which signal one of them has
+    got, or 0. A worker whose launcher has gone stops, too.
+    """
     received: list[int] = []
+    launcher = os.getppid()
 
     def receive(number: int, frame: FrameType | None) -> None:
         if received:
             # Unwinds, so that the terminal is left as it was found; a checkpoint half-written does no harm.
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         received.append(number)
+        if workers.count > 1:  # the launcher says it, and it may be the one to stop them
+            return
         # Not by print, which may be what the signal has interrupted. Ctrl-C ends what reads a pipe, such as tee, too.
         with suppress(OSError):
             os.write(2, b"\nstopping after this step; once more stops at once\n")
 
+    def stopping() -> int:
+        if workers.count > 1 and os.getppid() != launcher:
+            received.append(signal.SIGTERM)
+        return workers.greatest(received[0] if received else 0)
+
     if threading.current_thread() is not threading.main_thread():
-        yield received
+        yield stopping
         return
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield stopping
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
