@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -102,3 +104,48 @@ def test_two_workers_train_as_one_process(kind: str, tiny: dict[str, Path], tmp_
     assert (shared["examples"], shared["best_epoch"]) == (alone["examples"], alone["best_epoch"])
     assert runs.environment(Run(tmp_path / "two"))["workers"] == 2
     assert both.err.count("epoch 1") == 1
+
+
+# Faults
+
+
+LONGER = ("--set", "training.epochs=8")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `run`, trained by two workers without a fault; with dropout, of which each has its own."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    together("train", str(tiny["seq2seq"]), *LONGER, *WORKERS, "--out", "run", cwd=folder)
+    return folder / "run"
+
+
+def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str]") -> None:
+    """Until the newest checkpoint is of this step or later."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        with suppress(OSError, ValueError):
+            if json.loads((folder / "last" / "checkpoint.json").read_text())["progress"]["step"] >= step:
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_worker_killed_at_any_step_costs_nothing(
+    victim: int, undisturbed: Path, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    step = random.Random(victim).randrange(2, 40)
+    arguments = ("train", str(tiny["seq2seq"]), *LONGER, *WORKERS, "--out", "run")
+    with started(*arguments, cwd=tmp_path) as process:
+        wait_for_step(tmp_path / "run", step, process)
+        os.kill(workers_of(process.pid)[victim], signal.SIGKILL)
+        result = ended(process)
+    assert result.code == 0, result.err
+    assert (
+        f"worker {victim} was ended by SIGKILL; all start again from the last checkpoint (1 of 3 times)" in result.err
+    )
+    assert greatest_difference(last(tmp_path / "run").weights, last(undisturbed).weights) == 0
+    assert losses(tmp_path / "run") == losses(undisturbed)
