@@ -78,10 +78,11 @@ def for_workers(device: str, gpus: str | None, workers: int | None = None) -> li
         raise UserError(f"`--gpus {gpus}` and `--device {device}` contradict each other", hint="give one of them")
     seen = torch.cuda.device_count()
     numbers = list(map(str, range(seen))) if gpus == "all" else [text.strip() for text in gpus.split(",")]
-    if not numbers or not all(text.isdecimal() and int(text) < seen for text in numbers):
+    alone = len(numbers) == 1 and numbers[0].isdecimal()  # which `choose` looks for
+    if not numbers or not (alone or all(text.isdecimal() and int(text) < seen for text in numbers)):
         raise UserError(
-            f"`--gpus {gpus}`: there is no such GPU; seen here: {_seen_gpus()}",
-            hint="give numbers such as `0,1`, or `all`",
+            f"`--gpus {gpus}`: these are not all to be had; seen here: {_seen_gpus()}",
+            hint="give numbers such as `0` or `0,1`, or `all`",
         )
     if len(set(map(int, numbers))) < len(numbers):
         raise UserError(f"`--gpus {gpus}` names a GPU twice", hint="each has one worker")

@@ -4,15 +4,17 @@ Each worker is this command once more, as under `torchrun`; its place is in its 
 output and error, what the others print is shown only where one of them fails by itself.
 """
 
+import fcntl
 import logging
 import os
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -25,6 +27,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousError,
     RendezvousHandler,
     RendezvousParameters,
+    RendezvousTimeoutError,
 )
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
@@ -35,6 +38,7 @@ RESTARTS = 3
 """How often all workers start again from the last checkpoint after one was killed or lost the others."""
 
 _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+_ADDRESS_OF_INTERFACE = 0x8915  # SIOCGIFADDR
 _SECONDS_TO_LEAVE = 10.0
 """That nodes wait for each other at the end."""
 
@@ -52,22 +56,26 @@ def launch(arguments: Sequence[str], workers: int, *, nodes: Nodes, timeout: flo
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // workers)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of how gradients are added up, which is meant
     os.environ[NODE_RANK] = str(nodes.rank)
-    meeting = get_rendezvous_handler(
-        RendezvousParameters(
-            backend="c10d",
-            endpoint=nodes.rendezvous,
-            run_id="dl7",
-            min_nodes=nodes.count,
-            max_nodes=nodes.count,
-            local_addr=_own_address(nodes.rendezvous),
-            is_host=nodes.rank == 0,
-            join_timeout=round(timeout),
-            read_timeout=round(timeout),
-        )
+    address = _own_address(nodes.rendezvous)
+    if nodes.count > 1 and (interface := _interface(address)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    parameters = RendezvousParameters(
+        backend="c10d",
+        endpoint=nodes.rendezvous,
+        run_id="dl7",
+        min_nodes=nodes.count,
+        max_nodes=nodes.count,
+        local_addr=address,
+        is_host=nodes.rank == 0,
+        join_timeout=round(timeout),
+        read_timeout=round(timeout),
     )
-    with tempfile.TemporaryDirectory(prefix="dl7-workers-") as folder:
-        agent = _Agent(arguments, workers, nodes, meeting, Path(folder), note)
+    with tempfile.TemporaryDirectory(prefix="dl7-workers-") as folder, ExitStack() as stack:
         try:
+            meeting = get_rendezvous_handler(parameters)
+            stack.callback(meeting.shutdown)
+            agent = _Agent(arguments, workers, nodes, meeting, Path(folder), note)
+            agent.listen()
             result = agent.run()
         except SignalException as stop:
             return 128 + stop.sigval
@@ -75,11 +83,9 @@ def launch(arguments: Sequence[str], workers: int, *, nodes: Nodes, timeout: flo
             raise UserError("another node has ended the training", hint="what it says there is the reason") from None
         except RendezvousError as problem:
             raise UserError(
-                f"the {nodes.count} nodes do not meet at `{nodes.rendezvous}`: {problem}",
+                f"the {nodes.count} nodes do not meet, or no longer, at `{nodes.rendezvous}`: {_said(problem)}",
                 hint="start the same command on each of them, with a `--node-rank` of its own",
             ) from None
-        finally:
-            meeting.shutdown()
         return agent.exit_code(result)
 
 
@@ -122,13 +128,19 @@ class _Agent(LocalElasticAgent):
         self._attempt += 1
         started: dict[int, int] = super()._start_workers(worker_group)
         self._processes = list(started.values())
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        self.listen()  # torch does now, too
         if self._signal:
             self._pass_on(self._signal)
         return started
 
+    def listen(self) -> None:
+        """Take the signals that stop a training."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._processes:
+            raise SystemExit(128 + number)
         if self._signal:
             self._pass_on(signal.SIGKILL)
             return
@@ -145,6 +157,7 @@ class _Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
         if result.is_failed():
+            self._processes = []
             failures = list(result.failures.values())
             if self._signal or not _can_be_mended(failures):
                 self._remaining_restarts = 0
@@ -209,6 +222,15 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _said(problem: RendezvousError) -> str:
+    """What torch says, or that it has waited in vain."""
+    return (
+        "not all are there in time"
+        if isinstance(problem, RendezvousTimeoutError)
+        else str(problem.__cause__ or problem)
+    )
+
+
 def _own_address(rendezvous: str) -> str:
     """This node's address as seen from where the nodes meet: a host's name often stands for a loopback address."""
     host, _, port = rendezvous.rpartition(":")
@@ -219,3 +241,13 @@ def _own_address(rendezvous: str) -> str:
             return str(probe.getsockname()[0])
     except OSError as problem:
         raise UserError(f"the host of `--rendezvous {rendezvous}` is not to be found: {problem}") from None
+
+
+def _interface(address: str) -> str | None:
+    """The network interface with this address; None where the system is not Linux or the address not of IPv4."""
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            answer = fcntl.ioctl(probe, _ADDRESS_OF_INTERFACE, struct.pack("256s", name.encode()))
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
