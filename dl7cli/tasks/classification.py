@@ -193,6 +193,21 @@ class Classification:
             images = augmentation.mixup(batch.images, order, weight)
         return ImageBatch(images, batch.labels, batch.labels[order], weight)
 
+    def count(self, batch: ImageBatch) -> int:
+        """Images of a batch: what its loss is divided by."""
+        return len(batch.labels)
+
+    def part(self, batch: ImageBatch, index: int, parts: int) -> ImageBatch:
+        """One of `parts` parts of a batch, its images number `index`, `index + parts` and so on, as they are in it.
+
+        The sums of `loss` and of `count` over the parts are those of the batch, but for what dropout draws and for
+        batch normalisation, which in training sees each part alone.
+        """
+        own = slice(index, None, parts)
+        images = batch.images[own].contiguous(memory_format=self._memory_format)
+        others = None if batch.other_labels is None else batch.other_labels[own]
+        return ImageBatch(images, batch.labels[own], others, batch.weight)
+
     @property
     def whole_batch(self) -> int:
         """Images of a training batch, but for an epoch's last one, which may be smaller."""

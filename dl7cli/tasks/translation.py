@@ -142,6 +142,18 @@ class Translation:
         """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
         return self.pairs.batches(epoch, start)
 
+    def count(self, batch: PairBatch) -> int:
+        """Target subwords of a batch, eos included: what its loss is divided by."""
+        return len(batch.real)
+
+    def part(self, batch: PairBatch, index: int, parts: int) -> PairBatch:
+        """One of `parts` parts of a batch, its pairs number `index`, `index + parts` and so on, padded anew.
+
+        Pairs are dealt, so that parts are of like length. The sums of `loss` and of `count` over the parts are those of
+        the batch, but for what dropout draws. There must be as many pairs as parts.
+        """
+        return self.pairs.batch(batch.pairs[index::parts])
+
     def loss(self, batch: PairBatch) -> tuple[Tensor, int]:
         """Cross-entropy with label smoothing summed over the target subwords, eos included, and how many they are.
 
@@ -265,7 +277,7 @@ class Translation:
         lengths = np.array([max(length, len(ids) + 1) for length, ids in zip(read, targets, strict=True)])
         for chosen in fill(np.argsort(lengths, kind="stable"), lengths, SUBWORDS_AT_ONCE) if pairs else []:
             batch = self.pairs.batch([(sources[at], targets[at]) for at in chosen])
-            values = teacher_forced(models, *batch).tolist()
+            values = teacher_forced(models, *batch[:5]).tolist()
             for at in chosen:
                 tokens = self.pairs.target_vocabulary.pieces([*targets[at], EOS])
                 own, values = values[: len(tokens)], values[len(tokens) :]
