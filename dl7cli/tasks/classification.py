@@ -46,6 +46,8 @@ class Classification:
     """A classifier with its data; `assets` are class names, normalisation and image size, all that using it needs."""
 
     unit = "images"
+    batch_key = "batch_size"
+    """Of `training`: what bounds a batch."""
 
     def __init__(
         self,

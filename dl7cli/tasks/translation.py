@@ -97,6 +97,8 @@ class Translation:
     """A translator with its data; `assets` are the vocabularies and the languages, all that using it needs."""
 
     unit = "target tokens"
+    batch_key = "batch_tokens"
+    """Of `training`: what bounds a batch."""
 
     def __init__(
         self,

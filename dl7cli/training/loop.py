@@ -3,13 +3,13 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dl7cli.checkpoint import Progress
-from dl7cli.device import random_state, restore_random_state
+from dl7cli.device import out_of_memory, random_state, release_memory, restore_random_state
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
 from dl7cli.tasks import Task
@@ -41,20 +41,25 @@ class Report(NamedTuple):
     """Of validation, after an epoch."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trainer:
     """What changes while training, besides the model itself."""
 
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: WeightAverage | None
+    skipped: Tensor
+    """() int64, on the device: steps left out because they were not finite."""
+    parts: int = 1
+    """In how many parts a batch is taken, more than one where the memory was too small for the whole."""
 
     @classmethod
     def of(cls, task: Task) -> "Trainer":
         scaler = torch.amp.GradScaler(task.runtime.device.type, enabled=task.runtime.precision == "fp16")
         decay = task.recipe.training.ema_decay
         average = WeightAverage(task.model, decay) if decay else None
-        return cls(build_optimiser(task.model, task.recipe.optim), scaler, average)
+        skipped = torch.zeros((), dtype=torch.int64, device=task.runtime.device)
+        return cls(build_optimiser(task.model, task.recipe.optim), scaler, average, skipped)
 
     def weights(self, task: Task) -> dict[str, Tensor]:
         """The weights to validate, to keep as best and to use: the moving average where there is one."""
@@ -65,7 +70,8 @@ class Trainer:
         scale = {f"scaler.{name}": torch.tensor(float(value)) for name, value in self.scaler.state_dict().items()}
         average = {} if self.average is None else self.average.weights
         averaged = {f"average.{name}": value for name, value in average.items()}
-        return {**optimiser_tensors(self.optimiser), **averaged, **random_state(device), **scale}
+        counts = {"skipped": self.skipped, "parts": torch.tensor(self.parts)}
+        return {**optimiser_tensors(self.optimiser), **averaged, **random_state(device), **scale, **counts}
 
     def restore(self, tensors: dict[str, Tensor], device: torch.device) -> None:
         """Put back what `tensors` gave."""
@@ -78,6 +84,9 @@ class Trainer:
         if self.average is not None:
             for name, value in self.average.weights.items():
                 value.copy_(tensors[f"average.{name}"])
+        if "parts" in tensors:
+            self.parts = int(tensors["parts"])
+            self.skipped.copy_(tensors["skipped"])
         restore_random_state(tensors, device)
 
 
@@ -90,11 +99,14 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
     """Train from `start` to the recipe's last epoch; yields after every step and after the validation of every epoch.
 
     A caller may save at any report and go on later from its `progress`: the result is the same. Raises UserError where
-    the loss or the gradient is not finite, before the weights are touched (on a GPU up to 50 steps later).
+    the loss or the gradient is not finite, before the weights are touched (on a GPU up to 50 steps later), and where
+    memory runs out, unless the recipe has another way with these.
     """
     training, optim = task.recipe.training, task.recipe.optim
     optimiser, scaler = trainer.optimiser, trainer.scaler
     parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+    guarded = training.on_nonfinite == "skip" or training.on_oom == "halve"
+    buffers = _Buffers(task.model) if guarded else None
     on_cpu = task.runtime.device.type == "cpu"
     steps = total_steps(task)
     progress = start
@@ -108,14 +120,21 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
             rate = learning_rate(optim, progress.step, steps)
             for group in optimiser.param_groups:
                 group["lr"] = rate * group["share"]
-            total, examples = task.loss(batch)  # type: ignore[arg-type]  # a task is given its own batches
-            mean = total / examples
-            optimiser.zero_grad(set_to_none=True)
-            scaler.scale(mean).backward()  # type: ignore[no-untyped-call]
+            if buffers is not None:
+                buffers.keep()
+            loss, examples = _gradient(task, trainer, batch, buffers)
             scaler.unscale_(optimiser)
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            loss = mean.detach()
-            if on_cpu or progress.step % STEPS_BETWEEN_CHECKS == 0:
+            skipped = None
+            if training.on_nonfinite == "skip":
+                assert buffers is not None
+                # Told by the device to the device: the processor does not wait for it.
+                # With a scaler, which leaves out the steps of gradients that overflow, the loss alone tells.
+                skipped = ~(loss if scaler.is_enabled() else torch.stack((loss, norm))).isfinite().all()
+                buffers.restore(skipped)
+                trainer.skipped += skipped
+                optimiser.found_inf = skipped.float()  # type: ignore[attr-defined]
+            elif on_cpu or progress.step % STEPS_BETWEEN_CHECKS == 0:
                 check_finite(loss, norm, progress.step + 1, rate, scaled=scaler.is_enabled())
             if optim.clip_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(parameters, optim.clip_norm, norm)
@@ -123,7 +142,7 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
             scaler.update()
             progress = progress._replace(batch=number, step=progress.step + 1)
             if trainer.average is not None:
-                trainer.average.update(progress.step)
+                trainer.average.update(progress.step, skipped)
             yield Report(progress, loss, norm, rate, examples)
         check_weights(task.model, loss, norm, progress.step, rate)
         with swapped(task.model, trainer.weights(task)):
@@ -132,6 +151,73 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
         if progress.best is None or scores.score > progress.best:
             progress = progress._replace(best=scores.score, best_epoch=epoch + 1)
         yield Report(progress, loss, norm, rate, 0, scores)
+
+
+class _Buffers:
+    """A model's running statistics as they were before a step, which a step that is not taken must leave alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._own = list(model.buffers())
+        self._kept = [buffer.clone() for buffer in self._own]
+
+    def keep(self) -> None:
+        for kept, buffer in zip(self._kept, self._own, strict=True):
+            kept.copy_(buffer)
+
+    def restore(self, where: Tensor | None = None) -> None:
+        """Put back what was kept; with `where`, (), only if it is true, which the processor does not wait to know."""
+        for kept, buffer in zip(self._kept, self._own, strict=True):
+            buffer.copy_(kept if where is None else torch.where(where, kept, buffer))
+
+
+def _gradient(task: Task, trainer: Trainer, batch: Any, buffers: _Buffers | None) -> tuple[Tensor, int]:
+    """Leave the gradient of a batch's mean loss in the parameters; returns that loss, and of how many examples it is.
+
+    Where memory runs out and the recipe says `halve`, the batch is taken in twice as many parts, now and from now on,
+    as if the attempt had not been. Raises UserError where that is not wanted or does no good any more.
+    """
+    training = task.recipe.training
+    halving = training.on_oom == "halve"
+    before = random_state(task.runtime.device) if halving else {}
+    # Batch normalisation needs more than one example.
+    most = max(1, len(batch[0]) // 2)
+    while True:
+        parts = min(trainer.parts, most)
+        try:
+            return _summed(task, trainer, batch, parts), task.count(batch)
+        except Exception as problem:
+            if not out_of_memory(problem):
+                raise
+            if not halving or 2 * parts > most:
+                raise _too_large(task, batch, parts) from problem
+        # Out of reach of the exception, which holds on to all that was made on the way.
+        release_memory(task.runtime.device)
+        assert buffers is not None
+        buffers.restore()
+        restore_random_state(before, task.runtime.device)
+        trainer.parts = 2 * parts
+
+
+def _summed(task: Task, trainer: Trainer, batch: Any, parts: int) -> Tensor:
+    """Sum the gradient of a batch's mean loss over its parts; returns that loss."""
+    trainer.optimiser.zero_grad(set_to_none=True)
+    losses = []
+    for index in range(parts):
+        part: Any = batch if parts == 1 else task.part(batch, index, parts)
+        total, _ = task.loss(part)
+        mean = total / task.count(batch)
+        trainer.scaler.scale(mean).backward()  # type: ignore[no-untyped-call]
+        losses.append(mean.detach())
+    return losses[0] if parts == 1 else torch.stack(losses).sum()
+
+
+def _too_large(task: Task, batch: Any, parts: int) -> UserError:
+    size = getattr(task.recipe.training, task.batch_key)
+    what = f"out of memory in a training step: `training.{task.batch_key}` is {size:,}"
+    lower = f"lower `--set training.{task.batch_key}=…`"
+    if task.recipe.training.on_oom == "halve":
+        return UserError(f"{what}, and taking a batch in {parts} parts is not enough", hint=f"{lower} or the model")
+    return UserError(what, hint=f"{lower}, or keep it in parts that fit: `--set training.on_oom=halve`")
 
 
 def check_finite(loss: Tensor, norm: Tensor, step: int, rate: float, *, scaled: bool = False) -> None:

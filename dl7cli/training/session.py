@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dl7cli import checkpoint, runs, tasks
-from dl7cli.checkpoint import Checkpoint, Progress
+from dl7cli.checkpoint import Progress
 from dl7cli.device import Runtime, peak_memory_bytes
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
@@ -25,6 +25,7 @@ from dl7cli.tasks import Task
 from dl7cli.training import compilation
 from dl7cli.training.evaluation import note_reading, refuse_other_data, result_of
 from dl7cli.training.loop import Report, Trainer, check_finite, check_weights, fit, total_steps
+from dl7cli.training.saving import Saver, saving
 
 SECONDS_BETWEEN_STEP_EVENTS = 0.25
 STEPS_BETWEEN_RECORDS = 50
@@ -108,7 +109,9 @@ def train(
     run = runs.create(recipe, recipe.name, out)
     with runs.lock(run):
         trainer = Trainer.of(task)
-        _save(run.last, task, trainer.tensors(runtime.device), Progress(), {})
+        saver = Saver(run, task)
+        saver.save(trainer, Progress(), {})
+        saver.wait()
         return _run(run, task, trainer, _Watch(task, steps, Progress(), {}), {}, listener, begin)
 
 
@@ -142,6 +145,7 @@ def _run(
     begin: float,
 ) -> dict[str, Any]:
     recipe, runtime, start = task.recipe, task.runtime, watch.start
+    skipping = recipe.training.on_nonfinite == "skip"
     before = runs.environment(run)
     # As it began, so it goes on: the bits depend on it.
     compiled = before.get("compiled", False) if before else compilation.wanted(task)
@@ -177,48 +181,48 @@ def _run(
     watch.go_on()
     progress = start
     saved_at = time.monotonic()
-    with _signals() as received:
+    parts, skipped = trainer.parts, int(trainer.skipped)
+    with saving(run, task, listener.note) as saver, _signals() as received:
         for report in fit(task, trainer, start=start):
             watch.see(report)
             progress = report.progress._replace(seconds=start.seconds + watch.seconds)
-            stopping = bool(received)
+            closed, stopping = report.scores is not None, bool(received)
             due = time.monotonic() - saved_at > 60 * recipe.training.checkpoint_minutes
-            recorded = report.scores is not None or progress.step % STEPS_BETWEEN_RECORDS == 0
+            recorded = closed or progress.step % STEPS_BETWEEN_RECORDS == 0
             told = report.loss, report.gradient_norm, progress.step, report.learning_rate
+            if trainer.parts > parts:
+                parts = trainer.parts
+                listener.note(f"out of memory at step {progress.step:,}: a batch is now taken in {parts} parts")
             if recorded or due or stopping:
-                check_finite(*told, scaled=True)
+                if not skipping:
+                    check_finite(*told, scaled=True)
+                elif trainer.skipped > skipped:
+                    skipped = int(trainer.skipped)
+                    listener.note(f"{skipped:,} of {progress.step:,} steps left out: not finite")
+            if recorded:
+                record = watch.record(report)
+                if skipping:
+                    record["skipped_steps"] = skipped
+                if report.scores is not None:
+                    scores = report.scores.values
+                    record |= {"primary": report.scores.primary, "scores": scores}
+                    record["seconds"] = round(progress.seconds, 3)
+                runs.append_metrics(run, record)
             if report.scores is not None:
-                scores = report.scores.values
                 best = progress.best_epoch == progress.epoch
-                if best:
-                    _save(run.best, task, {}, progress, scores, trainer.weights(task))
-                if recipe.training.keep_last:
-                    _save(run.epoch(progress.epoch), task, {}, progress, scores, trainer.weights(task))
-                    for number, folder in runs.epochs(run, torn=True).items():
-                        if number <= progress.epoch - recipe.training.keep_last:
-                            checkpoint.remove(folder)
-                runs.append_metrics(
-                    run,
-                    {
-                        **watch.record(report),
-                        "primary": report.scores.primary,
-                        "scores": scores,
-                        "seconds": round(progress.seconds, 3),
-                    },
-                )
                 listener.epoch(Epoch(progress.epoch, report.scores, "validation", best, progress.seconds))
-            elif recorded:
-                runs.append_metrics(run, watch.record(report))
-            if report.scores is not None or due or stopping:
+            if closed or due or stopping:
                 check_weights(task.model, *told)
-                training = {**trainer.tensors(runtime.device), **watch.tensors()}
-                _save(run.last, task, training, progress, scores)
+                saver.save(trainer, progress, scores, watched=watch.tensors(), closed=closed)
                 saved_at = time.monotonic()
+            saver.check()
             if stopping:
+                saver.wait()
                 raise Interrupted(run.folder, received[0])
             if watch.due():
                 listener.step(watch.step(report))
             watch.go_on()
+        saver.wait()
         if received:
             raise Interrupted(run.folder, received[0])
     tasks.restore(task, checkpoint.load(run.best))
@@ -234,31 +238,11 @@ def _run(
         "rate": round(watch.rate, 1),
         "peak_memory_bytes": peak_memory_bytes(runtime.device),
     }
+    if skipping:
+        result["skipped_steps"] = skipped
     note_reading(run, result)
     runs.write_result(run, result)
     return result
-
-
-def _save(
-    folder: Path,
-    task: Task,
-    training: dict[str, Tensor],
-    progress: Progress,
-    scores: dict[str, float],
-    weights: dict[str, Tensor] | None = None,
-) -> None:
-    """Write a checkpoint, of the model's own weights if no other are given; without `training`, one to use alone."""
-    checkpoint.save(
-        folder,
-        Checkpoint(
-            recipe=task.recipe,
-            assets={**task.assets, "training_examples": task.splits()["train"], "data_digest": task.digest},
-            weights=task.model.state_dict() if weights is None else weights,
-            training=training,
-            progress=progress,
-            scores=scores,
-        ),
-    )
 
 
 class _Watch:
@@ -306,12 +290,14 @@ class _Watch:
 
     def record(self, report: Report) -> dict[str, Any]:
         """A line for `metrics.jsonl`, with the mean loss since the one before."""
-        losses, self._losses = self._losses or [self._loss], []
+        losses = [value for loss in self._losses or [self._loss] if math.isfinite(value := loss.item())]
+        self._losses = []
         norm = self._norm.item()
         return {
             "step": report.progress.step,
             "epoch": report.progress.epoch,
-            "loss": sum(loss.item() for loss in losses) / len(losses),
+            # Of steps that were not left out; there may be none.
+            "loss": sum(losses) / len(losses) if losses else None,
             "learning_rate": report.learning_rate,
             # In fp16 a gradient may overflow: that step is left out and the scale of the next ones lowered.
             "gradient_norm": norm if math.isfinite(norm) else None,
