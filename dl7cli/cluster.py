@@ -12,7 +12,9 @@ NODE_RANK = "DL7_NODE_RANK"
 ATTEMPT = "DL7_ATTEMPT"
 """Set for workers by dl7: a name of the attempt that all of them are part of."""
 LOST = 75
-"""Exit code of a worker that has lost the others: all may try again."""
+"""Exit code of a worker that cannot go on where all may try again."""
+LOSING = "has lost the others"
+"""How it says so where that is another worker's doing."""
 
 _PORTS = range(20_000, 30_000)
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from dl7cli.distributed import ALONE, Workers
 from dl7cli.errors import UserError
 
+_NO_MEMORY = re.compile("can't allocate memory|Cannot allocate memory|std::bad_alloc|out of memory", re.IGNORECASE)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -146,6 +148,22 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether this is what torch or Python raise where memory runs out, of the GPU or of the machine."""
+    if isinstance(problem, MemoryError | torch.OutOfMemoryError):
+        return True
+    # Of main memory torch says so in words alone.
+    return isinstance(problem, RuntimeError) and bool(_NO_MEMORY.search(str(problem)))
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back the memory of a GPU that is kept for tensors to come, whose pieces may be too small for those."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ A process that trains alone is the only worker: everything is its own part, and 
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,16 +17,17 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from dl7cli.cluster import place
+from dl7cli.cluster import LOSING, place
 
 Item = TypeVar("Item")
 
+_OF_CONNECTION = re.compile("gloo|NCCL|pair closure|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 TIMEOUT = 600.0
 """Seconds that a worker waits for one that does not answer, if not told otherwise."""
 
 
 class Lost(Exception):
-    """Another worker has ended or does not answer; the training can go on from its last checkpoint."""
+    """This worker cannot go on, but all of them can from the last checkpoint. The message is of it: `has lost …`."""
 
 
 @dataclass(frozen=True)
@@ -170,15 +172,14 @@ def _losing() -> Iterator[None]:
     except RuntimeError as problem:
         if not _is_of_connection(problem):
             raise
-        raise Lost(str(problem).splitlines()[0]) from problem
+        raise Lost(f"{LOSING}: {str(problem).splitlines()[0]}") from problem
 
 
 def _is_of_connection(problem: RuntimeError) -> bool:
     """Whether it is from talking to other workers. Torch has a type for some of these, gloo has none."""
     if isinstance(problem, distributed.DistError):
         return True
-    text = str(problem)
-    return "gloo" in text or "NCCL" in text
+    return bool(_OF_CONNECTION.search(str(problem)))
 
 
 def _store(timeout: timedelta) -> Store:

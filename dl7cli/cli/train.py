@@ -138,7 +138,7 @@ def _leave(problem: Exception) -> None:
     """End this worker at once, as all may start again: leaving in order would wait for those that have gone."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is None:
-        console.note(f"this worker has lost the others: {problem}")
+        console.note(f"this worker {problem}")
     else:
         Path(file).write_text(json.dumps({"message": str(problem), "timestamp": int(time.time())}), encoding="utf-8")
     sys.stdout.flush()

@@ -49,6 +49,8 @@ class Classification:
     """A classifier with its data; `assets` are class names, normalisation and image size, all that using it needs."""
 
     unit = "images"
+    batch_key = "batch_size"
+    """Of `training`: what bounds a batch."""
 
     def __init__(
         self,
@@ -213,6 +215,21 @@ class Classification:
         images = images[part].contiguous(memory_format=self._memory_format)
         return ImageBatch(images, batch.labels[part], batch.whole, batch.labels[order][part], weight)
 
+    def count(self, batch: ImageBatch) -> int:
+        """Images of the whole batch: what its loss is divided by."""
+        return batch.whole
+
+    def part(self, batch: ImageBatch, index: int, parts: int) -> ImageBatch:
+        """One of `parts` parts of a batch, its images number `index`, `index + parts` and so on, as they are in it.
+
+        The sums of `loss` and of `count` over the parts are those of the batch, but for what dropout draws and for
+        batch normalisation, which in training sees each part alone.
+        """
+        own = slice(index, None, parts)
+        images = batch.images[own].contiguous(memory_format=self._memory_format)
+        others = None if batch.other_labels is None else batch.other_labels[own]
+        return ImageBatch(images, batch.labels[own], len(batch.labels[own]), others, batch.weight)
+
     @property
     def whole_batch(self) -> int:
         """This worker's images of a training batch, but for an epoch's last one, which may be smaller."""
@@ -256,7 +273,7 @@ class Classification:
         total = self._cross_entropy(scores, batch.labels)
         if batch.other_labels is not None:
             total = batch.weight * total + (1 - batch.weight) * self._cross_entropy(scores, batch.other_labels)
-        return total, batch.whole
+        return total, self.count(batch)
 
     def _cross_entropy(self, scores: Tensor, labels: Tensor) -> Tensor:
         smoothing = self.recipe.training.label_smoothing

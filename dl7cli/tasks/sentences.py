@@ -37,6 +37,8 @@ class PairBatch(NamedTuple):
     """(B, T) target subwords up to eos: what it should answer"""
     real: Tensor
     """(N,) where `target`, flattened, is not padding: what counts"""
+    pairs: Sequence[tuple[list[int], list[int]]]
+    """What all this was made of, so that parts can be made of it without asking the device."""
     whole: int
     """Target subwords of the whole batch, of which other workers may have the rest"""
 
@@ -155,7 +157,8 @@ class SentencePairs:
         target = _rectangle([[*ids, EOS] for _, ids in pairs])
         # Found before it is moved: a device would have to be waited for.
         real = (target != PAD).flatten().nonzero().flatten()
-        return PairBatch(source, lengths, previous, moved(target, self._device), moved(real, self._device), len(real))
+        target, real = moved(target, self._device), moved(real, self._device)
+        return PairBatch(source, lengths, previous, target, real, pairs, len(real))
 
     def sources(self, sentences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """The `source` (B, S) and the `lengths` (B,) of a batch, of sentences as for `batch`."""

@@ -97,6 +97,8 @@ class Translation:
     """A translator with its data; `assets` are the vocabularies and the languages, all that using it needs."""
 
     unit = "target tokens"
+    batch_key = "batch_tokens"
+    """Of `training`: what bounds a batch."""
 
     def __init__(
         self,
@@ -144,6 +146,18 @@ class Translation:
         """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
         return self.pairs.batches(epoch, start)
 
+    def count(self, batch: PairBatch) -> int:
+        """Target subwords of the whole batch, eos included: what its loss is divided by."""
+        return batch.whole
+
+    def part(self, batch: PairBatch, index: int, parts: int) -> PairBatch:
+        """One of `parts` parts of a batch, its pairs number `index`, `index + parts` and so on, padded anew.
+
+        Pairs are dealt, so that parts are of like length. The sums of `loss` and of `count` over the parts are those of
+        the batch, but for what dropout draws. There must be as many pairs as parts.
+        """
+        return self.pairs.batch(batch.pairs[index::parts])
+
     def loss(self, batch: PairBatch) -> tuple[Tensor, int]:
         """Cross-entropy with label smoothing summed over the target subwords, eos included, and how many there are of
         them in the whole batch, of which this worker has a part.
@@ -162,7 +176,7 @@ class Translation:
             covered = decoded.attention.cumsum(dim=1) - decoded.attention
             overlap = torch.minimum(decoded.attention, covered).sum(dim=2)
             total = total + self.recipe.training.coverage_weight * overlap.flatten().index_select(0, batch.real).sum()
-        return total, batch.whole
+        return total, self.count(batch)
 
     def validate(self) -> Scores:
         """The score by which the best epoch is chosen, as `training.select` has it, and no more.

@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 from dl7cli import checkpoint, runs, tasks
-from dl7cli.checkpoint import Checkpoint, Progress
+from dl7cli.checkpoint import Progress
 from dl7cli.device import Runtime, peak_memory_bytes
 from dl7cli.distributed import Workers
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
-from dl7cli.recipe import Recipe, from_document, to_document
+from dl7cli.recipe import Recipe
 from dl7cli.runs import Run
 from dl7cli.tasks import Task
 from dl7cli.training import compilation
 from dl7cli.training.evaluation import note_reading, refuse_other_data, result_of
 from dl7cli.training.loop import Report, Trainer, check_finite, check_weights, fit, total_steps
+from dl7cli.training.saving import Saver, saving
+from dl7cli.training.sharing import build, share, share_recipe
 
 SECONDS_BETWEEN_STEP_EVENTS = 0.25
 STEPS_BETWEEN_RECORDS = 50
@@ -113,18 +115,16 @@ def train(
         return resume(started, runtime=runtime, offline=offline, listener=listener)
     if out is not None and workers.first:
         runs.refuse_occupied(out)
-    if workers.count > 1:
-        document = workers.shared(to_document(recipe) if recipe is not None else None)
-        recipe = from_document(document, origin="the recipe")
-    assert recipe is not None
-    task = _build(recipe, None, runtime=runtime, offline=offline, listener=listener)
+    task = build(share_recipe(recipe, workers), None, runtime=runtime, offline=offline, progress=listener.progress)
     steps = total_steps(task)
     trainer = Trainer.of(task)
     if not workers.first:
         return _follow(task, trainer, Progress(), listener)
-    run = runs.create(recipe, recipe.name, out)
+    run = runs.create(task.recipe, task.recipe.name, out)
     with runs.lock(run):
-        _save(run.last, task, trainer.tensors(runtime.device), Progress(), {})
+        saver = Saver(run, task)
+        saver.save(trainer, Progress(), {})
+        saver.wait()
         workers.remember(_RUN, str(run.folder.absolute()))
         return _run(run, task, trainer, _Watch(task, steps, Progress(), {}), {}, listener, begin)
 
@@ -145,8 +145,8 @@ def resume(run: str | None, *, runtime: Runtime, offline: bool = False, listener
                 )
             if saved.progress.epoch >= saved.recipe.training.epochs and (found.folder / "result.json").exists():
                 raise UserError(f"run `{found.folder}` is finished", hint=f"`dl7 eval {found.folder}` evaluates it")
-        saved = _shared(saved, workers)
-        task = _build(saved.recipe, saved.assets, runtime=runtime, offline=offline, listener=listener)
+        saved = share(saved, workers)
+        task = build(saved.recipe, saved.assets, runtime=runtime, offline=offline, progress=listener.progress)
         refuse_other_data(task, saved.assets, "resuming")
         tasks.restore(task, saved)
         trainer = Trainer.of(task)
@@ -157,44 +157,6 @@ def resume(run: str | None, *, runtime: Runtime, offline: bool = False, listener
         runs.trim_metrics(found, saved.progress.step, saved.progress.epoch)
         watch = _Watch(task, total_steps(task), saved.progress, saved.training)
         return _run(found, task, trainer, watch, saved.scores, listener, begin)
-
-
-def _build(
-    recipe: Recipe, assets: dict[str, Any] | None, *, runtime: Runtime, offline: bool, listener: Listener
-) -> Task:
-    """The task, on all workers with the first one's assets. Raises UserError where they have not the same data."""
-    workers = runtime.workers
-    task = None
-    if workers.first:
-        task = tasks.build(recipe, assets, runtime=runtime, offline=offline, progress=listener.progress)
-    assets = workers.shared(task.assets if task is not None else None)
-    if task is None:
-        task = tasks.build(recipe, assets, runtime=runtime, offline=offline, progress=listener.progress)
-    # Made of data that only the first has read, perhaps.
-    workers.copy_first(task.model.state_dict().values())
-    digests = workers.gathered(task.digest) if workers.count > 1 else []
-    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
-    if other is not None:
-        raise UserError(
-            f"`{task.data_name}` is not the same on workers 0 and {other}", hint="give every node a copy of the same"
-        )
-    return task
-
-
-def _shared(saved: Checkpoint | None, workers: Workers) -> Checkpoint:
-    """The checkpoint that the first worker has read."""
-    if workers.count == 1:
-        assert saved is not None
-        return saved
-    plain = None
-    if saved is not None:
-        plain = [to_document(saved.recipe), saved.assets, saved.progress, saved.scores]
-    recipe, assets, progress, scores = workers.shared(plain)
-    weights = workers.shared_tensors(saved.weights if saved is not None else {})
-    training = workers.shared_tensors(saved.training if saved is not None else {})
-    return Checkpoint(
-        from_document(recipe, origin="the recipe"), assets, weights, training, Progress(*progress), scores
-    )
 
 
 def _follow(task: Task, trainer: Trainer, start: Progress, listener: Listener) -> dict[str, Any]:
@@ -228,7 +190,7 @@ def _run(
     begin: float,
 ) -> dict[str, Any]:
     recipe, runtime, start = task.recipe, task.runtime, watch.start
-    workers = runtime.workers
+    workers, skipping = runtime.workers, recipe.training.on_nonfinite == "skip"
     before = runs.environment(run)
     # As it began, so it goes on: the bits depend on it.
     compiled = workers.shared(before.get("compiled", False) if before else compilation.wanted(task))
@@ -266,48 +228,48 @@ def _run(
     watch.go_on()
     progress = start
     saved_at = time.monotonic()
-    with _signals(workers) as stopping:
+    parts, skipped = trainer.parts, int(trainer.skipped)
+    with saving(run, task, listener.note) as saver, _signals(workers) as stopping:
         for report in fit(task, trainer, start=start):
             watch.see(report)
             progress = report.progress._replace(seconds=start.seconds + watch.seconds)
-            stop = stopping()
+            closed, stop = report.scores is not None, stopping()
             due = time.monotonic() - saved_at > 60 * recipe.training.checkpoint_minutes
-            recorded = report.scores is not None or progress.step % STEPS_BETWEEN_RECORDS == 0
+            recorded = closed or progress.step % STEPS_BETWEEN_RECORDS == 0
             told = report.loss, report.gradient_norm, progress.step, report.learning_rate
+            if trainer.parts > parts:
+                parts = trainer.parts
+                listener.note(f"out of memory at step {progress.step:,}: a batch is now taken in {parts} parts")
             if recorded or due or stop:
-                check_finite(*told, scaled=True)
+                if not skipping:
+                    check_finite(*told, scaled=True)
+                elif trainer.skipped > skipped:
+                    skipped = int(trainer.skipped)
+                    listener.note(f"{skipped:,} of {progress.step:,} steps left out: not finite")
+            if recorded:
+                record = watch.record(report)
+                if skipping:
+                    record["skipped_steps"] = skipped
+                if report.scores is not None:
+                    scores = report.scores.values
+                    record |= {"primary": report.scores.primary, "scores": scores}
+                    record["seconds"] = round(progress.seconds, 3)
+                runs.append_metrics(run, record)
             if report.scores is not None:
-                scores = report.scores.values
                 best = progress.best_epoch == progress.epoch
-                if best:
-                    _save(run.best, task, {}, progress, scores, trainer.weights(task))
-                if recipe.training.keep_last:
-                    _save(run.epoch(progress.epoch), task, {}, progress, scores, trainer.weights(task))
-                    for number, folder in runs.epochs(run, torn=True).items():
-                        if number <= progress.epoch - recipe.training.keep_last:
-                            checkpoint.remove(folder)
-                runs.append_metrics(
-                    run,
-                    {
-                        **watch.record(report),
-                        "primary": report.scores.primary,
-                        "scores": scores,
-                        "seconds": round(progress.seconds, 3),
-                    },
-                )
                 listener.epoch(Epoch(progress.epoch, report.scores, "validation", best, progress.seconds))
-            elif recorded:
-                runs.append_metrics(run, watch.record(report))
-            if report.scores is not None or due or stop:
+            if closed or due or stop:
                 check_weights(task.model, *told)
-                training = {**trainer.tensors(runtime.device), **watch.tensors()}
-                _save(run.last, task, training, progress, scores)
+                saver.save(trainer, progress, scores, watched=watch.tensors(), closed=closed)
                 saved_at = time.monotonic()
+            saver.check()
             if stop:
+                saver.wait()
                 raise Interrupted(run.folder, stop)
             if watch.due():
                 listener.step(watch.step(report))
             watch.go_on()
+        saver.wait()
         stop = stopping()
         if stop:
             raise Interrupted(run.folder, stop)
@@ -325,31 +287,11 @@ def _run(
         "rate": round(watch.rate, 1),
         "peak_memory_bytes": peak_memory_bytes(runtime.device),
     }
+    if skipping:
+        result["skipped_steps"] = skipped
     note_reading(run, result)
     runs.write_result(run, result)
     return result
-
-
-def _save(
-    folder: Path,
-    task: Task,
-    training: dict[str, Tensor],
-    progress: Progress,
-    scores: dict[str, float],
-    weights: dict[str, Tensor] | None = None,
-) -> None:
-    """Write a checkpoint, of the model's own weights if no other are given; without `training`, one to use alone."""
-    checkpoint.save(
-        folder,
-        Checkpoint(
-            recipe=task.recipe,
-            assets={**task.assets, "training_examples": task.splits()["train"], "data_digest": task.digest},
-            weights=task.model.state_dict() if weights is None else weights,
-            training=training,
-            progress=progress,
-            scores=scores,
-        ),
-    )
 
 
 class _Watch:
@@ -397,12 +339,14 @@ class _Watch:
 
     def record(self, report: Report) -> dict[str, Any]:
         """A line for `metrics.jsonl`, with the mean loss since the one before."""
-        losses, self._losses = self._losses or [self._loss], []
+        losses = [value for loss in self._losses or [self._loss] if math.isfinite(value := loss.item())]
+        self._losses = []
         norm = self._norm.item()
         return {
             "step": report.progress.step,
             "epoch": report.progress.epoch,
-            "loss": sum(loss.item() for loss in losses) / len(losses),
+            # Of steps that were not left out; there may be none.
+            "loss": sum(losses) / len(losses) if losses else None,
             "learning_rate": report.learning_rate,
             # In fp16 a gradient may overflow: that step is left out and the scale of the next ones lowered.
             "gradient_norm": norm if math.isfinite(norm) else None,

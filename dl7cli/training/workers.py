@@ -31,7 +31,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from dl7cli.cluster import ATTEMPT, LOST, NODE_RANK, Nodes
+from dl7cli.cluster import ATTEMPT, LOSING, LOST, NODE_RANK, Nodes
 from dl7cli.errors import UserError
 
 RESTARTS = 3
@@ -51,8 +51,9 @@ def launch(arguments: Sequence[str], workers: int, *, nodes: Nodes, timeout: flo
     agree on where to stop; a second one kills them. Raises UserError where the nodes do not meet within `timeout`
     seconds, or no longer.
     """
-    logging.getLogger("torch.distributed").propagate = False  # what matters of it is told here
-    logging.getLogger("torch.distributed").addHandler(logging.NullHandler())
+    log = logging.getLogger("torch.distributed.elastic")
+    log.propagate = False  # what matters of it is told here
+    log.addHandler(logging.NullHandler())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // workers)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of how gradients are added up, which is meant
     os.environ[NODE_RANK] = str(nodes.rank)
@@ -191,8 +192,9 @@ class _Agent(LocalElasticAgent):
         if killed:
             name = signal.Signals(-killed[0].exitcode).name
             return f"worker {self._first + killed[0].local_rank} was ended by {name}"
-        lost = next((failure for failure in failures if failure.exitcode == LOST), failures[0])
-        return f"worker {self._first + lost.local_rank} has lost the others: {lost.message}"
+        lost = [failure for failure in failures if failure.exitcode == LOST] or list(failures)
+        first = next((failure for failure in lost if not failure.message.startswith(LOSING)), lost[0])
+        return f"worker {self._first + first.local_rank} {first.message}"
 
     def _printed(self, local_rank: int) -> str | None:
         """What a worker has left on standard error in this attempt; None where it went to this process's own."""
