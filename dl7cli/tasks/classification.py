@@ -191,17 +191,22 @@ class Classification:
                 changed = augmentation.random_erasing(changed, generator, probability=data.random_erasing)
             part = self.runtime.workers.part(count)
             mixing = training.mixup or training.cutmix
-            if not mixing:
+            if not mixing:  # with images that may be of other parts
                 changed, chosen = changed[part], chosen[part]
             inputs = self._normalise(changed)
             if training.small_size and epoch * self.steps(epoch) + batch < small_steps:
                 inputs = augmentation.shrink(inputs, training.small_size)
             inputs = inputs.contiguous(memory_format=self._memory_format)
             one = ImageBatch(inputs, labels[chosen], count)
-            yield self._mixed(one, generator, part) if mixing else one
+            if mixing:
+                one = self._mixed(one, generator)
+                assert one.other_labels is not None
+                inputs = one.images[part].contiguous(memory_format=self._memory_format)
+                one = one._replace(images=inputs, labels=one.labels[part], other_labels=one.other_labels[part])
+            yield one
 
-    def _mixed(self, batch: ImageBatch, generator: torch.Generator, part: slice) -> ImageBatch:
-        """A part of the whole batch, mixed with itself in another order as the recipe asks for it."""
+    def _mixed(self, batch: ImageBatch, generator: torch.Generator) -> ImageBatch:
+        """The whole batch, mixed with itself in another order as the recipe asks for it."""
         training = self.recipe.training
         cut = bool(training.cutmix) and not (training.mixup and torch.rand((), generator=generator) < 0.5)
         draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
@@ -212,8 +217,7 @@ class Classification:
             images, weight = augmentation.cutmix(batch.images, order, weight, generator)
         else:
             images = augmentation.mixup(batch.images, order, weight)
-        images = images[part].contiguous(memory_format=self._memory_format)
-        return ImageBatch(images, batch.labels[part], batch.whole, batch.labels[order][part], weight)
+        return ImageBatch(images, batch.labels, batch.whole, batch.labels[order], weight)
 
     def count(self, batch: ImageBatch) -> int:
         """Images of the whole batch: what its loss is divided by."""
