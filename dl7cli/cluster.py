@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from dl7cli.errors import UserError
 
@@ -11,6 +12,8 @@ NODE_RANK = "DL7_NODE_RANK"
 """Set for workers by dl7: which node theirs is. An elastic rendezvous numbers nodes as it likes."""
 ATTEMPT = "DL7_ATTEMPT"
 """Set for workers by dl7: a name of the attempt that all of them are part of."""
+MEMORY = "DL7_MEMORY"
+"""Set for workers by dl7: a folder of their node in which they leave what those in their place need to know."""
 LOST = 75
 """Exit code of a worker that cannot go on where all may try again."""
 LOSING = "has lost the others"
@@ -39,6 +42,8 @@ class Place:
     local_rank: int
     """Among those of its node."""
     attempt: str
+    memory: Path | None
+    """As `MEMORY`."""
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -56,7 +61,8 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
             )
         rank = int(environment[NODE_RANK]) * here + local_rank
     attempt = environment.get(ATTEMPT, environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    return Place(rank, count, local_rank, attempt)
+    memory = Path(environment[MEMORY]) if MEMORY in environment else None
+    return Place(rank, count, local_rank, attempt, memory)
 
 
 def nodes(

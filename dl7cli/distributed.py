@@ -10,13 +10,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
 from torch import Tensor, distributed
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from dl7cli import files
 from dl7cli.cluster import LOSING, place
 
 Item = TypeVar("Item")
@@ -39,8 +41,8 @@ class Workers:
     count: int = 1
     group: distributed.ProcessGroup | None = None
     """Connects them for what is in main memory; the default group is for what is on devices."""
-    store: Store | None = None
-    """Kept by the launcher while workers come and go."""
+    memory: Path | None = None
+    """A folder of this node that stays while workers come and go."""
 
     @property
     def first(self) -> bool:
@@ -112,16 +114,16 @@ class Workers:
                 distributed.broadcast(tensor, 0)
 
     def remember(self, name: str, value: str) -> None:
-        """Let workers started after these, in their place, recall a value."""
-        if self.store is not None:
-            self.store.set(name, value)
+        """Let workers started after these, in their place, recall a value on this node."""
+        if self.memory is not None:
+            with files.replacing(self.memory / name) as file:
+                file.write(value.encode())
 
     def recall(self, name: str) -> str | None:
-        """What a worker before these remembered."""
-        if self.store is None or not self.store.check([name]):
+        """What a worker before these remembered on this node."""
+        if self.memory is None or not (self.memory / name).exists():
             return None
-        value: bytes = self.store.get(name)
-        return value.decode()
+        return (self.memory / name).read_text(encoding="utf-8")
 
     def _sent(self, content: bytes) -> bytes:
         size = torch.tensor([len(content)])
@@ -150,15 +152,14 @@ def joined(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Workers]:
         torch.cuda.set_device(device)
         backend = "nccl"
     with _losing():
-        store = _store(waiting)
-        attempt = PrefixStore(f"dl7/{here.attempt}", store)
+        attempt = PrefixStore(f"dl7/{here.attempt}", _store(waiting))
         distributed.init_process_group(backend, store=attempt, timeout=waiting, world_size=here.count, rank=here.rank)
         group = distributed.new_group(backend="gloo", timeout=waiting) if backend != "gloo" else None
     try:
         with _losing():
-            yield Workers(here.rank, here.count, group, PrefixStore("dl7", store))
-    except Lost:
-        raise  # the group is none any more, and to leave it may take for ever
+            yield Workers(here.rank, here.count, group, here.memory)
+    except Exception:
+        raise  # to be told first: as soon as this worker leaves, the others fail, too
     except BaseException:
         distributed.destroy_process_group()
         raise
@@ -172,7 +173,9 @@ def _losing() -> Iterator[None]:
     except RuntimeError as problem:
         if not _is_of_connection(problem):
             raise
-        raise Lost(f"{LOSING}: {str(problem).splitlines()[0]}") from problem
+        # Gloo begins with a place in its source and ends with advice.
+        reason = re.sub(r"^\[\S+\] ", "", str(problem).splitlines()[0]).partition(". ")[0]
+        raise Lost(f"{LOSING}: {reason}") from problem
 
 
 def _is_of_connection(problem: RuntimeError) -> bool:
@@ -182,7 +185,7 @@ def _is_of_connection(problem: RuntimeError) -> bool:
     return bool(_OF_CONNECTION.search(str(problem)))
 
 
-def _store(timeout: timedelta) -> Store:
+def _store(timeout: timedelta) -> TCPStore:
     """Where workers find one another: the launcher's, which stays while they come and go, or the first one's own."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0"

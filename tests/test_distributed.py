@@ -112,7 +112,7 @@ def test_two_workers_train_as_one_process(kind: str, tiny: dict[str, Path], tmp_
 # Faults
 
 
-LONGER = ("--set", "training.epochs=8")
+LONGER = ("--set", "training.epochs=12")
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str]") -> 
 def test_a_worker_killed_at_any_step_costs_nothing(
     victim: int, undisturbed: Path, tiny: dict[str, Path], tmp_path: Path
 ) -> None:
-    step = random.Random(victim).randrange(2, 40)
+    step = random.Random(victim).randrange(2, 30)
     arguments = ("train", str(tiny["seq2seq"]), *LONGER, *WORKERS, "--out", "run")
     with started(*arguments, cwd=tmp_path) as process:
         wait_for_step(tmp_path / "run", step, process)
@@ -243,7 +243,7 @@ def test_workers_whose_launcher_is_killed_save_and_leave(tiny: dict[str, Path], 
 @pytest.mark.slow
 def test_a_worker_that_stays_silent_is_given_up_within_the_time_out(tiny: dict[str, Path], tmp_path: Path) -> None:
     """It is stopped, so that its connections stay open: the others can only find out by the clock."""
-    arguments = ("train", str(tiny["seq2seq"]), *LONGER, *ALONE, "--workers", "2", "--timeout", "15", "--out", "run")
+    arguments = ("train", str(tiny["seq2seq"]), "--set", "training.epochs=20", *WORKERS[:-1], "15", "--out", "run")
     with started(*arguments, cwd=tmp_path) as process:
         wait_for_step(tmp_path / "run", 5, process)
         os.kill(workers_of(process.pid)[1], signal.SIGSTOP)

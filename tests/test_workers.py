@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -312,9 +313,15 @@ def test_flags_of_nodes_that_do_not_go_together(
 
 def test_the_place_of_a_worker_is_what_its_launcher_says() -> None:
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "TORCHELASTIC_RESTART_COUNT": "2"}
-    assert cluster.place(torchrun) == cluster.Place(3, 4, 1, "2")
-    own = {**torchrun, "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2", cluster.NODE_RANK: "0", cluster.ATTEMPT: "a"}
-    assert cluster.place(own) == cluster.Place(1, 4, 1, "a")  # whatever number the rendezvous gave this node
+    assert cluster.place(torchrun) == cluster.Place(3, 4, 1, "2", None)
+    own = {
+        **torchrun,
+        **{"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"},
+        **{cluster.NODE_RANK: "0", cluster.ATTEMPT: "a", cluster.MEMORY: "/m"},
+    }
+    assert cluster.place(own) == cluster.Place(
+        1, 4, 1, "a", Path("/m")
+    )  # whatever number the rendezvous gave this node
     assert cluster.place({}) is None
     with pytest.raises(UserError, match="starts 2 of 5 workers"):
         cluster.place({**own, "WORLD_SIZE": "5"})

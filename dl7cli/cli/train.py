@@ -5,14 +5,16 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from dl7cli import cluster
 from dl7cli.cli import console, options
 from dl7cli.cli.evaluate import print_result
+from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
     from dl7cli.cluster import Nodes
@@ -100,9 +102,22 @@ def train(
                     result = training.train(recipe, out=out, runtime=runtime, offline=offline, listener=display)
     except training.Interrupted as stop:
         console.note(f"stopped; saved in {stop.run}\ngo on with: dl7 train --resume {shlex.quote(str(stop.run))}")
+        if place is not None:
+            _leave(128 + stop.signal)
         raise typer.Exit(128 + stop.signal) from None
     except distributed.Lost as problem:
-        _leave(problem)
+        _tell_launcher(problem)
+        _leave(cluster.LOST)
+    except UserError as problem:
+        if place is None:
+            raise
+        console.error(problem)
+        _leave(1)
+    except Exception:
+        if place is None:
+            raise
+        traceback.print_exc()
+        _leave(1)
     if not group.first:
         return
     print_result(result, as_json)
@@ -125,6 +140,8 @@ def _refuse_mistakes(
 
 def _launch(device: str, gpus: str | None, workers: int | None, nodes: "Nodes", timeout: float) -> None:
     """Run this command in several workers and exit as they do; returns where it is one on one machine after all."""
+    # Read when torch is imported. It warns of how gradients are added up, which is meant, and of each lost connection.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from dl7cli import device as devices
     from dl7cli.training.workers import launch
 
@@ -134,16 +151,20 @@ def _launch(device: str, gpus: str | None, workers: int | None, nodes: "Nodes", 
         raise typer.Exit(code)
 
 
-def _leave(problem: Exception) -> None:
-    """End this worker at once, as all may start again: leaving in order would wait for those that have gone."""
+def _tell_launcher(problem: Exception) -> None:
+    """Let the launcher say what keeps this worker from going on: it may be the end of another that it knows more of."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is None:
         console.note(f"this worker {problem}")
     else:
         Path(file).write_text(json.dumps({"message": str(problem), "timestamp": int(time.time())}), encoding="utf-8")
+
+
+def _leave(code: int) -> NoReturn:
+    """End this worker at once: the others, which fail with it, must not be the first to be seen."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(cluster.LOST)
+    os._exit(code)
 
 
 def choose(

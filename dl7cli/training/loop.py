@@ -117,7 +117,7 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
     optimiser, scaler = trainer.optimiser, trainer.scaler
     workers = task.runtime.workers
     loss_of: Callable[[Any], tuple[Tensor, int]] = task.loss if workers.count == 1 else _distributed(task)
-    trainer.parts = max(trainer.parts, int(workers.recall(_PARTS) or 1))
+    trainer.parts = max(trainer.parts, workers.greatest(int(workers.recall(_PARTS) or 1)))
     parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     guarded = training.on_nonfinite == "skip" or training.on_oom == "halve"
     buffers = _Buffers(task.model) if guarded else None

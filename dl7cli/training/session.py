@@ -110,7 +110,7 @@ def train(
     """
     begin = time.monotonic()
     workers = runtime.workers
-    started = workers.recall(_RUN)
+    started = workers.shared(workers.recall(_RUN))
     if started is not None:
         return resume(started, runtime=runtime, offline=offline, listener=listener)
     if out is not None and workers.first:

@@ -17,8 +17,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed import DistError, Store  # type: ignore[attr-defined]
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -31,7 +33,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from dl7cli.cluster import ATTEMPT, LOSING, LOST, NODE_RANK, Nodes
+from dl7cli.cluster import ATTEMPT, LOSING, LOST, MEMORY, NODE_RANK, Nodes
 from dl7cli.errors import UserError
 
 RESTARTS = 3
@@ -55,7 +57,6 @@ def launch(arguments: Sequence[str], workers: int, *, nodes: Nodes, timeout: flo
     log.propagate = False  # what matters of it is told here
     log.addHandler(logging.NullHandler())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // workers)))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of how gradients are added up, which is meant
     os.environ[NODE_RANK] = str(nodes.rank)
     address = _own_address(nodes.rendezvous)
     if nodes.count > 1 and (interface := _interface(address)):
@@ -72,6 +73,8 @@ def launch(arguments: Sequence[str], workers: int, *, nodes: Nodes, timeout: flo
         read_timeout=round(timeout),
     )
     with tempfile.TemporaryDirectory(prefix="dl7-workers-") as folder, ExitStack() as stack:
+        os.environ[MEMORY] = str(Path(folder, "memory"))
+        os.mkdir(os.environ[MEMORY])
         try:
             meeting = get_rendezvous_handler(parameters)
             stack.callback(meeting.shutdown)
@@ -82,7 +85,7 @@ def launch(arguments: Sequence[str], workers: int, *, nodes: Nodes, timeout: flo
             return 128 + stop.sigval
         except RendezvousClosedError:
             raise UserError("another node has ended the training", hint="what it says there is the reason") from None
-        except RendezvousError as problem:
+        except (RendezvousError, DistError) as problem:
             raise UserError(
                 f"the {nodes.count} nodes do not meet, or no longer, at `{nodes.rendezvous}`: {_said(problem)}",
                 hint="start the same command on each of them, with a `--node-rank` of its own",
@@ -121,11 +124,22 @@ class _Agent(LocalElasticAgent):
         self._signal = 0
         self._attempt = 0
 
+    def _assign_worker_ranks(self, store: Store, group_rank: int, *rest: Any) -> list[Worker]:
+        # Torch says it at the first meeting alone, and a node that comes later waits for it.
+        if group_rank == 0 and self._worker_group.master_addr is not None:
+            store.set("MASTER_ADDR", self._worker_group.master_addr)
+            store.set("MASTER_PORT", str(self._worker_group.master_port))
+        workers: list[Worker] = super()._assign_worker_ranks(store, group_rank, *rest)
+        return workers
+
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
-        # The store is of this meeting of the nodes alone, so that all of them find the same name there.
-        assert worker_group.store is not None
-        agreed = worker_group.store.compare_set("dl7/attempt", "", str(uuid.uuid4()))
-        os.environ[ATTEMPT] = agreed.decode()
+        # The store is of this meeting of the nodes alone, so that all of them find the same there: not the place of a
+        # meeting before, which torch may still have, and a name of their own.
+        store = worker_group.store
+        assert store is not None
+        worker_group.master_addr = store.get("MASTER_ADDR").decode()
+        worker_group.master_port = int(store.get("MASTER_PORT"))
+        os.environ[ATTEMPT] = store.compare_set("dl7/attempt", "", str(uuid.uuid4())).decode()
         self._attempt += 1
         started: dict[int, int] = super()._start_workers(worker_group)
         self._processes = list(started.values())
@@ -224,7 +238,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _said(problem: RendezvousError) -> str:
+def _said(problem: Exception) -> str:
     """What torch says, or that it has waited in vain."""
     return (
         "not all are there in time"
