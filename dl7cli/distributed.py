@@ -24,8 +24,6 @@ from dl7cli.cluster import LOSING, place
 Item = TypeVar("Item")
 
 _OF_CONNECTION = re.compile("gloo|NCCL|pair closure|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
-TIMEOUT = 600.0
-"""Seconds that a worker waits for one that does not answer, if not told otherwise."""
 
 
 class Lost(Exception):
@@ -137,7 +135,7 @@ ALONE = Workers()
 
 
 @contextmanager
-def joined(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Workers]:
+def joined(device: torch.device, timeout: float) -> Iterator[Workers]:
     """Meet the other workers that a launcher has started, each with a device of its own; alone where there is none.
 
     Whatever fails within because another worker has gone, or does not answer for `timeout` seconds, comes out as Lost.
