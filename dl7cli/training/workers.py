@@ -41,6 +41,8 @@ RESTARTS = 3
 
 _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _ADDRESS_OF_INTERFACE = 0x8915  # SIOCGIFADDR
+_SECONDS_TO_BE_SEEN = 5
+"""In which the end of a worker is noticed, on a busy machine."""
 _SECONDS_TO_LEAVE = 10.0
 """That nodes wait for each other at the end."""
 
@@ -123,12 +125,14 @@ class _Agent(LocalElasticAgent):
         self._processes: list[int] = []
         self._signal = 0
         self._attempt = 0
+        self._master = "", ""
 
     def _assign_worker_ranks(self, store: Store, group_rank: int, *rest: Any) -> list[Worker]:
         # Torch says it at the first meeting alone, and a node that comes later waits for it.
-        if group_rank == 0 and self._worker_group.master_addr is not None:
-            store.set("MASTER_ADDR", self._worker_group.master_addr)
-            store.set("MASTER_PORT", str(self._worker_group.master_port))
+        if group_rank == 0 and not store.check(["MASTER_ADDR"]):
+            address, port = self._master
+            store.set("MASTER_ADDR", address)
+            store.set("MASTER_PORT", port)
         workers: list[Worker] = super()._assign_worker_ranks(store, group_rank, *rest)
         return workers
 
@@ -137,6 +141,7 @@ class _Agent(LocalElasticAgent):
         # meeting before, which torch may still have, and a name of their own.
         store = worker_group.store
         assert store is not None
+        self._master = str(worker_group.master_addr), str(worker_group.master_port)
         worker_group.master_addr = store.get("MASTER_ADDR").decode()
         worker_group.master_port = int(store.get("MASTER_PORT"))
         os.environ[ATTEMPT] = store.compare_set("dl7/attempt", "", str(uuid.uuid4())).decode()
@@ -202,12 +207,13 @@ class _Agent(LocalElasticAgent):
 
     def _reason(self, failures: Sequence[ProcessFailure]) -> str:
         """What has happened to the worker that was the first to fail."""
+        lost = [failure for failure in failures if failure.exitcode == LOST]
         killed = [failure for failure in failures if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM]
-        if killed:
+        # Well after another has left, it is the agent that kills one that does not leave.
+        if killed and not any(killed[0].timestamp - one.timestamp > _SECONDS_TO_BE_SEEN for one in lost):
             name = signal.Signals(-killed[0].exitcode).name
             return f"worker {self._first + killed[0].local_rank} was ended by {name}"
-        lost = [failure for failure in failures if failure.exitcode == LOST] or list(failures)
-        first = next((failure for failure in lost if not failure.message.startswith(LOSING)), lost[0])
+        first = next((one for one in lost if not one.message.startswith(LOSING)), (lost or list(failures))[0])
         return f"worker {self._first + first.local_rank} {first.message}"
 
     def _printed(self, local_rank: int) -> str | None:
