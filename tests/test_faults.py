@@ -81,17 +81,12 @@ LARGE = ("training.batch_size=26", "data.image_size=128", "training.epochs=1")
 
 
 def limited(recipe: Path, megabytes: int, *overrides: str) -> "subprocess.CompletedProcess[str]":
-    flags = [
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--out",
-        "run",
-        *(f"--set={one}" for one in (*LARGE, *overrides)),
-    ]
+    changes = [f"--set={change}" for change in (*LARGE, *overrides)]
+    flags = ["--device", "cpu", "--precision", "fp32", "--out", "run", *changes]
     command = [sys.executable, "-c", textwrap.dedent(LIMITED), str(megabytes), "train", str(recipe), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    # Memory that is freed goes back at once, so that the limit is on what is in use.
+    environment = {**ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def test_a_batch_too_large_for_the_memory_is_named(tiny: dict[str, Path]) -> None:
@@ -131,19 +126,21 @@ def test_the_attempt_that_failed_leaves_no_trace(kind: str, build: Callable[...,
     task, other = build(kind, HALVE), build(kind, HALVE)
     narrow(task, 2)
     trainer, expected = Trainer.of(task), Trainer.of(other)
+    torch.manual_seed(1)
     next(fit(task, trainer, start=Progress()))
     assert trainer.parts > 2
     expected.parts = trainer.parts
+    torch.manual_seed(1)
     next(fit(other, expected, start=Progress()))
     assert not differing(state(task, trainer), state(other, expected))
 
 
 def test_parts_train_as_the_whole_does(build: Callable[..., Task]) -> None:
     one, two = build("seq2seq", HALVE, "model.dropout=0"), build("seq2seq", HALVE, "model.dropout=0")
-    narrow(two, 2)
+    narrow(two, 3)
     trainer, other = Trainer.of(one), Trainer.of(two)
     whole, halved = list(fit(one, trainer, start=Progress())), list(fit(two, other, start=Progress()))
-    assert (trainer.parts, other.parts > 2) == (1, True)
+    assert (trainer.parts, other.parts > 1) == (1, True)
     assert [report.examples for report in halved] == [report.examples for report in whole]
     assert [report.loss.item() for report in halved] == pytest.approx([report.loss.item() for report in whole], 1e-4)
     weights = two.model.state_dict()
@@ -258,7 +255,9 @@ def test_a_step_left_out_changes_nothing(
     before, after = state(task, trainer), {}
     for report in fit(task, trainer, start=Progress()):
         after = state(task, trainer)
-        changed = {name for name in differing(before, after) if not name.startswith("random.")}
+        # An optimiser's tensors that were not there yet are as good as zeros.
+        known = {name: before.get(name, torch.zeros_like(value)) for name, value in after.items()}
+        changed = {name for name in differing(known, after) if not name.startswith("random.")}
         if report.scores is not None:
             break
         if report.progress.step == step:

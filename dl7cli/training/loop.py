@@ -189,10 +189,10 @@ def _gradient(task: Task, trainer: Trainer, batch: Any, buffers: _Buffers | None
         except Exception as problem:
             if not out_of_memory(problem):
                 raise
-            if not halving or 2 * parts > most:
+            if not halving or parts == most:
                 raise _too_large(task, batch, parts) from problem
-        # Out of reach of the exception, which holds on to all that was made on the way. So does torch, on a CPU, to what
-        # a backward pass that failed had still to do, until it comes to a node that is older.
+        # Out of reach of the exception, which holds on to all that was made on the way. So does torch, on a CPU, to
+        # what a backward pass that failed had still to do, until it comes to a node that is older.
         older.backward()  # type: ignore[no-untyped-call]
         older = torch.zeros((), requires_grad=True) * 1
         release_memory(task.runtime.device)
