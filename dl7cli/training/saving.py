@@ -50,6 +50,7 @@ class Saver:
             if closed:
                 self._keep(self._checkpoint(used, {}, progress, scores))
             checkpoint.save(self._run.last, self._checkpoint(weights, training, progress, scores))
+            runs.mark_newest(self._run)
 
         self._writing = threading.Thread(target=self._run_quietly, args=(write,), name="checkpoint", daemon=True)
         self._writing.start()

@@ -119,7 +119,10 @@ def resume(run: str, *, runtime: Runtime, offline: bool = False, listener: Liste
     """Go on with an interrupted run from its last checkpoint; raises as `train`."""
     begin = time.monotonic()
     found, _ = runs.find(run)
-    with runs.lock(found):
+    with runs.lock(found) as killed:
+        if killed is not None:
+            how = f"was left by process {killed}, which no longer holds it: going on from its last checkpoint"
+            listener.note(f"run {found.folder} {how}")
         saved = checkpoint.load(found.last, training=True)
         if not saved.training:
             raise UserError(f"checkpoint `{found.last}` is one to use, not to go on from", hint="train anew instead")
