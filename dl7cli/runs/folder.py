@@ -175,7 +175,7 @@ def epochs(run: Run, *, torn: bool = False) -> dict[int, Path]:
     """The checkpoints of single epochs by their number, the oldest first; `torn`: also what a kill has left of one."""
     pattern = re.compile(r"epoch-(\d{4,})", re.ASCII)
     named = {int(match[1]): path for path in run.folder.iterdir() if (match := pattern.fullmatch(path.name))}
-    return {number: path for number, path in sorted(named.items()) if torn or _holds(path)}
+    return {number: path for number, path in sorted(named.items()) if torn or holds(path)}
 
 
 def all_runs() -> list[Run]:
@@ -210,13 +210,13 @@ def _claimed(out: Path) -> Path:
 
 
 def _occupied(run: Run) -> UserError:
-    resume = f"`dl7 train --resume {run.folder}` goes on with it, or " if _holds(run.last) else ""
+    resume = f"`dl7 train --resume {run.folder}` goes on with it, or " if holds(run.last) else ""
     return UserError(f"folder `{run.folder}` is not empty", hint=f"{resume}name a new folder with `--out`")
 
 
 def _newest(task: str | None) -> tuple[Run, Path]:
     # A run that has just begun has only untrained weights.
-    for run in sorted(all_runs(), key=lambda run: (_holds(run.best), _written(run)), reverse=True):
+    for run in sorted(all_runs(), key=lambda run: (holds(run.best), _written(run)), reverse=True):
         checkpoint = usable(run)
         if checkpoint is not None and task in (None, _task(run)):
             return run, checkpoint
@@ -226,10 +226,10 @@ def _newest(task: str | None) -> tuple[Run, Path]:
 
 
 def _named(name: str, task: str | None) -> tuple[Run, Path]:
-    path = next((place for place in (Path(name), RUNS / name) if _is_run(place) or _holds(place)), None)
+    path = next((place for place in (Path(name), RUNS / name) if _is_run(place) or holds(place)), None)
     if path is None:
         raise _unknown(name)
-    if _holds(path):
+    if holds(path):
         # A checkpoint that was copied out of its run is a run by itself: what is appended goes beside it.
         above = Run(path.parent if path.name.strip(".") else path.resolve().parent)
         run, checkpoint = above if _is_run(above.folder) else Run(path), path
@@ -281,13 +281,14 @@ def _index(checkpoint: Path) -> Path:
     return (checkpoint if os.path.lexists(checkpoint) else beside) / "checkpoint.json"
 
 
-def _holds(checkpoint: Path) -> bool:
+def holds(checkpoint: Path) -> bool:
+    """Whether there is a checkpoint, whole or not."""
     return os.path.isfile(_index(checkpoint))
 
 
 def usable(run: Run) -> Path | None:
     """The checkpoint to use: the best one, or else the last; None where there is neither."""
-    return next((folder for folder in (run.best, run.last) if _holds(folder)), None)
+    return next((folder for folder in (run.best, run.last) if holds(folder)), None)
 
 
 def _written(run: Run) -> int:

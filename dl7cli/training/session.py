@@ -134,7 +134,13 @@ def resume(run: str, *, runtime: Runtime, offline: bool = False, listener: Liste
         trainer = Trainer.of(task)
         trainer.restore(saved.training, runtime.device)
         runs.trim_metrics(found, saved.progress.step, saved.progress.epoch)
-        watch = _Watch(task, total_steps(task), saved.progress, saved.training)
+        progress = saved.progress
+        if runs.holds(found.best):
+            # Killed between the two: the epoch of `best` is trained again, and on a GPU need not be as good again.
+            best = checkpoint.load(found.best).progress
+            if best.epoch > progress.epoch:
+                progress = progress._replace(best=best.best, best_epoch=best.best_epoch)
+        watch = _Watch(task, total_steps(task), progress, saved.training)
         return _run(found, task, trainer, watch, saved.scores, listener, begin)
 
 
