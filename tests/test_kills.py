@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import pytest
 from running import ENVIRONMENT, Silent
 from stopping import CPU, Stopping, assert_same_run, resume
 
-from dl7cli import checkpoint, runs, tasks, training
+from dl7cli import checkpoint, runs, training
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve
 from dl7cli.runs import Run
@@ -37,17 +36,17 @@ KILLED = """
     from dl7cli.training import session
 
     session.SECONDS_BETWEEN_STEP_EVENTS = -1
-    file, run, first = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    random.seed(first)
+    file, run, kills, overrides = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+    draw = random.Random(f"{Path(file).name} {kills}")
 
     class Listener:
-        def __init__(self, deadly, started):
-            self.deadly, self.started = deadly, started
+        "Writes a byte to its parent when training begins, and one for every step."
+        def __init__(self, pipe):
+            self.pipe = pipe
         def plan(self, plan):
-            os.write(self.started, b"!")
+            os.write(self.pipe, b"!")
         def step(self, step):
-            if step.step == self.deadly:
-                os.kill(os.getpid(), signal.SIGKILL)
+            os.write(self.pipe, b".")
         def epoch(self, epoch): pass
         def note(self, text): pass
         def progress(self, what, done, total): pass
@@ -58,55 +57,64 @@ KILLED = """
             training.resume(str(run), runtime=runtime, listener=listener)
         else:
             shutil.rmtree(run, ignore_errors=True)
-            training.train(resolve(file).recipe, out=run, runtime=runtime, listener=listener)
+            training.train(resolve(file, overrides).recipe, out=run, runtime=runtime, listener=listener)
 
-    def attempt(deadly, seconds):
-        # In a child that is killed: by itself at a step, or some time after it began to train.
+    def attempt(steps, seconds):
+        "In a child that is killed some seconds after it has told of so many steps; not at all with None."
         reader, writer = os.pipe()
         child = os.fork()
         if not child:
             status = 1
             try:
-                train(Listener(deadly, writer))
+                train(Listener(writer))
                 status = 0
             finally:
                 sys.stderr.flush()
                 os._exit(status)
         os.close(writer)
-        os.read(reader, 1)
-        os.close(reader)
-        if seconds is not None:
+        if steps is not None:
+            for _ in range(steps):
+                os.read(reader, 1)
             time.sleep(seconds)
             os.kill(child, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(json.dumps([status, *checkpoint.load(run / "last").progress[:3]]), flush=True)
+        os.close(reader)
+        writing = sorted(path.name for path in run.glob("*.new")) + sorted(path.name for path in run.glob("*.old"))
+        try:
+            step = checkpoint.load(run / "last").progress.step
+        except checkpoint.UserError:
+            step = None
+        print(json.dumps({"status": status, "step": step, "writing": writing}), flush=True)
         return status
 
-    status = attempt(first, None)
-    for _ in range(5):
-        if status == -signal.SIGKILL:
-            status = attempt(None, random.uniform(0, 0.2))
-    if status == -signal.SIGKILL:
-        status = attempt(None, None)
-    sys.exit(status)
+    for _ in range(kills):
+        # Before it trains, too; and anywhere between two steps, which includes the saving.
+        steps = draw.choice([0, 1, 2, 3])
+        if attempt(steps, draw.uniform(0, 0.5 if steps == 0 else 0.05)) != -signal.SIGKILL:
+            sys.exit("it was not killed")
+    sys.exit(attempt(None, 0))
 """
+
+STEPS = 4
+"""Of an epoch of each of the tiny recipes, or some more."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_run_goes_on_to_the_same_bits(
-    kind: str, tiny: dict[str, Path], whole: Callable[[str], Run], tmp_path: Path
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_again_and_again_comes_to_the_same_bits(
+    kind: str, kills: int, tiny: dict[str, Path], whole: Callable[..., Run]
 ) -> None:
-    step = random.Random(kind).choice([2, 3, 6, 7])
-    run = Run(tmp_path / "run")
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tiny[kind]), str(run.folder), str(step)]
+    epochs = f"training.epochs={2 + kills * 3 // STEPS}"  # more steps than all attempts before the last can make
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tiny[kind]), "run", str(kills), epochs]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     attempts = [json.loads(line) for line in done.stdout.splitlines()]
-    status, epoch, batch, saved_step = attempts[0]
-    assert status == -signal.SIGKILL
-    assert saved_step in (step - 1, step), "of a save after every step, one at most is lost"
-    assert 0 < batch < tasks.build(resolve(str(tiny[kind])).recipe, runtime=CPU).steps(epoch), "killed in an epoch"
-    assert_same_run(run, whole(kind))
+    assert [attempt["status"] for attempt in attempts] == [-signal.SIGKILL] * kills + [0]
+    steps = [attempt["step"] for attempt in attempts if attempt["step"] is not None]
+    assert steps == sorted(steps), "nothing that was saved is lost"
+    if kills >= 20:
+        assert sum(bool(attempt["writing"]) for attempt in attempts) >= 3, "some while it was saving"
+    assert_same_run(Run(Path("run")), whole(kind, epochs))
 
 
 @contextmanager

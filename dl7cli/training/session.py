@@ -217,12 +217,13 @@ def _run(
                     record |= {"primary": report.scores.primary, "scores": scores}
                     record["seconds"] = round(progress.seconds, 3)
                 runs.append_metrics(run, record)
+            best = False
             if report.scores is not None:
-                best = progress.best_epoch == progress.epoch
+                best = (progress.best, progress.best_epoch) == (report.scores.score, progress.epoch)
                 listener.epoch(Epoch(progress.epoch, report.scores, "validation", best, progress.seconds))
             if closed or due or stopping:
                 check_weights(task.model, *told)
-                saver.save(trainer, progress, scores, watched=watch.tensors(), closed=closed)
+                saver.save(trainer, progress, scores, watched=watch.tensors(), closed=closed, best=best)
                 saved_at = time.monotonic()
             saver.check()
             if stopping:
