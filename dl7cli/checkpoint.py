@@ -120,7 +120,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     new, old = _beside(folder, ".new"), _beside(folder, ".old")
     try:
         _clear(folder, new, old)
-        new.mkdir(parents=True)
+        new.mkdir()  # not its parents: where the run has been removed, part of it would come back
         for name, content in contents.items():
             _write(new / name, content)
         _sync_folder(new)

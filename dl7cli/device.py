@@ -15,7 +15,8 @@ from torch import Tensor
 from dl7cli.distributed import ALONE, Workers
 from dl7cli.errors import UserError
 
-_NO_MEMORY = re.compile("can't allocate memory|Cannot allocate memory|std::bad_alloc|out of memory", re.IGNORECASE)
+_NO_MEMORY = re.compile("can(no|')t allocate memory|out of memory|could not create a primitive|start new thread", re.I)
+"""Said by torch, the drivers of GPUs, oneDNN and Python in a RuntimeError of no type of its own."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -154,8 +155,7 @@ def out_of_memory(problem: BaseException) -> bool:
     """Whether this is what torch or Python raise where memory runs out, of the GPU or of the machine."""
     if isinstance(problem, MemoryError | torch.OutOfMemoryError):
         return True
-    # Of main memory torch says so in words alone.
-    return isinstance(problem, RuntimeError) and bool(_NO_MEMORY.search(str(problem)))
+    return isinstance(problem, RuntimeError) and _NO_MEMORY.search(str(problem)) is not None
 
 
 def release_memory(device: torch.device) -> None:

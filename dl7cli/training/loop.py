@@ -230,6 +230,7 @@ def _gradient(
     training, workers = task.recipe.training, task.runtime.workers
     halving = training.on_oom == "halve"
     before = random_state(task.runtime.device) if halving else {}
+    older = torch.zeros((), requires_grad=True) * 1
     # Batch normalisation needs more than one example.
     most = max(1, len(batch[0]) // 2)
     if trainer.parts > 1:
@@ -241,12 +242,15 @@ def _gradient(
         except Exception as problem:
             if not out_of_memory(problem):
                 raise
-            if not halving or 2 * parts > most:
+            if not halving or parts == most:
                 raise _too_large(task, batch, parts) from problem
             if workers.count > 1:  # the others wait for this one's gradient
-                workers.remember(_PARTS, str(2 * parts))
+                workers.remember(_PARTS, str(min(2 * parts, most)))
                 raise Lost(f"is out of memory: a batch is taken in {2 * parts} parts from now on") from problem
-        # Out of reach of the exception, which holds on to all that was made on the way.
+        # Out of reach of the exception, which holds on to all that was made on the way. So does torch, on a CPU, to
+        # what a backward pass that failed had still to do, until it comes to a node that is older.
+        older.backward()  # type: ignore[no-untyped-call]
+        older = torch.zeros((), requires_grad=True) * 1
         release_memory(task.runtime.device)
         assert buffers is not None
         buffers.restore()
@@ -282,7 +286,8 @@ def _too_large(task: Task, batch: Any, parts: int) -> UserError:
 def check_finite(loss: Tensor, norm: Tensor, step: int, rate: float, *, scaled: bool = False) -> None:
     """Raise UserError where the loss, or a gradient that no scaler will mend, is NaN or infinite."""
     if not math.isfinite(loss.item()) or not (scaled or math.isfinite(norm.item())):
-        raise _diverged(f"the loss is not finite at step {step}", loss, norm, rate)
+        other = ", or leave such steps out: `--set training.on_nonfinite=skip`"
+        raise _diverged(f"the loss is not finite at step {step}", loss, norm, rate, other)
 
 
 def check_weights(model: nn.Module, loss: Tensor, norm: Tensor, step: int, rate: float) -> None:
@@ -294,8 +299,8 @@ def check_weights(model: nn.Module, loss: Tensor, norm: Tensor, step: int, rate:
         raise _diverged(f"the weights are not finite after step {step}", loss, norm, rate)
 
 
-def _diverged(what: str, loss: Tensor, norm: Tensor, rate: float) -> UserError:
+def _diverged(what: str, loss: Tensor, norm: Tensor, rate: float, other: str = "") -> UserError:
     return UserError(
         f"{what}: loss {loss.item():.4g}, learning rate {rate:.4g}, gradient norm {norm.item():.4g}",
-        hint="lower `--set optim.learning_rate=…` or set `--set optim.clip_norm=1.0`",
+        hint=f"lower `--set optim.learning_rate=…` or set `--set optim.clip_norm=1.0`{other}",
     )

@@ -35,9 +35,10 @@ class Saver:
         *,
         watched: dict[str, Tensor] | None = None,
         closed: bool = False,
+        best: bool = False,
     ) -> None:
-        """Save `last`, with `watched` beside what the trainer needs; where an epoch is `closed`, first what is kept of
-        it: `best` if it is, and its own checkpoint if the recipe keeps the last ones.
+        """Save `last`, with `watched` beside what the trainer needs; before it `best` where it is that, and where an
+        epoch is `closed` and the recipe keeps the last ones, its own checkpoint.
 
         Raises as `wait`, of the save before.
         """
@@ -47,9 +48,13 @@ class Saver:
         used = weights if trainer.average is None else checkpoint.copied(trainer.average.weights)
 
         def write() -> None:
-            if closed:
-                self._keep(self._checkpoint(used, {}, progress, scores))
+            to_use = self._checkpoint(used, {}, progress, scores)
+            if best:
+                checkpoint.save(self._run.best, to_use)
+            if closed and self._task.recipe.training.keep_last:
+                self._keep(to_use)
             checkpoint.save(self._run.last, self._checkpoint(weights, training, progress, scores))
+            runs.mark_newest(self._run)
 
         self._writing = threading.Thread(target=self._run_quietly, args=(write,), name="checkpoint", daemon=True)
         self._writing.start()
@@ -69,16 +74,12 @@ class Saver:
             raise error
 
     def _keep(self, of_epoch: Checkpoint) -> None:
-        """Write what is kept of an epoch, and remove the checkpoints that are no longer among the last ones."""
+        """Write the checkpoint of an epoch, and remove those that are no longer among the last ones."""
         number = of_epoch.progress.epoch
-        if of_epoch.progress.best_epoch == number:
-            checkpoint.save(self._run.best, of_epoch)
-        keep_last = self._task.recipe.training.keep_last
-        if keep_last:
-            checkpoint.save(self._run.epoch(number), of_epoch)
-            for other, folder in runs.epochs(self._run, torn=True).items():
-                if other <= number - keep_last:
-                    checkpoint.remove(folder)
+        checkpoint.save(self._run.epoch(number), of_epoch)
+        for other, folder in runs.epochs(self._run, torn=True).items():
+            if other <= number - self._task.recipe.training.keep_last:
+                checkpoint.remove(folder)
 
     def _checkpoint(
         self, weights: dict[str, Tensor], training: dict[str, Tensor], progress: Progress, scores: dict[str, float]

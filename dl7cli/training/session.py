@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dl7cli import checkpoint, runs, tasks
-from dl7cli.checkpoint import Progress
+from dl7cli.checkpoint import Checkpoint, Progress
 from dl7cli.device import Runtime, peak_memory_bytes
 from dl7cli.distributed import Workers
 from dl7cli.errors import UserError
@@ -137,14 +137,11 @@ def resume(run: str | None, *, runtime: Runtime, offline: bool = False, listener
         found, saved = None, None
         if workers.first:
             found, _ = runs.find(run)
-            stack.enter_context(runs.lock(found))
-            saved = checkpoint.load(found.last, training=True)
-            if not saved.training:
-                raise UserError(
-                    f"checkpoint `{found.last}` is one to use, not to go on from", hint="train anew instead"
-                )
-            if saved.progress.epoch >= saved.recipe.training.epochs and (found.folder / "result.json").exists():
-                raise UserError(f"run `{found.folder}` is finished", hint=f"`dl7 eval {found.folder}` evaluates it")
+            killed = stack.enter_context(runs.lock(found))
+            if killed is not None:
+                how = f"was left by process {killed}, which no longer holds it: going on from its last checkpoint"
+                listener.note(f"run {found.folder} {how}")
+            saved = _last(found)
         saved = share(saved, workers)
         task = build(saved.recipe, saved.assets, runtime=runtime, offline=offline, progress=listener.progress)
         refuse_other_data(task, saved.assets, "resuming")
@@ -155,8 +152,24 @@ def resume(run: str | None, *, runtime: Runtime, offline: bool = False, listener
             return _follow(task, trainer, saved.progress, listener)
         workers.remember(_RUN, str(found.folder.absolute()))
         runs.trim_metrics(found, saved.progress.step, saved.progress.epoch)
-        watch = _Watch(task, total_steps(task), saved.progress, saved.training)
+        progress = saved.progress
+        if runs.holds(found.best):
+            # Killed between the two: the epoch of `best` is trained again, and on a GPU need not be as good again.
+            best = checkpoint.load(found.best).progress
+            if best.epoch > progress.epoch:
+                progress = progress._replace(best=best.best, best_epoch=best.best_epoch)
+        watch = _Watch(task, total_steps(task), progress, saved.training)
         return _run(found, task, trainer, watch, saved.scores, listener, begin)
+
+
+def _last(run: Run) -> Checkpoint:
+    """What a run goes on from."""
+    saved = checkpoint.load(run.last, training=True)
+    if not saved.training:
+        raise UserError(f"checkpoint `{run.last}` is one to use, not to go on from", hint="train anew instead")
+    if saved.progress.epoch >= saved.recipe.training.epochs and (run.folder / "result.json").exists():
+        raise UserError(f"run `{run.folder}` is finished", hint=f"`dl7 eval {run.folder}` evaluates it")
+    return saved
 
 
 def _follow(task: Task, trainer: Trainer, start: Progress, listener: Listener) -> dict[str, Any]:
@@ -255,12 +268,13 @@ def _run(
                     record |= {"primary": report.scores.primary, "scores": scores}
                     record["seconds"] = round(progress.seconds, 3)
                 runs.append_metrics(run, record)
+            best = False
             if report.scores is not None:
-                best = progress.best_epoch == progress.epoch
+                best = (progress.best, progress.best_epoch) == (report.scores.score, progress.epoch)
                 listener.epoch(Epoch(progress.epoch, report.scores, "validation", best, progress.seconds))
             if closed or due or stop:
                 check_weights(task.model, *told)
-                saver.save(trainer, progress, scores, watched=watch.tensors(), closed=closed)
+                saver.save(trainer, progress, scores, watched=watch.tensors(), closed=closed, best=best)
                 saved_at = time.monotonic()
             saver.check()
             if stop:
