@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,7 +103,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     files, contents = {}, {}
     for name, tensors in ((_MODEL, checkpoint.weights), (_TRAINING, checkpoint.training)):
         own, aliases = _untied(tensors)
-        contents[name] = safetensors.torch.save(own)
+        contents[name] = safetensors.torch.save(_alone(own))
         digest = hashlib.sha256(contents[name]).hexdigest()
         files[name] = {"size": len(contents[name]), "sha256": digest, "aliases": aliases}
     contents[_INDEX] = _signed(
@@ -119,7 +120,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     new, old = _beside(folder, ".new"), _beside(folder, ".old")
     try:
         _clear(folder, new, old)
-        new.mkdir(parents=True)
+        new.mkdir()  # not its parents: where the run has been removed, part of it would come back
         for name, content in contents.items():
             _write(new / name, content)
         _sync_folder(new)
@@ -131,6 +132,13 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     # The new checkpoint is in place. Whatever keeps the old one from going (a reader, over NFS) is
     # no reason to stop a training: the next save tries again.
     shutil.rmtree(old, ignore_errors=True)
+
+
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in main memory, of which nothing changes when the tensors do; tied weights stay tied."""
+    own, aliases = _untied(tensors)
+    copies = {name: _copy(tensor) for name, tensor in own.items()}
+    return copies | {alias: copies[name] for alias, name in aliases.items()}
 
 
 def load(folder: Path, *, training: bool = False) -> Checkpoint:
@@ -240,7 +248,7 @@ def _read_tensors(path: Path, index: _Index) -> dict[str, Tensor]:
 
 
 def _untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Contiguous copies on the CPU, each view of a storage once; its other names, with that one."""
+    """Each view of a storage once; its other names, with that one."""
     own: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -248,10 +256,26 @@ def _untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
         view = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         known = first.setdefault(view, name)
         if known == name:
-            own[name] = tensor.detach().to("cpu", copy=True, memory_format=contiguous_format)
+            own[name] = tensor
         else:
             aliases[name] = known
     return own, aliases
+
+
+def _alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, each in a storage of its own, as safetensors wants them: those that are not, copied."""
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+
+    def is_alone(tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes
+        return whole and tensor.device.type == "cpu" and users[storage.data_ptr()] == 1
+
+    return {name: tensor if is_alone(tensor) else _copy(tensor) for name, tensor in tensors.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=contiguous_format)
 
 
 def _signed(document: dict[str, Any]) -> bytes:

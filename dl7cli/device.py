@@ -2,7 +2,8 @@
 
 import os
 import platform
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dl7cli.distributed import ALONE, Workers
 from dl7cli.errors import UserError
 
+_NO_MEMORY = re.compile("can(no|')t allocate memory|out of memory|could not create a primitive|start new thread", re.I)
+"""Said by torch, the drivers of GPUs, oneDNN and Python in a RuntimeError of no type of its own."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A device and the precision used on it, with the reason for both."""
+    """A device and the precision used on it, with the reason for both; and the workers that share the training."""
 
     device: torch.device
     precision: str
     device_name: str
     reason: str
+    workers: Workers = ALONE
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products and convolutions run in the precision chosen; weights and sums stay in float32."""
@@ -32,15 +37,18 @@ class Runtime:
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
 
-def choose(device: str = "auto", precision: str = "auto", gpus: str | None = None) -> Runtime:
-    """Turn the flags into a device that exists and a precision it can do.
+def choose(
+    device: str = "auto", precision: str = "auto", gpus: str | None = None, *, workers: Workers = ALONE
+) -> Runtime:
+    """Turn the flags into a device that exists and a precision it can do, for one of `workers`.
 
     Raises UserError for a device or precision that is not to be had, saying what was seen.
     """
     if gpus is not None:
-        if device not in ("auto", "cuda"):
-            raise UserError(f"`--gpus {gpus}` and `--device {device}` contradict each other", hint="give one of them")
-        device = _only_gpu(gpus)
+        named = for_workers(device, gpus)
+        if len(named) > 1:
+            raise UserError(f"`--gpus {gpus}`: only training runs on several GPUs", hint="give one number")
+        device = named[0]
     chosen, why = _device(device)
     known = ("auto", *DTYPES)
     if precision not in known:
@@ -53,7 +61,45 @@ def choose(device: str = "auto", precision: str = "auto", gpus: str | None = Non
         raise UserError("the CPU cannot train in fp16", hint="use `--precision bf16` or `--precision fp32`")
     else:
         why += f"; {precision} as asked"
-    return Runtime(chosen, precision, _name(chosen), why)
+    return Runtime(chosen, precision, _name(chosen), why, workers)
+
+
+def for_workers(device: str, gpus: str | None, workers: int | None = None) -> list[str]:
+    """The device of each worker on this machine, as the flags have them; one where they speak of one.
+
+    Raises UserError for flags that contradict each other and for a GPU that does not exist, saying what was seen.
+    """
+    if workers is not None:
+        if gpus is not None or device not in ("auto", "cpu") or (device == "auto" and torch.cuda.is_available()):
+            raise UserError(
+                "`--workers` says how many share the CPU", hint="`--gpus 0,1` or `--gpus all` gives each GPU a worker"
+            )
+        return ["cpu"] * workers
+    if gpus is None:
+        return [device]
+    if device not in ("auto", "cuda"):
+        raise UserError(f"`--gpus {gpus}` and `--device {device}` contradict each other", hint="give one of them")
+    seen = torch.cuda.device_count()
+    numbers = list(map(str, range(seen))) if gpus == "all" else [text.strip() for text in gpus.split(",")]
+    alone = len(numbers) == 1 and numbers[0].isdecimal()  # which `choose` looks for
+    if not numbers or not (alone or all(text.isdecimal() and int(text) < seen for text in numbers)):
+        raise UserError(
+            f"`--gpus {gpus}`: these are not all to be had; seen here: {_seen_gpus()}",
+            hint="give numbers such as `0` or `0,1`, or `all`",
+        )
+    if len(set(map(int, numbers))) < len(numbers):
+        raise UserError(f"`--gpus {gpus}` names a GPU twice", hint="each has one worker")
+    return [f"cuda:{int(text)}" for text in numbers]
+
+
+def of_worker(devices: Sequence[str], local_rank: int) -> str:
+    """The device of a worker, of those that `for_workers` gave; where no number was named, the GPU of its own."""
+    if len(devices) > 1:
+        if local_rank >= len(devices):
+            raise UserError(f"there is no device for worker {local_rank}", hint=f"start {len(devices)} workers")
+        return devices[local_rank]
+    several = devices[0] in ("auto", "cuda") and torch.cuda.is_available()
+    return f"cuda:{local_rank}" if several else devices[0]
 
 
 def precisions(device: torch.device) -> list[str]:
@@ -105,6 +151,21 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether this is what torch or Python raise where memory runs out, of the GPU or of the machine."""
+    if isinstance(problem, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(problem, RuntimeError) and _NO_MEMORY.search(str(problem)) is not None
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back the memory of a GPU that is kept for tensors to come, whose pieces may be too small for those."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """No gradients, no dropout, running statistics; the mode the model was in comes back at the end."""
@@ -152,17 +213,6 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _only_gpu(gpus: str) -> str:
-    if gpus == "all" and torch.cuda.device_count() == 1:
-        return "cuda:0"
-    if gpus.isdecimal():
-        return f"cuda:{gpus}"
-    raise UserError(
-        f"`--gpus {gpus}`: this version trains on one GPU at a time; seen here: {_seen_gpus()}",
-        hint="give one number, such as `--gpus 0`",
-    )
 
 
 def _device(name: str) -> tuple[torch.device, str]:

@@ -87,6 +87,37 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"resnet": images, "seq2seq": pairs}
 
 
+@pytest.fixture(scope="session")
+def whole(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`whole(kind, *overrides)` is a run of a tiny recipe that was never stopped."""
+    from running import Silent
+    from stopping import CPU
+
+    from dl7cli import training
+    from dl7cli.recipe import resolve
+    from dl7cli.runs import Run
+
+    made: dict[tuple[str, ...], Run] = {}
+
+    def make(*recipe: str) -> Run:
+        if recipe not in made:
+            kind, *overrides = recipe
+            folder = tmp_path_factory.mktemp("whole") / kind
+            training.train(resolve(str(tiny[kind]), overrides).recipe, out=folder, runtime=CPU, listener=Silent())
+            made[recipe] = Run(folder)
+        return made[recipe]
+
+    return make
+
+
+@pytest.fixture
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listeners are told of every step."""
+    from dl7cli.training import session
+
+    monkeypatch.setattr(session, "SECONDS_BETWEEN_STEP_EVENTS", -1)
+
+
 @pytest.fixture
 def build(tiny: dict[str, Path]) -> Callable[..., Any]:
     """`build(kind, *overrides)` is the task of a tiny recipe."""

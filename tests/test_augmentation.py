@@ -123,7 +123,8 @@ def build(tiny: dict[str, Path], *overrides: str) -> Classification:
 
 def every(task: Classification, epoch: int) -> ImageBatch:
     batches = list(task.batches(epoch))
-    return ImageBatch(torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches]))
+    images, labels = (torch.cat(parts) for parts in zip(*(batch[:2] for batch in batches), strict=True))
+    return ImageBatch(images, labels, len(labels))
 
 
 def orientations(task: Classification, epoch: int) -> dict[bytes, bool]:
@@ -196,7 +197,7 @@ def test_the_loss_of_mixed_images_is_that_of_both_labels(tiny: dict[str, Path]) 
 def test_the_weights_of_mixing_are_beta(tiny: dict[str, Path]) -> None:
     """Of Beta(a, a) the mean is 1/2 and the variance 1/(8a+4)."""
     task = build(tiny, "training.mixup=0.4")
-    batch = ImageBatch(torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64))
+    batch = ImageBatch(torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64), 1)
     weights = np.array([task._mixed(batch, generator(seed)).weight for seed in range(4000)])
     assert abs(weights.mean() - 0.5) < 0.02
     assert abs(weights.var() - 1 / 7.2) < 0.01

@@ -23,7 +23,8 @@ from dl7cli.errors import UserError
 COMMON = "--device --gpus --precision --offline --json"
 SURFACE = {
     "": "--version",
-    "train": f"RECIPE --data --set --seed --out --resume {COMMON}",
+    "train": "RECIPE --data --set --seed --out --resume --device --gpus --workers --nodes --node-rank --rendezvous "
+    "--timeout --precision --offline --json",
     "eval": f"RUN --split --data --beam --length-penalty --rouge --output --plot {COMMON}",
     "average": f"RUN --last {COMMON}",
     "translate": "TEXT --run --input --jsonl --output --beam --length-penalty --n-best --sample --seed --prefix "

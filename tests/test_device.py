@@ -3,12 +3,21 @@
 import json
 import os
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
 
 from dl7cli import device
-from dl7cli.device import Runtime, choose, evaluation_mode, random_state, restore_random_state
+from dl7cli.device import (
+    Runtime,
+    choose,
+    evaluation_mode,
+    for_workers,
+    of_worker,
+    random_state,
+    restore_random_state,
+)
 from dl7cli.errors import UserError
 
 
@@ -136,26 +145,13 @@ TWO = "cuda:0 (GPU 0), cuda:1 (GPU 1)"
         (("auto", "fp16"), 0, "the CPU cannot train in fp16", "use `--precision bf16` or `--precision fp32`"),
         (("auto", "auto", "0"), 0, f"there is no device `cuda:0`; seen here: {NONE}", "use `--device cpu`"),
         (("auto", "auto", "2"), 2, f"there is no device `cuda:2`; seen here: {TWO}", "use `--device cpu`"),
-        (
-            ("auto", "auto", "all"),
-            0,
-            f"`--gpus all`: this version trains on one GPU at a time; seen here: {NONE}",
-            "give",
-        ),
-        (
-            ("auto", "auto", "all"),
-            2,
-            f"`--gpus all`: this version trains on one GPU at a time; seen here: {TWO}",
-            "give",
-        ),
-        (
-            ("auto", "auto", "0,1"),
-            2,
-            f"`--gpus 0,1`: this version trains on one GPU at a time; seen here: {TWO}",
-            "give",
-        ),
-        (("auto", "auto", ""), 2, "`--gpus `: this version trains on one GPU at a time", "give one number"),
-        (("auto", "auto", "²"), 2, "`--gpus ²`: this version trains on one GPU at a time", "give one number"),
+        (("auto", "auto", "all"), 0, f"`--gpus all`: these are not all to be had; seen here: {NONE}", "give numbers"),
+        (("auto", "auto", "0,2"), 2, f"`--gpus 0,2`: these are not all to be had; seen here: {TWO}", "give numbers"),
+        (("auto", "auto", ""), 2, "`--gpus `: these are not all to be had", "give numbers"),
+        (("auto", "auto", "²"), 2, "`--gpus ²`: these are not all to be had", "give numbers"),
+        (("auto", "auto", "0,00"), 2, "`--gpus 0,00` names a GPU twice", "each has one worker"),
+        (("auto", "auto", "all"), 2, "`--gpus all`: only training runs on several GPUs", "give one number"),
+        (("auto", "auto", "0,1"), 2, "`--gpus 0,1`: only training runs on several GPUs", "give one number"),
         (("cpu", "auto", "0"), 2, "`--gpus 0` and `--device cpu` contradict each other", "give one of them"),
         (("cuda:0", "auto", "0"), 2, "`--gpus 0` and `--device cuda:0` contradict each other", "give one of them"),
     ],
@@ -169,6 +165,39 @@ def test_what_is_not_to_be_had_is_refused(
     assert refused.value.message.startswith(message)
     assert refused.value.hint is not None
     assert refused.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpus", "devices"),
+    [
+        (("auto", None), 2, ["auto"]),
+        (("auto", "all"), 2, ["cuda:0", "cuda:1"]),
+        (("cuda", "1, 0"), 2, ["cuda:1", "cuda:0"]),
+        (("auto", "1"), 2, ["cuda:1"]),
+        (("cpu", None, 3), 2, ["cpu"] * 3),
+        (("auto", None, 2), 0, ["cpu"] * 2),
+    ],
+)
+def test_each_worker_has_a_device(machine: Machine, arguments: Any, gpus: int, devices: list[str]) -> None:
+    machine.has(gpus=[(8, 0)] * gpus)
+    assert for_workers(*arguments) == devices
+    assert of_worker(devices, len(devices) - 1) == (devices[-1] if devices != ["auto"] else "cuda:0")
+
+
+@pytest.mark.parametrize("arguments", [("cuda", None, 2), ("auto", "0,1", 2), ("auto", None, 2)])
+def test_workers_without_a_gpu_of_their_own_are_refused(machine: Machine, arguments: Any) -> None:
+    machine.has(gpus=[(8, 0)] * 2)
+    with pytest.raises(UserError, match="`--workers` says how many share the CPU"):
+        for_workers(*arguments)
+
+
+def test_workers_of_another_launcher_take_the_gpus_in_turn(machine: Machine) -> None:
+    machine.has(gpus=[(8, 0)] * 2)
+    assert of_worker(["auto"], 1) == "cuda:1"
+    assert of_worker(["cpu"], 1) == "cpu"
+    assert of_worker(["cuda:0", "cuda:1"], 1) == "cuda:1"
+    with pytest.raises(UserError, match="there is no device for worker 2"):
+        of_worker(["cuda:0", "cuda:1"], 2)
 
 
 def test_this_machine_is_reported_in_plain_json() -> None:

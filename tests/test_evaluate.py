@@ -296,7 +296,7 @@ def test_by_chrf(train: Callable[..., Any]) -> None:
 
 def test_runs_name_both_scores(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     _, result, heard = train("seq2seq", "training.select=loss", "training.epochs=1")
-    monkeypatch.setattr(runs, "RUNS", Path())
+    monkeypatch.setattr(runs.folder, "RUNS", Path())
     (summary,) = runs.listing()
     assert (summary.primary, summary.best) == ("log_likelihood", heard.epochs[0].scores.score)
     assert (summary.test_primary, summary.test) == ("bleu", result["scores"]["bleu"])

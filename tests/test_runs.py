@@ -4,22 +4,18 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from subprocess import PIPE
-from typing import Any
+from subprocess import Popen
 
 import pytest
-import torch
-from running import files_no_longer_than
+from running import files_no_longer_than, start_python
 
-from dl7cli import __version__, runs
+from dl7cli import runs
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve
 from dl7cli.runs import Run
@@ -32,20 +28,13 @@ pytestmark = pytest.mark.usefixtures("work")
 
 def checkpoint(folder: Path, when: int) -> Path:
     """What a look-up sees of a checkpoint, written at second `when`."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "checkpoint.json").write_text("{}")
     os.utime(folder / "checkpoint.json", (when, when))
     return folder
 
 
-def start(code: str, *arguments: str) -> subprocess.Popen[str]:
-    """Another Python process, to be used in a `with` that waits for it."""
-    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.Popen(command, stdout=PIPE, stdin=PIPE, text=True, env=environment)
-
-
-def answer(process: subprocess.Popen[str]) -> str:
+def answer(process: Popen[str]) -> str:
     """The next line a process prints."""
     assert process.stdout is not None
     return process.stdout.readline().strip()
@@ -100,7 +89,7 @@ def together(code: str) -> tuple[list[str], list[str]]:
         sys.stdin.readline()
     """
     code = textwrap.dedent(start_line) + textwrap.dedent(code)
-    with start(code) as first, start(code) as second:
+    with start_python(code) as first, start_python(code) as second:
         assert answer(first) == answer(second) == "ready"
         for process in (first, second):
             assert process.stdin is not None
@@ -204,9 +193,9 @@ TRAINER = """
 
 
 @contextmanager
-def trainer(run: Run) -> Iterator[subprocess.Popen[str]]:
+def trainer(run: Run) -> Iterator[Popen[str]]:
     """Another process that holds the lock of a run."""
-    with start(TRAINER, str(run.folder)) as process:
+    with start_python(TRAINER, str(run.folder)) as process:
         assert answer(process) == "locked"
         yield process
         process.kill()
@@ -222,8 +211,11 @@ def test_a_second_trainer_is_refused_until_the_first_is_gone() -> None:
             pass
         process.send_signal(signal.SIGKILL)
         process.wait()
-        with runs.lock(run):
+        with runs.lock(run) as killed:
+            assert killed == process.pid
             assert (run.folder / "lock").read_text() == f"{os.getpid()}\n"
+        with runs.lock(run) as killed:
+            assert killed is None, "it was let go"
 
 
 def test_the_lock_is_free_after_use_and_after_an_error() -> None:
@@ -250,7 +242,7 @@ def test_a_worker_that_outlives_its_trainer_keeps_no_lock() -> None:
                 os._exit(0)
         print(worker)
     """
-    with start(code, str(run.folder)) as process:
+    with start_python(code, str(run.folder)) as process:
         worker = int(process.communicate()[0])
     try:
         with runs.lock(run):
@@ -294,6 +286,21 @@ def test_no_name_means_the_newest_checkpoint_that_fits() -> None:
     os.utime("runs/r2-1/best/checkpoint.json", (500, 500))  # now the newest is not a `last`
     assert runs.find(None, task="translation")[0].name == "r2-1"
     assert runs.find(None)[0].name == "r2-1"
+
+
+def test_the_run_trained_last_is_the_newest_though_the_clock_was_set_back() -> None:
+    first, second = runs.create(RESNET, "resnet", None), runs.create(SEQ2SEQ, "seq2seq", None)
+    year = time.time() + 365 * 86400
+    for run in (first, second):
+        os.utime(run.recipe_file, (year, year))
+    checkpoint(first.best, int(year))
+    third = runs.create(RESNET, "a", None)
+    assert [summary.name for summary in runs.listing()][-1] == third.name
+    for run in (second, third, first, second):
+        checkpoint(run.best, 1)
+        checkpoint(run.last, int(time.time()))
+        runs.mark_newest(run)
+        assert runs.find(None)[0] == run
 
 
 def test_a_run_means_its_best_checkpoint_or_else_its_last() -> None:
@@ -388,130 +395,6 @@ def test_a_name_that_is_nearly_right_is_suggested() -> None:
         runs.find("folder")
 
 
-# Records
-
-
-def test_records_come_back_in_order() -> None:
-    run = runs.create(SEQ2SEQ, "seq2seq", None)
-    assert runs.metrics(run) == []
-    records = [{"step": step, "loss": 1 / (step + 1), "text": "ü\n\u2028"} for step in range(50)]
-    for record in records:
-        runs.append_metrics(run, record)
-    assert runs.metrics(run) == records
-    assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 50
-
-
-def test_a_line_torn_anywhere_costs_that_line_only() -> None:
-    run = runs.create(SEQ2SEQ, "seq2seq", None)
-    path = run.folder / "metrics.jsonl"
-    runs.append_metrics(run, {"step": 1})
-    whole = path.read_bytes()
-    runs.append_metrics(run, {"step": 2, "scores": {"bleu": 20.5}, "text": "größer"})
-    content = path.read_bytes()
-    for length in range(len(whole), len(content) - 1):
-        path.write_bytes(content[:length])
-        assert runs.metrics(run) == [{"step": 1}]
-        runs.append_metrics(run, {"step": 3})
-        assert runs.metrics(run) == [{"step": 1}, {"step": 3}]
-
-
-@pytest.mark.parametrize("line", [b"", b"null", b"[1]", b"{", b"\xff", b"nonsense", b"[" * 100_000, bytes(50)])
-def test_damaged_lines_are_passed_over(line: bytes) -> None:
-    run = runs.create(SEQ2SEQ, "seq2seq", None)
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
-        (run.folder / name).write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
-    (run.folder / "result.json").write_bytes(line)
-    assert runs.metrics(run) == runs.evaluations(run) == [{"step": 1}, {"step": 2}]
-    assert [summary.state for summary in runs.listing()] == ["empty"]
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_json_does_not_know_is_never_written(value: float) -> None:
-    run = runs.create(SEQ2SEQ, "seq2seq", None)
-    for write in (runs.append_metrics, runs.append_evaluation, runs.write_result, runs.write_environment):
-        with pytest.raises(ValueError, match="not JSON compliant"):
-            write(run, {"loss": value})
-    assert os.listdir(run.folder) == ["recipe.toml"]
-
-
-def test_resuming_drops_what_comes_after_the_step() -> None:
-    run = runs.create(SEQ2SEQ, "seq2seq", None)
-    runs.trim_metrics(run, 5, 9)
-    assert not (run.folder / "metrics.jsonl").exists()
-    for step in range(1, 9):
-        runs.append_metrics(run, {"step": step, "loss": step / 3})
-    with (run.folder / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"step": 9, "lo')
-    runs.trim_metrics(run, 5, 9)
-    expected = [{"step": step, "loss": step / 3} for step in range(1, 6)]
-    assert runs.metrics(run) == expected
-    runs.append_metrics(run, {"step": 6})
-    assert runs.metrics(run) == [*expected, {"step": 6}]
-    runs.trim_metrics(run, 0, 9)
-    assert runs.metrics(run) == []
-    assert sorted(os.listdir(run.folder)) == ["metrics.jsonl", "recipe.toml"]
-
-
-def test_lines_of_two_processes_do_not_mix() -> None:
-    run = runs.create(SEQ2SEQ, "seq2seq", None)
-    code = """
-        import sys
-        from pathlib import Path
-        from dl7cli import runs
-        run = runs.Run(Path(sys.argv[1]))
-        for number in range(200):
-            runs.append_evaluation(run, {"who": sys.argv[2], "number": number, "text": sys.argv[2] * 20_000})
-    """
-    with start(code, str(run.folder), "a") as first, start(code, str(run.folder), "b") as second:
-        pass
-    assert first.returncode == second.returncode == 0
-    records = runs.evaluations(run)
-    assert len(records) == 400
-    for who in "ab":
-        mine = [record for record in records if record["who"] == who]
-        assert [record["number"] for record in mine] == list(range(200))
-        assert {record["text"] for record in mine} == {who * 20_000}
-
-
-def test_evaluations_carry_their_time() -> None:
-    run = runs.create(SEQ2SEQ, "seq2seq", None)
-    before = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
-    runs.append_evaluation(run, {"split": "test", "scores": {"bleu": 30.0}})
-    after = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
-    [record] = runs.evaluations(run)
-    assert before + "+00:00" <= record.pop("time") <= after + "+00:00"
-    assert record == {"split": "test", "scores": {"bleu": 30.0}}
-
-
-def test_the_environment_says_what_ran_where() -> None:
-    run = runs.create(SEQ2SEQ, "seq2seq", None)
-
-    def written() -> Any:
-        return json.loads((run.folder / "environment.json").read_text())
-
-    runs.write_environment(run, {"device": "cpu", "precision": "fp32"})
-    first = written()
-    assert first["dl7"] == __version__
-    assert first["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert first["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert first["command"] == sys.argv
-    assert first["device"] == "cpu"
-    assert first["cpu"]
-    assert "earlier" not in first
-    for device in ("cuda:0", "cuda:1"):
-        runs.write_environment(run, {"device": device})
-    assert [entry["device"] for entry in written()["earlier"]] == ["cpu", "cuda:0"]
-    assert written()["earlier"][0] == first
-
-
-def test_a_command_line_that_is_not_utf8_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = runs.create(SEQ2SEQ, "seq2seq", None)
-    monkeypatch.setattr(sys, "argv", ["dl7", os.fsdecode(b"caf\xe9")])
-    runs.write_environment(run, {})
-    command = json.loads((run.folder / "environment.json").read_bytes())["command"]
-    assert os.fsencode(command[1]) == b"caf\xe9"
-
-
 # The list
 
 
@@ -557,5 +440,5 @@ def test_the_list_says_how_far_every_run_has_come() -> None:
 
 def test_looking_up_runs_needs_no_torch() -> None:
     code = "import sys, dl7cli.runs; print({'torch', 'datasets', 'numpy'} & set(sys.modules))"
-    with start(code) as process:
+    with start_python(code) as process:
         assert answer(process) == "set()"

@@ -14,7 +14,6 @@ from dl7cli import tasks
 from dl7cli.checkpoint import Checkpoint, Progress
 from dl7cli.data.images import ImageSet
 from dl7cli.data.transfer import moved
-from dl7cli.data.vocabulary import PAD
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve
@@ -112,28 +111,31 @@ def test_a_split_that_is_not_there_is_an_error(kind: str, build: Callable[..., A
 # The model
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_half_batches_make_the_gradient_of_the_whole(kind: str, build: Callable[..., Any]) -> None:
-    task = build(kind)
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize(
+    ("kind", "overrides"), [("resnet", []), ("resnet", ["training.mixup=0.5"]), ("seq2seq", [])], ids=str
+)
+def test_parts_of_a_batch_make_the_gradient_of_the_whole(
+    kind: str, overrides: list[str], parts: int, build: Callable[..., Any]
+) -> None:
+    task = build(kind, *overrides)
     task.model.double().eval()  # statistics of a batch and dropout do depend on how it is cut
     batch = next(task.batches(0))
     if kind == "resnet":
         batch = batch._replace(images=batch.images.double())
-    halves = []
-    for side in (slice(0, 3), slice(3, None)):
-        half = type(batch)(*(part[side] for part in batch if isinstance(part, torch.Tensor)))
-        if kind == "seq2seq":  # the places of real words count through the batch
-            half = half._replace(real=(half.target != PAD).flatten().nonzero().flatten())
-        halves.append(half)
+    cut = [task.part(batch, index, parts) for index in range(parts)]
+    assert [len(one[0]) for one in cut] == [len(batch[0][index::parts]) for index in range(parts)]
+    assert task.count(batch) == task.loss(batch)[1] == sum(task.count(one) for one in cut)
+    if kind == "seq2seq":
+        assert all(one.source.shape[1] == one.lengths.max() for one in cut), "padded no more than needed"
 
-    def gradients(parts: list[Any]) -> list[Tensor]:
+    def gradients(cut: list[Any]) -> list[Tensor]:
         task.model.zero_grad()
-        count = sum(task.loss(part)[1] for part in parts)
-        for part in parts:
-            (task.loss(part)[0].double() / count).backward()
+        for one in cut:
+            (task.loss(one)[0].double() / task.count(batch)).backward()
         return [parameter.grad.clone() for parameter in task.model.parameters() if parameter.grad is not None]
 
-    for one, two in zip(gradients([batch]), gradients(halves), strict=True):
+    for one, two in zip(gradients([batch]), gradients(cut), strict=True):
         # The loss itself is taken in float32.
         assert torch.allclose(one, two, rtol=1e-4, atol=1e-6)
 

@@ -89,6 +89,14 @@ def main() -> None:
     except UserError as error:
         console.error(error)
         sys.exit(1)
+    except (MemoryError, RuntimeError) as problem:
+        if not isinstance(problem, MemoryError):
+            from dl7cli.device import out_of_memory
+
+            if not out_of_memory(problem):
+                raise
+        console.error(UserError("out of memory", hint="use a smaller model or beam, or a machine with more memory"))
+        sys.exit(1)
     except OSError as problem:
         full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if problem.errno != errno.EPIPE and not full:

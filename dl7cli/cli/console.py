@@ -17,7 +17,7 @@ import typer
 from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
-    from dl7cli.cli.progress import Plain, Terminal
+    from dl7cli.cli.progress import Nothing, Plain, Terminal
 
 _BREAKING = ("Cc", "Zl", "Zp")  # control characters, line and paragraph separators
 
@@ -114,6 +114,13 @@ def display() -> "Plain | Terminal":
     from dl7cli.cli.progress import Plain, Terminal
 
     return Terminal() if is_terminal() else Plain()
+
+
+def nothing() -> "Nothing":
+    """Return what stands in for `display` where another process shows the same."""
+    from dl7cli.cli.progress import Nothing
+
+    return Nothing()
 
 
 def count(number: int, noun: str) -> str:

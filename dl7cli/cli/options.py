@@ -19,6 +19,10 @@ Gpus = Annotated[
     str | None,
     typer.Option("--gpus", metavar="N", help="Which GPU to use: its number, as in --device cuda:N."),
 ]
+GpusOfWorkers = Annotated[
+    str | None,
+    typer.Option("--gpus", metavar="N,N|all", help="Which GPUs to use: numbers such as 0,1, or all; a worker on each."),
+]
 Precision = Annotated[
     PrecisionName,
     typer.Option("--precision", help="Arithmetic; auto is bf16 where the hardware has it, else fp32."),

@@ -18,13 +18,8 @@ EVERY_SECONDS = 5.0
 _SPLITS = ("train", "validation", "test")
 
 
-class Plain:
-    """Lines for a log file: the first after two seconds, then one every five, and one for every epoch."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._activity = ""
-        self._due = 0.0
+class Nothing:
+    """Shows nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -33,6 +28,21 @@ class Plain:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         pass
+
+    def plan(self, plan: "Plan") -> None: ...
+    def step(self, step: "Step") -> None: ...
+    def epoch(self, epoch: "Epoch") -> None: ...
+    def note(self, text: str) -> None: ...
+    def progress(self, what: str, done: int, total: int) -> None: ...
+
+
+class Plain(Nothing):
+    """Lines for a log file: the first after two seconds, then one every five, and one for every epoch."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._activity = ""
+        self._due = 0.0
 
     def plan(self, plan: "Plan") -> None:
         console.note(describe(plan))
@@ -128,11 +138,12 @@ def describe(plan: "Plan") -> str:
         model = {"depth": recipe.model.depth, **model}
     details = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in model.items()) or "as it is by default"
     splits = ", ".join(f"{plan.splits[split]:,} {split}" for split in _SPLITS if split in plan.splits)
+    workers = f"{plan.workers} workers, this one on " if plan.workers > 1 else ""
     lines = [
         f"training recipe {recipe.name}",
         f"  data       {plan.data}: {splits}",
         f"  model      {recipe.model.kind} with {plan.parameters:,} parameters ({details})",
-        f"  device     {plan.device}, {plan.precision} ({plan.reason})",
+        f"  device     {workers}{plan.device}, {plan.precision} ({plan.reason})",
         f"  steps      {plan.steps:,} in {console.count(plan.epochs, 'epoch')}, seed {recipe.training.seed}",
         f"  run        {plan.run}",
     ]

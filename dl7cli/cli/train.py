@@ -1,15 +1,23 @@
-"""`dl7 train`: train a recipe, or go on with a run."""
+"""`dl7 train`: train a recipe, or go on with a run; on several devices by one worker each."""
 
+import json
+import os
 import shlex
+import sys
+import time
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from dl7cli import cluster
 from dl7cli.cli import console, options
 from dl7cli.cli.evaluate import print_result
+from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
+    from dl7cli.cluster import Nodes
     from dl7cli.recipe import Recipe
 
 
@@ -30,7 +38,27 @@ def train(
         typer.Option(metavar="RUN", help="Go on with this run, as if it had never stopped."),
     ] = None,
     device: options.Device = "auto",
-    gpus: options.Gpus = None,
+    gpus: options.GpusOfWorkers = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=1024, help="How many workers share the CPU."),
+    ] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="How many machines train together; the same command is run on each."),
+    ] = None,
+    node_rank: Annotated[
+        int | None,
+        typer.Option(metavar="R", help="Which of them this is, from 0; the first has the run folder."),
+    ] = None,
+    rendezvous: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Where they meet: a free port of the first."),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=1, help="How long workers and machines wait for one that does not answer."),
+    ] = 600,
     precision: options.Precision = "auto",
     offline: options.Offline = False,
     as_json: options.Json = False,
@@ -46,28 +74,97 @@ def train(
         raise typer.BadParameter(
             f"--resume goes on with the run as it was started; {', '.join(refused)} cannot be given with it"
         )
+    place = cluster.place()
+    if place is None:
+        together = cluster.nodes(nodes, node_rank, rendezvous)
+        if together.count > 1 or workers not in (None, 1) or (gpus is not None and not gpus.isdecimal()):
+            if together.rank == 0:
+                _refuse_mistakes(name, overrides or [], data, seed, resume)
+            _launch(device, gpus, workers, together, timeout)
     recipe = None
-    if name is not None:
+    if name is not None and (place is None or place.rank == 0):
         recipe = choose(name, overrides or [], data=data, seed=seed, offline=offline)
     from dl7cli import device as devices
-    from dl7cli import runs, training
+    from dl7cli import distributed, runs, training
 
-    if resume is not None and precision == "auto":
-        # Another precision than it began with would make it another run.
-        precision = runs.environment(runs.find(resume)[0]).get("precision", precision)
-    runtime = devices.choose(device, precision, gpus)
+    named = devices.for_workers(device, gpus, workers)
+    where = named[0] if place is None else devices.of_worker(named, place.local_rank)
     try:
-        with console.display() as display:
-            if recipe is not None:
-                result = training.train(recipe, out=out, runtime=runtime, offline=offline, listener=display)
-            else:
-                assert resume is not None
-                result = training.resume(resume, runtime=runtime, offline=offline, listener=display)
+        with distributed.joined(devices.choose(where, precision).device, timeout) as group:
+            if resume is not None and precision == "auto" and group.first:
+                # Another precision than it began with would make it another run.
+                precision = runs.environment(runs.find(resume)[0]).get("precision", precision)
+            runtime = devices.choose(where, group.shared(precision), workers=group)
+            with console.display() if group.first else console.nothing() as display:
+                if resume is not None:
+                    result = training.resume(resume, runtime=runtime, offline=offline, listener=display)
+                else:
+                    result = training.train(recipe, out=out, runtime=runtime, offline=offline, listener=display)
     except training.Interrupted as stop:
         console.note(f"stopped; saved in {stop.run}\ngo on with: dl7 train --resume {shlex.quote(str(stop.run))}")
+        if place is not None:
+            _leave(128 + stop.signal)
         raise typer.Exit(128 + stop.signal) from None
+    except distributed.Lost as problem:
+        _tell_launcher(problem)
+        _leave(cluster.LOST)
+    except UserError as problem:
+        if place is None:
+            raise
+        console.error(problem)
+        _leave(1)
+    except Exception:
+        if place is None:
+            raise
+        traceback.print_exc()
+        _leave(1)
+    if not group.first:
+        return
     print_result(result, as_json)
     console.note(_next_commands(result))
+
+
+def _refuse_mistakes(
+    name: str | None, overrides: list[str], data: str | None, seed: int | None, resume: str | None
+) -> None:
+    """Raise what each of several workers would raise."""
+    if name is not None:
+        from dl7cli import recipe as recipes
+
+        recipes.resolve(name, overrides, data=data, seed=seed)
+    if resume is not None:
+        from dl7cli import runs
+
+        runs.find(resume)
+
+
+def _launch(device: str, gpus: str | None, workers: int | None, nodes: "Nodes", timeout: float) -> None:
+    """Run this command in several workers and exit as they do; returns where it is one on one machine after all."""
+    # Read when torch is imported. It warns of how gradients are added up, which is meant, and of each lost connection.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from dl7cli import device as devices
+    from dl7cli.training.workers import launch
+
+    named = devices.for_workers(device, gpus, workers)
+    if len(named) > 1 or nodes.count > 1:
+        code = launch(sys.argv[1:], len(named), nodes=nodes, timeout=timeout, note=console.note)
+        raise typer.Exit(code)
+
+
+def _tell_launcher(problem: Exception) -> None:
+    """Let the launcher say what keeps this worker from going on: it may be the end of another that it knows more of."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        console.note(f"this worker {problem}")
+    else:
+        Path(file).write_text(json.dumps({"message": str(problem), "timestamp": int(time.time())}), encoding="utf-8")
+
+
+def _leave(code: int) -> NoReturn:
+    """End this worker at once: the others, which fail with it, must not be the first to be seen."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def choose(

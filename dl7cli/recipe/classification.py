@@ -143,6 +143,11 @@ class ImageTraining(Training):
     small_size: Annotated[int, Field(ge=8, le=512)] | None = None
     """Side in pixels that training images are shrunk to in the first `small_part` of all steps."""
     small_part: Annotated[float, Field(ge=0, le=1)] = 0.5
+    batch_norm: Literal["local", "sync"] = "local"
+    """On several workers, whether each normalises by its own part of a batch or all by the whole batch, as one would.
+
+    With `local` the running statistics, which evaluation uses, are those of the first worker.
+    """
     compile: Literal["auto", "always", "never"] = "auto"
     """Whether the model is compiled before the first step; `auto`: where the steps repay it."""
 

@@ -22,6 +22,7 @@ from dl7cli.device import Runtime, evaluation_mode, seed_everything
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
 from dl7cli.models.fast_resnet import FastResNet, smallest_image
+from dl7cli.models.normalisation import share_statistics
 from dl7cli.models.resnet import ResNet
 from dl7cli.recipe import ClassificationRecipe, FastResNetModel, ResNetModel
 
@@ -36,6 +37,8 @@ class ImageBatch(NamedTuple):
     """(B, 3, H, W) float32, normalised"""
     labels: Tensor
     """(B,) int64"""
+    whole: int
+    """Images of the whole batch, of which other workers may have the rest"""
     other_labels: Tensor | None = None
     """(B,) int64, of the images mixed into these, if any are"""
     weight: float = 1.0
@@ -46,6 +49,8 @@ class Classification:
     """A classifier with its data; `assets` are class names, normalisation and image size, all that using it needs."""
 
     unit = "images"
+    batch_key = "batch_size"
+    """Of `training`: what bounds a batch."""
 
     def __init__(
         self,
@@ -109,6 +114,15 @@ class Classification:
             spread = np.linspace(0, len(images) - 1, min(len(images), WHITENING_IMAGES)).astype(int)
             some = torch.from_numpy(np.array(images[spread]))
             model.whiten(self._normalise(some.to(runtime.device)).cpu())
+        workers = runtime.workers
+        if recipe.training.batch_norm == "sync" and workers.count > 1:
+            if isinstance(section, ResNetModel) and section.survival < 1:
+                raise UserError(
+                    f"`training.batch_norm` is `sync`, and with `model.survival` below 1 the {workers.count} workers "
+                    "do not all come to the same blocks",
+                    hint="`--set training.batch_norm=local`",
+                )
+            share_statistics(model, workers)
         self.model = model.to(runtime.device)
         # This is how both oneDNN and cuDNN run these convolutions fastest.
         self.lay_out(torch.channels_last)
@@ -144,7 +158,10 @@ class Classification:
         return -(-len(self._splits()["train"].labels) // self.recipe.training.batch_size)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[ImageBatch]:
-        """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
+        """The training batches of an epoch from number `start` on, the same for the same seed and epoch.
+
+        What is random is drawn for the whole batch, of which each worker gets its part.
+        """
         images, labels = self._resident("train")
         device = self.runtime.device
         data, training = self.recipe.data, self.recipe.training
@@ -155,6 +172,7 @@ class Classification:
         coins = torch.rand(len(labels), generator=_generator(seed)) < 0.5
         for batch in range(start, self.steps(epoch)):
             chosen = order[batch * size : (batch + 1) * size]
+            count = len(chosen)
             generator = _generator(seed, epoch + 1, batch + 1)
             match data.flip:
                 case "none":
@@ -171,17 +189,25 @@ class Classification:
                 changed = augmentation.cutout(changed, generator, side=data.cutout, fill=fill)
             if data.random_erasing:
                 changed = augmentation.random_erasing(changed, generator, probability=data.random_erasing)
+            part = self.runtime.workers.part(count)
+            mixing = training.mixup or training.cutmix
+            if not mixing:  # with images that may be of other parts
+                changed, chosen = changed[part], chosen[part]
             inputs = self._normalise(changed)
             if training.small_size and epoch * self.steps(epoch) + batch < small_steps:
                 inputs = augmentation.shrink(inputs, training.small_size)
             inputs = inputs.contiguous(memory_format=self._memory_format)
-            yield self._mixed(ImageBatch(inputs, labels[chosen]), generator)
+            one = ImageBatch(inputs, labels[chosen], count)
+            if mixing:
+                one = self._mixed(one, generator)
+                assert one.other_labels is not None
+                inputs = one.images[part].contiguous(memory_format=self._memory_format)
+                one = one._replace(images=inputs, labels=one.labels[part], other_labels=one.other_labels[part])
+            yield one
 
     def _mixed(self, batch: ImageBatch, generator: torch.Generator) -> ImageBatch:
-        """The batch, mixed with itself in another order where the recipe asks for it."""
+        """The whole batch, mixed with itself in another order as the recipe asks for it."""
         training = self.recipe.training
-        if not (training.mixup or training.cutmix):
-            return batch
         cut = bool(training.cutmix) and not (training.mixup and torch.rand((), generator=generator) < 0.5)
         draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
         concentration = training.cutmix if cut else training.mixup
@@ -191,12 +217,28 @@ class Classification:
             images, weight = augmentation.cutmix(batch.images, order, weight, generator)
         else:
             images = augmentation.mixup(batch.images, order, weight)
-        return ImageBatch(images, batch.labels, batch.labels[order], weight)
+        return ImageBatch(images, batch.labels, batch.whole, batch.labels[order], weight)
+
+    def count(self, batch: ImageBatch) -> int:
+        """Images of the whole batch: what its loss is divided by."""
+        return batch.whole
+
+    def part(self, batch: ImageBatch, index: int, parts: int) -> ImageBatch:
+        """One of `parts` parts of a batch, its images number `index`, `index + parts` and so on, as they are in it.
+
+        The sums of `loss` and of `count` over the parts are those of the batch, but for what dropout draws and for
+        batch normalisation, which in training sees each part alone.
+        """
+        own = slice(index, None, parts)
+        images = batch.images[own].contiguous(memory_format=self._memory_format)
+        others = None if batch.other_labels is None else batch.other_labels[own]
+        return ImageBatch(images, batch.labels[own], len(batch.labels[own]), others, batch.weight)
 
     @property
     def whole_batch(self) -> int:
-        """Images of a training batch, but for an epoch's last one, which may be smaller."""
-        return min(self.recipe.training.batch_size, len(self._splits()["train"].labels))
+        """This worker's images of a training batch, but for an epoch's last one, which may be smaller."""
+        images = min(self.recipe.training.batch_size, len(self._splits()["train"].labels))
+        return len(range(images)[self.runtime.workers.part(images)])
 
     def compile(self) -> None:
         """Compile the model for training on whole batches; the model and the random streams stay as they are.
@@ -226,7 +268,7 @@ class Classification:
                 value.copy_(kept[name])
 
     def loss(self, batch: ImageBatch) -> tuple[Tensor, int]:
-        """Cross-entropy summed over the batch, and how many images that is."""
+        """Cross-entropy summed over this worker's part of a batch, and how many images the whole has."""
         forward: Callable[[Tensor], Tensor] = self.model
         if self._compiled is not None and len(batch.labels) == self.whole_batch:
             forward = self._compiled
@@ -235,7 +277,7 @@ class Classification:
         total = self._cross_entropy(scores, batch.labels)
         if batch.other_labels is not None:
             total = batch.weight * total + (1 - batch.weight) * self._cross_entropy(scores, batch.other_labels)
-        return total, len(batch.labels)
+        return total, self.count(batch)
 
     def _cross_entropy(self, scores: Tensor, labels: Tensor) -> Tensor:
         smoothing = self.recipe.training.label_smoothing
@@ -254,8 +296,12 @@ class Classification:
         if split not in self._splits():
             raise UserError(f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}")
         images, labels = self._resident(split)
-        logits = [self._scores(images[at : at + EVALUATION_BATCH]) for at in range(0, len(labels), EVALUATION_BATCH)]
-        scores = metrics.classification(torch.cat(logits), labels, self.assets["classes"])
+        workers = self.runtime.workers
+        logits = torch.zeros(len(labels), len(self.assets["classes"]), device=images.device)
+        for at in range(EVALUATION_BATCH * workers.rank, len(labels), EVALUATION_BATCH * workers.count):
+            logits[at : at + EVALUATION_BATCH] = self._scores(images[at : at + EVALUATION_BATCH])
+        # Each row is one worker's, and zero on all others.
+        scores = metrics.classification(workers.add(logits), labels, self.assets["classes"])
         return replace(scores, details={**self.recipe.evaluation.model_dump(), **scores.details})
 
     def classify(self, paths: Sequence[Path], top: int) -> list[list[tuple[str, float]]]:

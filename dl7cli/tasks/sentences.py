@@ -14,6 +14,7 @@ from dl7cli.data.pairs import read_pairs
 from dl7cli.data.sources import Progress
 from dl7cli.data.transfer import moved
 from dl7cli.data.vocabulary import BOS, EOS, PAD, Subwords, Vocabulary
+from dl7cli.distributed import ALONE, Workers
 from dl7cli.errors import UserError
 from dl7cli.recipe import TranslationRecipe
 
@@ -35,7 +36,11 @@ class PairBatch(NamedTuple):
     target: Tensor
     """(B, T) target subwords up to eos: what it should answer"""
     real: Tensor
-    """(N,) where `target`, flattened, is not padding"""
+    """(N,) where `target`, flattened, is not padding: what counts"""
+    pairs: Sequence[tuple[list[int], list[int]]]
+    """What all this was made of, so that parts can be made of it without asking the device."""
+    whole: int
+    """Target subwords of the whole batch, of which other workers may have the rest"""
 
 
 class TrainingPairs(NamedTuple):
@@ -61,6 +66,7 @@ class SentencePairs:
         assets: dict[str, Any] | None,
         *,
         device: torch.device,
+        workers: Workers = ALONE,
         offline: bool,
         progress: Progress,
     ) -> None:
@@ -69,6 +75,7 @@ class SentencePairs:
         self._seed = recipe.training.seed
         self._batch_tokens = recipe.training.batch_tokens
         self._device = device
+        self._workers = workers
         self._offline = offline
         self._progress = progress
         self._steps: dict[int, int] = {}
@@ -124,13 +131,24 @@ class SentencePairs:
         return self._steps[epoch]
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[PairBatch]:
-        """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
+        """The training batches of an epoch from number `start` on, the same for the same seed and epoch.
+
+        Of each, every worker gets pairs that are as much work as another's.
+        """
         pairs, drawn = self._training_pairs.ids, None
         if self._data.subword_sampling > 0:
             pairs = self._sampled(epoch)
             drawn = self._lengths(pairs)
-        for chosen in self._batch_plan(epoch, drawn)[start:]:
-            yield self.batch([pairs[index] for index in chosen])
+        for plan in self._batch_plan(epoch, drawn)[start:]:
+            chosen = [pairs[index] for index in plan]
+            whole = sum(len(target) + 1 for _, target in chosen)
+            own = self._workers.dealt(chosen)
+            if own:
+                yield self.batch(own)._replace(whole=whole)
+            else:
+                # Fewer pairs than workers: the gradient, which all wait for, is that of a pair of which nothing counts.
+                batch = self.batch(chosen[:1])
+                yield batch._replace(real=batch.real[:0], whole=whole)
 
     def batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> PairBatch:
         """Pairs of ids, without bos and eos and in their own order, as a batch on the device."""
@@ -139,7 +157,8 @@ class SentencePairs:
         target = _rectangle([[*ids, EOS] for _, ids in pairs])
         # Found before it is moved: a device would have to be waited for.
         real = (target != PAD).flatten().nonzero().flatten()
-        return PairBatch(source, lengths, previous, moved(target, self._device), moved(real, self._device))
+        target, real = moved(target, self._device), moved(real, self._device)
+        return PairBatch(source, lengths, previous, target, real, pairs, len(real))
 
     def sources(self, sentences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """The `source` (B, S) and the `lengths` (B,) of a batch, of sentences as for `batch`."""

@@ -97,6 +97,8 @@ class Translation:
     """A translator with its data; `assets` are the vocabularies and the languages, all that using it needs."""
 
     unit = "target tokens"
+    batch_key = "batch_tokens"
+    """Of `training`: what bounds a batch."""
 
     def __init__(
         self,
@@ -109,7 +111,9 @@ class Translation:
     ) -> None:
         self.recipe = recipe
         self.runtime = runtime
-        self.pairs = SentencePairs(recipe, assets, device=runtime.device, offline=offline, progress=progress)
+        self.pairs = SentencePairs(
+            recipe, assets, device=runtime.device, workers=runtime.workers, offline=offline, progress=progress
+        )
         self.assets = self.pairs.assets
         self.notes = self.pairs.notes
         self._progress = progress
@@ -142,8 +146,21 @@ class Translation:
         """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
         return self.pairs.batches(epoch, start)
 
+    def count(self, batch: PairBatch) -> int:
+        """Target subwords of the whole batch, eos included: what its loss is divided by."""
+        return batch.whole
+
+    def part(self, batch: PairBatch, index: int, parts: int) -> PairBatch:
+        """One of `parts` parts of a batch, its pairs number `index`, `index + parts` and so on, padded anew.
+
+        Pairs are dealt, so that parts are of like length. The sums of `loss` and of `count` over the parts are those of
+        the batch, but for what dropout draws. There must be as many pairs as parts.
+        """
+        return self.pairs.batch(batch.pairs[index::parts])
+
     def loss(self, batch: PairBatch) -> tuple[Tensor, int]:
-        """Cross-entropy with label smoothing summed over the target subwords, eos included, and how many they are.
+        """Cross-entropy with label smoothing summed over the target subwords, eos included, and how many there are of
+        them in the whole batch, of which this worker has a part.
 
         With a coverage weight, the coverage loss of See et al. 2017, eq. 12, is added: at each target subword the
         overlap of what attention looks at with all that it has looked at before.
@@ -159,7 +176,7 @@ class Translation:
             covered = decoded.attention.cumsum(dim=1) - decoded.attention
             overlap = torch.minimum(decoded.attention, covered).sum(dim=2)
             total = total + self.recipe.training.coverage_weight * overlap.flatten().index_select(0, batch.real).sum()
-        return total, len(target)
+        return total, self.count(batch)
 
     def validate(self) -> Scores:
         """The score by which the best epoch is chosen, as `training.select` has it, and no more.
@@ -169,8 +186,10 @@ class Translation:
         """
         select = self.recipe.training.select
         if select == "loss":
-            scored = self.score(self.pairs.split("validation"))
-            mean = math.fsum(one.log_probability for one in scored) / sum(len(one.tokens) for one in scored)
+            pairs = self.pairs.split("validation")
+            own = self.score(pairs[self.runtime.workers.part(len(pairs))])
+            scored = self._joined([(one.log_probability, len(one.tokens)) for one in own])
+            mean = math.fsum(logarithm for logarithm, _ in scored) / sum(tokens for _, tokens in scored)
             if not math.isfinite(mean):
                 raise UserError(
                     "the likelihood of the validation split is not a number",
@@ -186,8 +205,10 @@ class Translation:
         return self.judge(split, self.translations(split, decoding))
 
     def translations(self, split: str, decoding: Decoding | None = None) -> list[str]:
-        """A split's sources translated, in their order. Raises as `evaluate`."""
-        return [line.text for line in self.translate([source for source, _ in self.pairs.split(split)], decoding)]
+        """A split's sources translated, in their order, each by one of the workers. Raises as `evaluate`."""
+        sources = [source for source, _ in self.pairs.split(split)]
+        part = self.runtime.workers.part(len(sources))
+        return self._joined([line.text for line in self.translate(sources[part], decoding, first_line=part.start + 1)])
 
     def judge(self, split: str, translations: Sequence[str], *, rouge: bool = False) -> Scores:
         """BLEU of translations against a split's references, with the scores and details of `metrics.translation`."""
@@ -265,13 +286,17 @@ class Translation:
         lengths = np.array([max(length, len(ids) + 1) for length, ids in zip(read, targets, strict=True)])
         for chosen in fill(np.argsort(lengths, kind="stable"), lengths, SUBWORDS_AT_ONCE) if pairs else []:
             batch = self.pairs.batch([(sources[at], targets[at]) for at in chosen])
-            values = teacher_forced(models, *batch).tolist()
+            values = teacher_forced(models, *batch[:5]).tolist()
             for at in chosen:
                 tokens = self.pairs.target_vocabulary.pieces([*targets[at], EOS])
                 own, values = values[: len(tokens)], values[len(tokens) :]
                 cut = limit if len(encoded[at]) > limit else None
                 answers[at] = ScoredPair(math.fsum(own), tokens, own, cut)
         return answers
+
+    def _joined(self, own: list[Any]) -> list[Any]:
+        """The lists of all workers as one."""
+        return [one for part in self.runtime.workers.gathered(own) for one in part]
 
     def agrees_with(self, other: "Translation") -> bool:
         """Whether both can answer as one: they read and write the same words of the same languages."""

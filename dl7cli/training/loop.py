@@ -1,15 +1,19 @@
 """The training loop: a generator of reports. It knows no disk and no console; its reader saves and prints."""
 
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dl7cli.checkpoint import Progress
-from dl7cli.device import random_state, restore_random_state
+from dl7cli.device import out_of_memory, random_state, release_memory, restore_random_state, seed_everything
+from dl7cli.distributed import Lost
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
 from dl7cli.tasks import Task
@@ -24,6 +28,10 @@ from dl7cli.training.optimisation import (
 
 STEPS_BETWEEN_CHECKS = 50
 """On a GPU, how often the loss is looked at: each look makes the processor wait for the device."""
+
+
+_PARTS = "parts"
+"""What workers remember for those in their place: how much memory there is."""
 
 
 class Report(NamedTuple):
@@ -41,20 +49,25 @@ class Report(NamedTuple):
     """Of validation, after an epoch."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trainer:
     """What changes while training, besides the model itself."""
 
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: WeightAverage | None
+    skipped: Tensor
+    """() int64, on the device: steps left out because they were not finite."""
+    parts: int = 1
+    """In how many parts a batch is taken, more than one where the memory was too small for the whole."""
 
     @classmethod
     def of(cls, task: Task) -> "Trainer":
         scaler = torch.amp.GradScaler(task.runtime.device.type, enabled=task.runtime.precision == "fp16")
         decay = task.recipe.training.ema_decay
         average = WeightAverage(task.model, decay) if decay else None
-        return cls(build_optimiser(task.model, task.recipe.optim), scaler, average)
+        skipped = torch.zeros((), dtype=torch.int64, device=task.runtime.device)
+        return cls(build_optimiser(task.model, task.recipe.optim), scaler, average, skipped)
 
     def weights(self, task: Task) -> dict[str, Tensor]:
         """The weights to validate, to keep as best and to use: the moving average where there is one."""
@@ -65,7 +78,8 @@ class Trainer:
         scale = {f"scaler.{name}": torch.tensor(float(value)) for name, value in self.scaler.state_dict().items()}
         average = {} if self.average is None else self.average.weights
         averaged = {f"average.{name}": value for name, value in average.items()}
-        return {**optimiser_tensors(self.optimiser), **averaged, **random_state(device), **scale}
+        counts = {"skipped": self.skipped, "parts": torch.tensor(self.parts)}
+        return {**optimiser_tensors(self.optimiser), **averaged, **random_state(device), **scale, **counts}
 
     def restore(self, tensors: dict[str, Tensor], device: torch.device) -> None:
         """Put back what `tensors` gave."""
@@ -78,6 +92,9 @@ class Trainer:
         if self.average is not None:
             for name, value in self.average.weights.items():
                 value.copy_(tensors[f"average.{name}"])
+        if "parts" in tensors:
+            self.parts = int(tensors["parts"])
+            self.skipped.copy_(tensors["skipped"])
         restore_random_state(tensors, device)
 
 
@@ -89,12 +106,21 @@ def total_steps(task: Task) -> int:
 def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
     """Train from `start` to the recipe's last epoch; yields after every step and after the validation of every epoch.
 
+    Of several workers each calls this, and all get the same reports. Dropout and the like draw, on the first, from the
+    stream that a training alone has; on any other from one that begins anew in every step, so that it need not be kept.
+
     A caller may save at any report and go on later from its `progress`: the result is the same. Raises UserError where
-    the loss or the gradient is not finite, before the weights are touched (on a GPU up to 50 steps later).
+    the loss or the gradient is not finite, before the weights are touched (on a GPU up to 50 steps later), and where
+    memory runs out, unless the recipe has another way with these.
     """
     training, optim = task.recipe.training, task.recipe.optim
     optimiser, scaler = trainer.optimiser, trainer.scaler
+    workers = task.runtime.workers
+    loss_of: Callable[[Any], tuple[Tensor, int]] = task.loss if workers.count == 1 else _distributed(task)
+    trainer.parts = max(trainer.parts, workers.greatest(int(workers.recall(_PARTS) or 1)))
     parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+    guarded = training.on_nonfinite == "skip" or training.on_oom == "halve"
+    buffers = _Buffers(task.model) if guarded else None
     on_cpu = task.runtime.device.type == "cpu"
     steps = total_steps(task)
     progress = start
@@ -108,14 +134,24 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
             rate = learning_rate(optim, progress.step, steps)
             for group in optimiser.param_groups:
                 group["lr"] = rate * group["share"]
-            total, examples = task.loss(batch)  # type: ignore[arg-type]  # a task is given its own batches
-            mean = total / examples
-            optimiser.zero_grad(set_to_none=True)
-            scaler.scale(mean).backward()  # type: ignore[no-untyped-call]
+            if not workers.first:
+                seed_everything(_seed(training.seed, workers.rank, progress.step))
+            if buffers is not None:
+                buffers.keep()
+            loss, examples = _gradient(task, trainer, batch, buffers, loss_of)
+            loss = workers.add(loss)
             scaler.unscale_(optimiser)
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            loss = mean.detach()
-            if on_cpu or progress.step % STEPS_BETWEEN_CHECKS == 0:
+            skipped = None
+            if training.on_nonfinite == "skip":
+                assert buffers is not None
+                # Told by the device to the device: the processor does not wait for it.
+                # With a scaler, which leaves out the steps of gradients that overflow, the loss alone tells.
+                skipped = ~(loss if scaler.is_enabled() else torch.stack((loss, norm))).isfinite().all()
+                buffers.restore(skipped)
+                trainer.skipped += skipped
+                optimiser.found_inf = skipped.float()  # type: ignore[attr-defined]
+            elif on_cpu or progress.step % STEPS_BETWEEN_CHECKS == 0:
                 check_finite(loss, norm, progress.step + 1, rate, scaled=scaler.is_enabled())
             if optim.clip_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(parameters, optim.clip_norm, norm)
@@ -123,9 +159,11 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
             scaler.update()
             progress = progress._replace(batch=number, step=progress.step + 1)
             if trainer.average is not None:
-                trainer.average.update(progress.step)
+                trainer.average.update(progress.step, skipped)
             yield Report(progress, loss, norm, rate, examples)
         check_weights(task.model, loss, norm, progress.step, rate)
+        # Running statistics may be of the part that each has seen.
+        workers.copy_first(trainer.weights(task).values())
         with swapped(task.model, trainer.weights(task)):
             scores = task.validate()
         progress = progress._replace(epoch=epoch + 1, batch=0)
@@ -134,10 +172,122 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
         yield Report(progress, loss, norm, rate, 0, scores)
 
 
+class _Loss(nn.Module):
+    """The task's loss as the forward pass of a module, which is where gradients are told to meet."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.model = task.model
+        self._loss = task.loss
+
+    def forward(self, batch: Any) -> tuple[Tensor, int]:
+        return self._loss(batch)
+
+
+def _distributed(task: Task) -> DistributedDataParallel:
+    """The task's loss, of which a backward pass leaves the mean of the workers' gradients on each.
+
+    All begin with the first one's weights. As parameters may be unused, those that are added up together stay the same
+    from the first step on: a resumed training adds in the same order.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of an argument that is to be called by another name
+        return DistributedDataParallel(_Loss(task), broadcast_buffers=False, find_unused_parameters=True)
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class _Buffers:
+    """A model's running statistics as they were before a step, which a step that is not taken must leave alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._own = list(model.buffers())
+        self._kept = [buffer.clone() for buffer in self._own]
+
+    def keep(self) -> None:
+        for kept, buffer in zip(self._kept, self._own, strict=True):
+            kept.copy_(buffer)
+
+    def restore(self, where: Tensor | None = None) -> None:
+        """Put back what was kept; with `where`, (), only if it is true, which the processor does not wait to know."""
+        for kept, buffer in zip(self._kept, self._own, strict=True):
+            buffer.copy_(kept if where is None else torch.where(where, kept, buffer))
+
+
+def _gradient(
+    task: Task, trainer: Trainer, batch: Any, buffers: _Buffers | None, loss_of: Callable[[Any], tuple[Tensor, int]]
+) -> tuple[Tensor, int]:
+    """Leave the gradient of a batch's mean loss in the parameters; returns that loss, and of how many examples it is.
+
+    Of several workers each returns its share of the loss, by `loss_of`, and is left with the gradient of the whole.
+
+    Where memory runs out and the recipe says `halve`, the batch is taken in twice as many parts, now and from now on,
+    as if the attempt had not been. Raises UserError where that is not wanted or does no good any more, and Lost where
+    several workers have to start again for it.
+    """
+    training, workers = task.recipe.training, task.runtime.workers
+    halving = training.on_oom == "halve"
+    before = random_state(task.runtime.device) if halving else {}
+    older = torch.zeros((), requires_grad=True) * 1
+    # Batch normalisation needs more than one example.
+    most = max(1, len(batch[0]) // 2)
+    if trainer.parts > 1:
+        most = -workers.greatest(-most)
+    while True:
+        parts = min(trainer.parts, most)
+        try:
+            return _summed(task, trainer, batch, parts, loss_of), task.count(batch)
+        except Exception as problem:
+            if not out_of_memory(problem):
+                raise
+            if not halving or parts == most:
+                raise _too_large(task, batch, parts) from problem
+            if workers.count > 1:  # the others wait for this one's gradient
+                workers.remember(_PARTS, str(min(2 * parts, most)))
+                raise Lost(f"is out of memory: a batch is taken in {2 * parts} parts from now on") from problem
+        # Out of reach of the exception, which holds on to all that was made on the way. So does torch, on a CPU, to
+        # what a backward pass that failed had still to do, until it comes to a node that is older.
+        older.backward()  # type: ignore[no-untyped-call]
+        older = torch.zeros((), requires_grad=True) * 1
+        release_memory(task.runtime.device)
+        assert buffers is not None
+        buffers.restore()
+        restore_random_state(before, task.runtime.device)
+        trainer.parts = 2 * parts
+
+
+def _summed(
+    task: Task, trainer: Trainer, batch: Any, parts: int, loss_of: Callable[[Any], tuple[Tensor, int]]
+) -> Tensor:
+    """Sum the gradient of a batch's mean loss over its parts; returns that loss, or this worker's share of it."""
+    trainer.optimiser.zero_grad(set_to_none=True)
+    losses = []
+    for index in range(parts):
+        part: Any = batch if parts == 1 else task.part(batch, index, parts)
+        total, _ = loss_of(part)
+        mean = total / task.count(batch)
+        # What comes back is the mean of the workers' gradients, of which there is to be the sum.
+        trainer.scaler.scale(mean * task.runtime.workers.count).backward()  # type: ignore[no-untyped-call]
+        losses.append(mean.detach())
+    return losses[0] if parts == 1 else torch.stack(losses).sum()
+
+
+def _too_large(task: Task, batch: Any, parts: int) -> UserError:
+    size = getattr(task.recipe.training, task.batch_key)
+    what = f"out of memory in a training step: `training.{task.batch_key}` is {size:,}"
+    lower = f"lower `--set training.{task.batch_key}=…`"
+    if task.recipe.training.on_oom == "halve":
+        return UserError(f"{what}, and taking a batch in {parts} parts is not enough", hint=f"{lower} or the model")
+    return UserError(what, hint=f"{lower}, or keep it in parts that fit: `--set training.on_oom=halve`")
+
+
 def check_finite(loss: Tensor, norm: Tensor, step: int, rate: float, *, scaled: bool = False) -> None:
     """Raise UserError where the loss, or a gradient that no scaler will mend, is NaN or infinite."""
     if not math.isfinite(loss.item()) or not (scaled or math.isfinite(norm.item())):
-        raise _diverged(f"the loss is not finite at step {step}", loss, norm, rate)
+        other = ", or leave such steps out: `--set training.on_nonfinite=skip`"
+        raise _diverged(f"the loss is not finite at step {step}", loss, norm, rate, other)
 
 
 def check_weights(model: nn.Module, loss: Tensor, norm: Tensor, step: int, rate: float) -> None:
@@ -149,8 +299,8 @@ def check_weights(model: nn.Module, loss: Tensor, norm: Tensor, step: int, rate:
         raise _diverged(f"the weights are not finite after step {step}", loss, norm, rate)
 
 
-def _diverged(what: str, loss: Tensor, norm: Tensor, rate: float) -> UserError:
+def _diverged(what: str, loss: Tensor, norm: Tensor, rate: float, other: str = "") -> UserError:
     return UserError(
         f"{what}: loss {loss.item():.4g}, learning rate {rate:.4g}, gradient norm {norm.item():.4g}",
-        hint="lower `--set optim.learning_rate=…` or set `--set optim.clip_norm=1.0`",
+        hint=f"lower `--set optim.learning_rate=…` or set `--set optim.clip_norm=1.0`{other}",
     )

@@ -19,8 +19,11 @@ class Muon(torch.optim.Optimizer):
     matrix to its momentum, times the rate. What normalises afterwards makes the scale of filters meaningless.
     torch.optim.Muon takes matrices alone, one by one; here filters of one shape go through the iteration together.
 
-    A group with `orthogonal` set holds filters, of at least two dimensions; the rate of a group is its `lr`.
+    A group with `orthogonal` set holds filters, of at least two dimensions; the rate of a group is its `lr`. A step is
+    left out where `found_inf` is not 0, as by torch's fused optimisers, though the processor waits for a GPU to say so.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, groups: list[dict[str, Any]], *, momentum: float) -> None:
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, "orthogonal": False})
@@ -28,6 +31,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # a loss is never evaluated twice here
         """One step by the gradients that are there; a parameter without one is left as it is."""
+        if self.found_inf is not None and self.found_inf.item():
+            return
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             gradients = [p.grad for p in parameters if p.grad is not None]
@@ -106,13 +111,18 @@ def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     ]
     match optim.name:
         case "sgd":
-            return torch.optim.SGD(
+            sgd = torch.optim.SGD(
                 groups,
                 lr=optim.learning_rate,
                 momentum=optim.momentum,
                 nesterov=optim.momentum > 0,
                 fused=True,
             )
+            if optim.momentum > 0:
+                # Left to the first step, it would be whatever lay in memory where that step is left out.
+                for p in parameters:
+                    sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            return sgd
         case "adamw":
             return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.momentum, 0.98), fused=True)
         case "muon":
@@ -139,12 +149,14 @@ class WeightAverage:
         self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take the model's weights after step `step`, counted from 1, in."""
-        decay = min(self._decay, (1 + step) / (10 + step))
+    def update(self, step: int, skipped: Tensor | None = None) -> None:
+        """Take the model's weights after step `step`, counted from 1, in; not where `skipped`, (), is true."""
+        share: float | Tensor = 1 - min(self._decay, (1 + step) / (10 + step))
+        if skipped is not None:
+            share = torch.where(skipped, 0.0, share)
         for name, value in self._model.state_dict().items():
             if value.is_floating_point():
-                self.weights[name].lerp_(value, 1 - decay)
+                self.weights[name].lerp_(value, share)
             else:
                 self.weights[name].copy_(value)
 

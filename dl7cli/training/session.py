@@ -5,8 +5,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +17,7 @@ from torch import Tensor
 from dl7cli import checkpoint, runs, tasks
 from dl7cli.checkpoint import Checkpoint, Progress
 from dl7cli.device import Runtime, peak_memory_bytes
+from dl7cli.distributed import Workers
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
 from dl7cli.recipe import Recipe
@@ -25,10 +26,14 @@ from dl7cli.tasks import Task
 from dl7cli.training import compilation
 from dl7cli.training.evaluation import note_reading, refuse_other_data, result_of
 from dl7cli.training.loop import Report, Trainer, check_finite, check_weights, fit, total_steps
+from dl7cli.training.saving import Saver, saving
+from dl7cli.training.sharing import build, share, share_recipe
 
 SECONDS_BETWEEN_STEP_EVENTS = 0.25
 STEPS_BETWEEN_RECORDS = 50
 STEPS_BEFORE_TIMING = 3
+_RUN = "run"
+"""What workers remember for those in their place: the folder."""
 
 
 class Plan(NamedTuple):
@@ -41,6 +46,7 @@ class Plan(NamedTuple):
     notes: list[str]
     parameters: int
     device: str
+    workers: int
     precision: str
     reason: str
     steps: int
@@ -93,43 +99,98 @@ class Interrupted(Exception):
 
 
 def train(
-    recipe: Recipe, *, out: Path | None = None, runtime: Runtime, offline: bool = False, listener: Listener
+    recipe: Recipe | None, *, out: Path | None = None, runtime: Runtime, offline: bool = False, listener: Listener
 ) -> dict[str, Any]:
     """Train a recipe in a new run folder and evaluate the best epoch; returns what `--json` prints.
 
-    Raises UserError for anything a user can put right, before the run folder is made where possible, and Interrupted
-    after a SIGINT or SIGTERM, when the run can be resumed.
+    Of several workers each calls this, but only what the first is given counts, and only it returns anything; those
+    that were started in the place of others go on with the run of these. Raises UserError for anything a user can put
+    right, before the run folder is made where possible, and Interrupted after a SIGINT or SIGTERM, when the run can be
+    resumed; workers but the first then just return.
     """
     begin = time.monotonic()
-    if out is not None:
+    workers = runtime.workers
+    started = workers.shared(workers.recall(_RUN))
+    if started is not None:
+        return resume(started, runtime=runtime, offline=offline, listener=listener)
+    if out is not None and workers.first:
         runs.refuse_occupied(out)
-    task = tasks.build(recipe, runtime=runtime, offline=offline, progress=listener.progress)
+    task = build(share_recipe(recipe, workers), None, runtime=runtime, offline=offline, progress=listener.progress)
     steps = total_steps(task)
-    run = runs.create(recipe, recipe.name, out)
+    trainer = Trainer.of(task)
+    if not workers.first:
+        return _follow(task, trainer, Progress(), listener)
+    run = runs.create(task.recipe, task.recipe.name, out)
     with runs.lock(run):
-        trainer = Trainer.of(task)
-        _save(run.last, task, trainer.tensors(runtime.device), Progress(), {})
+        saver = Saver(run, task)
+        saver.save(trainer, Progress(), {})
+        saver.wait()
+        workers.remember(_RUN, str(run.folder.absolute()))
         return _run(run, task, trainer, _Watch(task, steps, Progress(), {}), {}, listener, begin)
 
 
-def resume(run: str, *, runtime: Runtime, offline: bool = False, listener: Listener) -> dict[str, Any]:
-    """Go on with an interrupted run from its last checkpoint; raises as `train`."""
+def resume(run: str | None, *, runtime: Runtime, offline: bool = False, listener: Listener) -> dict[str, Any]:
+    """Go on with an interrupted run from its last checkpoint, on any number of workers; as `train` otherwise."""
     begin = time.monotonic()
-    found, _ = runs.find(run)
-    with runs.lock(found):
-        saved = checkpoint.load(found.last, training=True)
-        if not saved.training:
-            raise UserError(f"checkpoint `{found.last}` is one to use, not to go on from", hint="train anew instead")
-        if saved.progress.epoch >= saved.recipe.training.epochs and (found.folder / "result.json").exists():
-            raise UserError(f"run `{found.folder}` is finished", hint=f"`dl7 eval {found.folder}` evaluates it")
-        task = tasks.build(saved.recipe, saved.assets, runtime=runtime, offline=offline, progress=listener.progress)
+    workers = runtime.workers
+    with ExitStack() as stack:
+        found, saved = None, None
+        if workers.first:
+            found, _ = runs.find(run)
+            killed = stack.enter_context(runs.lock(found))
+            if killed is not None:
+                how = f"was left by process {killed}, which no longer holds it: going on from its last checkpoint"
+                listener.note(f"run {found.folder} {how}")
+            saved = _last(found)
+        saved = share(saved, workers)
+        task = build(saved.recipe, saved.assets, runtime=runtime, offline=offline, progress=listener.progress)
         refuse_other_data(task, saved.assets, "resuming")
         tasks.restore(task, saved)
         trainer = Trainer.of(task)
         trainer.restore(saved.training, runtime.device)
+        if found is None:
+            return _follow(task, trainer, saved.progress, listener)
+        workers.remember(_RUN, str(found.folder.absolute()))
         runs.trim_metrics(found, saved.progress.step, saved.progress.epoch)
-        watch = _Watch(task, total_steps(task), saved.progress, saved.training)
+        progress = saved.progress
+        if runs.holds(found.best):
+            # Killed between the two: the epoch of `best` is trained again, and on a GPU need not be as good again.
+            best = checkpoint.load(found.best).progress
+            if best.epoch > progress.epoch:
+                progress = progress._replace(best=best.best, best_epoch=best.best_epoch)
+        watch = _Watch(task, total_steps(task), progress, saved.training)
         return _run(found, task, trainer, watch, saved.scores, listener, begin)
+
+
+def _last(run: Run) -> Checkpoint:
+    """What a run goes on from."""
+    saved = checkpoint.load(run.last, training=True)
+    if not saved.training:
+        raise UserError(f"checkpoint `{run.last}` is one to use, not to go on from", hint="train anew instead")
+    if saved.progress.epoch >= saved.recipe.training.epochs and (run.folder / "result.json").exists():
+        raise UserError(f"run `{run.folder}` is finished", hint=f"`dl7 eval {run.folder}` evaluates it")
+    return saved
+
+
+def _follow(task: Task, trainer: Trainer, start: Progress, listener: Listener) -> dict[str, Any]:
+    """What workers do besides the first: the same steps and evaluations as `_run`, and nothing that lasts."""
+    workers = task.runtime.workers
+    if workers.shared(None) and start.epoch < task.recipe.training.epochs:
+        compilation.prepare(task, listener.note)
+    with _signals(workers) as stopping:
+        for _ in fit(task, trainer, start=start):
+            if stopping():
+                return {}
+        if stopping():
+            return {}
+    workers.copy_first(task.model.state_dict().values())
+    task.evaluate(_last_split(task))
+    return {}
+
+
+def _last_split(task: Task) -> str:
+    """What is evaluated when all is trained."""
+    return "test" if "test" in task.splits() else "validation"
 
 
 def _run(
@@ -142,13 +203,15 @@ def _run(
     begin: float,
 ) -> dict[str, Any]:
     recipe, runtime, start = task.recipe, task.runtime, watch.start
+    workers, skipping = runtime.workers, recipe.training.on_nonfinite == "skip"
     before = runs.environment(run)
     # As it began, so it goes on: the bits depend on it.
-    compiled = before.get("compiled", False) if before else compilation.wanted(task)
+    compiled = workers.shared(before.get("compiled", False) if before else compilation.wanted(task))
     runs.write_environment(
         run,
         {
             "device": runtime.device_name,
+            "workers": workers.count,
             "precision": runtime.precision,
             "compiled": compiled,
             "resumed_step": start.step,
@@ -163,6 +226,7 @@ def _run(
             notes=task.notes,
             parameters=task.parameters,
             device=runtime.device_name,
+            workers=runtime.workers.count,
             precision=runtime.precision,
             reason=runtime.reason,
             steps=watch.steps,
@@ -177,52 +241,55 @@ def _run(
     watch.go_on()
     progress = start
     saved_at = time.monotonic()
-    with _signals() as received:
+    parts, skipped = trainer.parts, int(trainer.skipped)
+    with saving(run, task, listener.note) as saver, _signals(workers) as stopping:
         for report in fit(task, trainer, start=start):
             watch.see(report)
             progress = report.progress._replace(seconds=start.seconds + watch.seconds)
-            stopping = bool(received)
+            closed, stop = report.scores is not None, stopping()
             due = time.monotonic() - saved_at > 60 * recipe.training.checkpoint_minutes
-            recorded = report.scores is not None or progress.step % STEPS_BETWEEN_RECORDS == 0
+            recorded = closed or progress.step % STEPS_BETWEEN_RECORDS == 0
             told = report.loss, report.gradient_norm, progress.step, report.learning_rate
-            if recorded or due or stopping:
-                check_finite(*told, scaled=True)
+            if trainer.parts > parts:
+                parts = trainer.parts
+                listener.note(f"out of memory at step {progress.step:,}: a batch is now taken in {parts} parts")
+            if recorded or due or stop:
+                if not skipping:
+                    check_finite(*told, scaled=True)
+                elif trainer.skipped > skipped:
+                    skipped = int(trainer.skipped)
+                    listener.note(f"{skipped:,} of {progress.step:,} steps left out: not finite")
+            if recorded:
+                record = watch.record(report)
+                if skipping:
+                    record["skipped_steps"] = skipped
+                if report.scores is not None:
+                    scores = report.scores.values
+                    record |= {"primary": report.scores.primary, "scores": scores}
+                    record["seconds"] = round(progress.seconds, 3)
+                runs.append_metrics(run, record)
+            best = False
             if report.scores is not None:
-                scores = report.scores.values
-                best = progress.best_epoch == progress.epoch
-                if best:
-                    _save(run.best, task, {}, progress, scores, trainer.weights(task))
-                if recipe.training.keep_last:
-                    _save(run.epoch(progress.epoch), task, {}, progress, scores, trainer.weights(task))
-                    for number, folder in runs.epochs(run, torn=True).items():
-                        if number <= progress.epoch - recipe.training.keep_last:
-                            checkpoint.remove(folder)
-                runs.append_metrics(
-                    run,
-                    {
-                        **watch.record(report),
-                        "primary": report.scores.primary,
-                        "scores": scores,
-                        "seconds": round(progress.seconds, 3),
-                    },
-                )
+                best = (progress.best, progress.best_epoch) == (report.scores.score, progress.epoch)
                 listener.epoch(Epoch(progress.epoch, report.scores, "validation", best, progress.seconds))
-            elif recorded:
-                runs.append_metrics(run, watch.record(report))
-            if report.scores is not None or due or stopping:
+            if closed or due or stop:
                 check_weights(task.model, *told)
-                training = {**trainer.tensors(runtime.device), **watch.tensors()}
-                _save(run.last, task, training, progress, scores)
+                saver.save(trainer, progress, scores, watched=watch.tensors(), closed=closed, best=best)
                 saved_at = time.monotonic()
-            if stopping:
-                raise Interrupted(run.folder, received[0])
+            saver.check()
+            if stop:
+                saver.wait()
+                raise Interrupted(run.folder, stop)
             if watch.due():
                 listener.step(watch.step(report))
             watch.go_on()
-        if received:
-            raise Interrupted(run.folder, received[0])
+        saver.wait()
+        stop = stopping()
+        if stop:
+            raise Interrupted(run.folder, stop)
     tasks.restore(task, checkpoint.load(run.best))
-    split = "test" if "test" in task.splits() else "validation"
+    workers.copy_first(task.model.state_dict().values())
+    split = _last_split(task)
     result = result_of(run, task, split, task.evaluate(split), time.monotonic() - begin)
     result |= {
         "steps": progress.step,
@@ -234,31 +301,11 @@ def _run(
         "rate": round(watch.rate, 1),
         "peak_memory_bytes": peak_memory_bytes(runtime.device),
     }
+    if skipping:
+        result["skipped_steps"] = skipped
     note_reading(run, result)
     runs.write_result(run, result)
     return result
-
-
-def _save(
-    folder: Path,
-    task: Task,
-    training: dict[str, Tensor],
-    progress: Progress,
-    scores: dict[str, float],
-    weights: dict[str, Tensor] | None = None,
-) -> None:
-    """Write a checkpoint, of the model's own weights if no other are given; without `training`, one to use alone."""
-    checkpoint.save(
-        folder,
-        Checkpoint(
-            recipe=task.recipe,
-            assets={**task.assets, "training_examples": task.splits()["train"], "data_digest": task.digest},
-            weights=task.model.state_dict() if weights is None else weights,
-            training=training,
-            progress=progress,
-            scores=scores,
-        ),
-    )
 
 
 class _Watch:
@@ -306,12 +353,14 @@ class _Watch:
 
     def record(self, report: Report) -> dict[str, Any]:
         """A line for `metrics.jsonl`, with the mean loss since the one before."""
-        losses, self._losses = self._losses or [self._loss], []
+        losses = [value for loss in self._losses or [self._loss] if math.isfinite(value := loss.item())]
+        self._losses = []
         norm = self._norm.item()
         return {
             "step": report.progress.step,
             "epoch": report.progress.epoch,
-            "loss": sum(loss.item() for loss in losses) / len(losses),
+            # Of steps that were not left out; there may be none.
+            "loss": sum(losses) / len(losses) if losses else None,
             "learning_rate": report.learning_rate,
             # In fp16 a gradient may overflow: that step is left out and the scale of the next ones lowered.
             "gradient_norm": norm if math.isfinite(norm) else None,
@@ -346,25 +395,37 @@ class _Watch:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of stopping at once; a second one does stop at once."""
+def _signals(workers: Workers) -> Iterator[Callable[[], int]]:
+    """Collect SIGINT and SIGTERM instead of stopping at once; a second one does stop at once.
+
+    Gives a function that all workers call after the same steps, and that tells all of them which signal one of them has
+    got, or 0. A worker whose launcher has gone stops, too.
+    """
     received: list[int] = []
+    launcher = os.getppid()
 
     def receive(number: int, frame: FrameType | None) -> None:
         if received:
             # Unwinds, so that the terminal is left as it was found; a checkpoint half-written does no harm.
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         received.append(number)
+        if workers.count > 1:  # the launcher says it, and it may be the one to stop them
+            return
         # Not by print, which may be what the signal has interrupted. Ctrl-C ends what reads a pipe, such as tee, too.
         with suppress(OSError):
             os.write(2, b"\nstopping after this step; once more stops at once\n")
 
+    def stopping() -> int:
+        if workers.count > 1 and os.getppid() != launcher:
+            received.append(signal.SIGTERM)
+        return workers.greatest(received[0] if received else 0)
+
     if threading.current_thread() is not threading.main_thread():
-        yield received
+        yield stopping
         return
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield stopping
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

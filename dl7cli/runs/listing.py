@@ -1,0 +1,78 @@
+"""What the files of a run folder say of the run, in a line."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from dl7cli.errors import UserError
+from dl7cli.runs.folder import Run, all_runs, file_time, is_locked, read_recipe, usable
+from dl7cli.runs.records import RESULT, evaluations, metrics, read_document
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One line of `dl7 runs list`; None where the run's files do not say."""
+
+    name: str
+    recipe: str | None
+    task: str | None
+    data: str | None
+    state: str
+    """`training`; `finished`; `interrupted`: there is a checkpoint to go on from; `empty`: there is none."""
+    epochs: int
+    """Epochs finished."""
+    primary: str | None
+    """Which score the next one is, such as `accuracy` (a fraction) or `bleu` (0 to 100)."""
+    best: float | None
+    """The best on the validation split."""
+    test: float | None
+    """On the test split, at the end of training."""
+    test_primary: str | None
+    """Which score that is: a run may be chosen by another than it is judged by."""
+    evaluation: dict[str, Any] | None
+    """The newest record of `append_evaluation`."""
+
+
+def listing() -> list[Summary]:
+    """What the files of each run under `runs/` say, the oldest run first; damaged files count as missing."""
+    return [_summary(run) for run in sorted(all_runs(), key=lambda run: (file_time(run.recipe_file), run.name))]
+
+
+def _summary(run: Run) -> Summary:
+    try:
+        recipe = read_recipe(run)
+    except UserError:
+        recipe = None
+    closed = [record for record in metrics(run) if isinstance(record.get("scores"), dict)]
+    result = read_document(run.folder / RESULT)
+    named = (record.get("primary") for record in [*closed, result or {}])
+    primary = next((name for name in named if isinstance(name, str)), None)
+    scores = [value for record in closed if (value := _score(record, primary)) is not None]
+    tested = result if result and result.get("split") == "test" else {}
+    test_primary = name if isinstance(name := tested.get("primary"), str) else None
+    return Summary(
+        name=run.name,
+        recipe=recipe.name if recipe else None,
+        task=recipe.task if recipe else None,
+        data=recipe.data.source if recipe else None,
+        state=_state(run, finished=result is not None),
+        epochs=max((epoch for record in closed if isinstance(epoch := record.get("epoch"), int)), default=0),
+        primary=primary,
+        best=max(scores, default=None),
+        test=_score(tested, test_primary),
+        test_primary=test_primary,
+        evaluation=next(reversed(evaluations(run)), None),
+    )
+
+
+def _score(record: dict[str, Any], primary: str | None) -> float | None:
+    scores = record.get("scores")
+    value = scores.get(primary) if isinstance(scores, dict) else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _state(run: Run, *, finished: bool) -> str:
+    if is_locked(run):
+        return "training"
+    if finished:
+        return "finished"
+    return "empty" if usable(run) is None else "interrupted"

@@ -1,0 +1,199 @@
+"""The small files that a training and its evaluations leave in a run folder."""
+
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dl7cli import __version__, files
+from dl7cli.errors import UserError
+from dl7cli.runs.folder import Run, cannot_write, reason
+
+RESULT = "result.json"
+_ENVIRONMENT = "environment.json"
+_METRICS = "metrics.jsonl"
+_EVALUATIONS = "evaluations.jsonl"
+_PACKAGES = ("torch", "numpy", "datasets", "sacrebleu", "sentencepiece", "safetensors", "pydantic", "typer")
+
+
+def append_metrics(run: Run, record: dict[str, Any]) -> None:
+    """Add a line to `metrics.jsonl`: `step`, `epoch` and whatever was measured.
+
+    A record with `scores` (and `primary`, the one of them that counts) closes an epoch, and its `epoch` is
+    how many are finished. Raises UserError where it cannot be written and ValueError for NaN or infinity.
+    """
+    _append(run.folder / _METRICS, record)
+
+
+def metrics(run: Run) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl` in order; lines torn by a kill are left out."""
+    return _records(run.folder / _METRICS)
+
+
+def trim_metrics(run: Run, step: int, epochs: int) -> None:
+    """Drop the records after optimiser step `step` and `epochs` finished epochs, from which a run is resumed.
+
+    They will be made again. The end of an epoch has the step of its last batch, so that the step alone does not tell.
+    """
+    kept = [
+        record
+        for record in metrics(run)
+        if record.get("step", 0) <= step and not ("scores" in record and record.get("epoch", 0) > epochs)
+    ]
+    if (run.folder / _METRICS).exists():
+        _replace(run.folder / _METRICS, b"".join(map(_line, kept)))
+
+
+def append_evaluation(run: Run, record: dict[str, Any]) -> None:
+    """Add a line to `evaluations.jsonl`: the record after the time in UTC. Raises as `append_metrics`."""
+    _append(run.folder / _EVALUATIONS, {"time": _now(), **record})
+
+
+def refuse_unwritable(run: Run) -> None:
+    """Raise UserError where `append_evaluation` would, so that no score is seen that could not be noted."""
+    path = run.folder / _EVALUATIONS
+    try:
+        if os.path.lexists(path):
+            with path.open("ab"):
+                return
+        # Not made and removed again: another process may be about to write its own reading.
+        if not os.access(run.folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        hint = "each reading of a split is noted there: make it writable, or evaluate a copy of the run folder"
+        raise UserError(f"cannot write `{path}`: {reason(error)}", hint) from error
+
+
+def evaluations(run: Run) -> list[dict[str, Any]]:
+    """The records of `evaluations.jsonl`, the oldest first."""
+    return _records(run.folder / _EVALUATIONS)
+
+
+def write_result(run: Run, record: dict[str, Any]) -> None:
+    """Write `result.json`, which marks the run as finished. Raises as `append_metrics`."""
+    _replace(run.folder / RESULT, _pretty(record))
+
+
+def write_environment(run: Run, extra: dict[str, Any]) -> None:
+    """Write `environment.json`: versions, machine and command line, and `extra` (device, precision …).
+
+    Where the run was resumed, what was there before is kept under `earlier`, the oldest first.
+    """
+    document: dict[str, Any] = {
+        "started": _now(),
+        "command": sys.argv,
+        "dl7": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        **extra,
+    }
+    before = read_document(run.folder / _ENVIRONMENT)
+    if before is not None:
+        document["earlier"] = [*before.pop("earlier", []), before]
+    _replace(run.folder / _ENVIRONMENT, _pretty(document))
+
+
+def amend_environment(run: Run, changes: dict[str, Any]) -> None:
+    """Change entries of `environment.json` that have turned out otherwise since it was written."""
+    _replace(run.folder / _ENVIRONMENT, _pretty({**environment(run), **changes}))
+
+
+def environment(run: Run) -> dict[str, Any]:
+    """What `write_environment` wrote last; empty where it never did. Raises UserError where that is damaged."""
+    path = run.folder / _ENVIRONMENT
+    found = read_document(path)
+    if found is None and os.path.lexists(path):
+        hint = "it says what the run began with: put back a copy, or remove it and give `--precision` yourself"
+        raise UserError(f"`{path}` is damaged", hint)
+    return found or {}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, allow_nan=False) + "\n").encode()
+
+
+def _pretty(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, allow_nan=False, indent=2) + "\n").encode()
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    line = _line(record)
+    try:
+        if _torn(path):
+            line = b"\n" + line
+        with path.open("ab") as file:  # appended by one call: the lines of two processes do not mix
+            file.write(line)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _torn(path: Path) -> bool:
+    """Whether the last line of a file has no end."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            return file.read() not in (b"", b"\n")
+    except FileNotFoundError:
+        return False
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"`{path}` cannot be read: {reason(error)}") from error
+    return [record for line in lines if (record := _parsed(line)) is not None]
+
+
+def read_document(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is none."""
+    try:
+        return _parsed(path.read_bytes())
+    except OSError:
+        return None
+
+
+def _parsed(content: bytes) -> dict[str, Any] | None:
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    try:
+        with files.replacing(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise cannot_write(path, error) from error

@@ -1,0 +1,59 @@
+"""What the first of several workers has read, on all of them: the others need neither its files nor its run folder."""
+
+from typing import Any
+
+from dl7cli import tasks
+from dl7cli.checkpoint import Checkpoint, Progress
+from dl7cli.data.sources import Progress as ProgressCall
+from dl7cli.device import Runtime
+from dl7cli.distributed import Workers
+from dl7cli.errors import UserError
+from dl7cli.recipe import Recipe, from_document, to_document
+from dl7cli.tasks import Task
+
+
+def share_recipe(recipe: Recipe | None, workers: Workers) -> Recipe:
+    """The recipe that the first worker gives."""
+    if workers.count > 1:
+        document = workers.shared(to_document(recipe) if recipe is not None else None)
+        return from_document(document, origin="the recipe")
+    assert recipe is not None
+    return recipe
+
+
+def build(
+    recipe: Recipe, assets: dict[str, Any] | None, *, runtime: Runtime, offline: bool, progress: ProgressCall
+) -> Task:
+    """The task, on all workers with the first one's assets. Raises UserError where they have not the same data."""
+    workers = runtime.workers
+    task = None
+    if workers.first:
+        task = tasks.build(recipe, assets, runtime=runtime, offline=offline, progress=progress)
+    assets = workers.shared(task.assets if task is not None else None)
+    if task is None:
+        task = tasks.build(recipe, assets, runtime=runtime, offline=offline, progress=progress)
+    # Made of data that only the first has read, perhaps.
+    workers.copy_first(task.model.state_dict().values())
+    digests = workers.gathered(task.digest) if workers.count > 1 else []
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        raise UserError(
+            f"`{task.data_name}` is not the same on workers 0 and {other}", hint="give every node a copy of the same"
+        )
+    return task
+
+
+def share(saved: Checkpoint | None, workers: Workers) -> Checkpoint:
+    """The checkpoint that the first worker has read."""
+    if workers.count == 1:
+        assert saved is not None
+        return saved
+    plain = None
+    if saved is not None:
+        plain = [to_document(saved.recipe), saved.assets, saved.progress, saved.scores]
+    recipe, assets, progress, scores = workers.shared(plain)
+    weights = workers.shared_tensors(saved.weights if saved is not None else {})
+    training = workers.shared_tensors(saved.training if saved is not None else {})
+    return Checkpoint(
+        from_document(recipe, origin="the recipe"), assets, weights, training, Progress(*progress), scores
+    )

@@ -1,0 +1,275 @@
+"""Starting one worker for each device through torch's elastic engine, and what is done when one fails.
+
+Each worker is this command once more, as under `torchrun`; its place is in its environment. The first inherits standard
+output and error, what the others print is shown only where one of them fails by itself.
+"""
+
+import fcntl
+import logging
+import os
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed import DistError, Store  # type: ignore[attr-defined]
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousHandler,
+    RendezvousParameters,
+    RendezvousTimeoutError,
+)
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from dl7cli.cluster import ATTEMPT, LOSING, LOST, MEMORY, NODE_RANK, Nodes
+from dl7cli.errors import UserError
+
+RESTARTS = 3
+"""How often all workers start again from the last checkpoint after one was killed or lost the others."""
+
+_INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+_ADDRESS_OF_INTERFACE = 0x8915  # SIOCGIFADDR
+_SECONDS_TO_BE_SEEN = 5
+"""In which the end of a worker is noticed, on a busy machine."""
+_SECONDS_TO_LEAVE = 10.0
+"""That nodes wait for each other at the end."""
+
+
+def launch(arguments: Sequence[str], workers: int, *, nodes: Nodes, timeout: float, note: Callable[[str], None]) -> int:
+    """Run `dl7` with these arguments in so many workers on this node and wait for them; returns the exit code.
+
+    A worker that is killed, or loses the others, makes all start again, `RESTARTS` times at most; one that fails by
+    itself ends them all, and `note` is told what it has printed. A SIGINT or SIGTERM is handed on to the workers, which
+    agree on where to stop; a second one kills them. Raises UserError where the nodes do not meet within `timeout`
+    seconds, or no longer.
+    """
+    log = logging.getLogger("torch.distributed.elastic")
+    log.propagate = False  # what matters of it is told here
+    log.addHandler(logging.NullHandler())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // workers)))
+    os.environ[NODE_RANK] = str(nodes.rank)
+    address = _own_address(nodes.rendezvous)
+    if nodes.count > 1 and (interface := _interface(address)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    parameters = RendezvousParameters(
+        backend="c10d",
+        endpoint=nodes.rendezvous,
+        run_id="dl7",
+        min_nodes=nodes.count,
+        max_nodes=nodes.count,
+        local_addr=address,
+        is_host=nodes.rank == 0,
+        join_timeout=round(timeout),
+        read_timeout=round(timeout),
+    )
+    with tempfile.TemporaryDirectory(prefix="dl7-workers-") as folder, ExitStack() as stack:
+        os.environ[MEMORY] = str(Path(folder, "memory"))
+        os.mkdir(os.environ[MEMORY])
+        try:
+            meeting = get_rendezvous_handler(parameters)
+            stack.callback(meeting.shutdown)
+            agent = _Agent(arguments, workers, nodes, meeting, Path(folder), note)
+            agent.listen()
+            result = agent.run()
+        except SignalException as stop:
+            return 128 + stop.sigval
+        except RendezvousClosedError:
+            raise UserError("another node has ended the training", hint="what it says there is the reason") from None
+        except (RendezvousError, DistError) as problem:
+            raise UserError(
+                f"the {nodes.count} nodes do not meet, or no longer, at `{nodes.rendezvous}`: {_said(problem)}",
+                hint="start the same command on each of them, with a `--node-rank` of its own",
+            ) from None
+        return agent.exit_code(result)
+
+
+class _Agent(LocalElasticAgent):
+    """Torch's agent of a node, but that it knows which failures another attempt can mend, and passes signals on."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        workers: int,
+        nodes: Nodes,
+        meeting: RendezvousHandler,
+        folder: Path,
+        note: Callable[[str], None],
+    ) -> None:
+        spec = WorkerSpec(
+            role="worker",
+            local_world_size=workers,
+            entrypoint=sys.executable,
+            args=("-m", "dl7cli", *arguments),
+            rdzv_handler=meeting,
+            max_restarts=RESTARTS,
+            monitor_interval=0.1,
+        )
+        hidden = {rank: Std.ALL for rank in range(workers) if (nodes.rank, rank) != (0, 0)}
+        logs = DefaultLogsSpecs(log_dir=str(folder), redirects=hidden)
+        super().__init__(spec, logs, exit_barrier_timeout=_SECONDS_TO_LEAVE)
+        self._first = nodes.rank * workers
+        self._folder = folder
+        self._note = note
+        self._processes: list[int] = []
+        self._signal = 0
+        self._attempt = 0
+        self._master = "", ""
+
+    def _assign_worker_ranks(self, store: Store, group_rank: int, *rest: Any) -> list[Worker]:
+        # Torch says it at the first meeting alone, and a node that comes later waits for it.
+        if group_rank == 0 and not store.check(["MASTER_ADDR"]):
+            address, port = self._master
+            store.set("MASTER_ADDR", address)
+            store.set("MASTER_PORT", port)
+        workers: list[Worker] = super()._assign_worker_ranks(store, group_rank, *rest)
+        return workers
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
+        # The store is of this meeting of the nodes alone, so that all of them find the same there: not the place of a
+        # meeting before, which torch may still have, and a name of their own.
+        store = worker_group.store
+        assert store is not None
+        self._master = str(worker_group.master_addr), str(worker_group.master_port)
+        worker_group.master_addr = store.get("MASTER_ADDR").decode()
+        worker_group.master_port = int(store.get("MASTER_PORT"))
+        os.environ[ATTEMPT] = store.compare_set("dl7/attempt", "", str(uuid.uuid4())).decode()
+        self._attempt += 1
+        started: dict[int, int] = super()._start_workers(worker_group)
+        self._processes = list(started.values())
+        self.listen()  # torch does now, too
+        if self._signal:
+            self._pass_on(self._signal)
+        return started
+
+    def listen(self) -> None:
+        """Take the signals that stop a training."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._processes:
+            raise SystemExit(128 + number)
+        if self._signal:
+            self._pass_on(signal.SIGKILL)
+            return
+        self._signal = number
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
+        self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
+        for process in self._processes:
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result: RunResult = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            self._processes = []
+            failures = list(result.failures.values())
+            if self._signal or not _can_be_mended(failures):
+                self._remaining_restarts = 0
+            elif self._remaining_restarts:
+                done = RESTARTS - self._remaining_restarts + 1
+                again = f"all start again from the last checkpoint ({done} of {RESTARTS} times)"
+                self._note(f"{self._reason(failures)}; {again}")
+        return result
+
+    def exit_code(self, result: RunResult | None) -> int:
+        """Of the launcher; tells what a worker has printed that has failed by itself."""
+        if self._signal:
+            return 128 + self._signal
+        if result is None or not result.is_failed():
+            return 0
+        failures = list(result.failures.values())
+        own = [failure for failure in failures if failure.exitcode > 0 and not _is_consequence(failure)]
+        if own:
+            shown = [self._printed(failure.local_rank) for failure in own]
+            if None not in shown:  # else the first worker's, which is the same or has been there before
+                self._note(str(shown[0]))
+            return own[0].exitcode
+        stopped = [failure.exitcode for failure in failures if failure.exitcode in _INTERRUPTED]
+        if stopped and not any(_is_lost(failure) for failure in failures):
+            return stopped[0]
+        raise UserError(self._reason(failures), hint="`dl7 train --resume RUN` goes on from the last checkpoint")
+
+    def _reason(self, failures: Sequence[ProcessFailure]) -> str:
+        """What has happened to the worker that was the first to fail."""
+        lost = [failure for failure in failures if failure.exitcode == LOST]
+        killed = [failure for failure in failures if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM]
+        # Well after another has left, it is the agent that kills one that does not leave.
+        if killed and not any(killed[0].timestamp - one.timestamp > _SECONDS_TO_BE_SEEN for one in lost):
+            name = signal.Signals(-killed[0].exitcode).name
+            return f"worker {self._first + killed[0].local_rank} was ended by {name}"
+        first = next((one for one in lost if not one.message.startswith(LOSING)), (lost or list(failures))[0])
+        return f"worker {self._first + first.local_rank} {first.message}"
+
+    def _printed(self, local_rank: int) -> str | None:
+        """What a worker has left on standard error in this attempt; None where it went to this process's own."""
+        pattern = f"*/attempt_{self._attempt - 1}/{local_rank}/stderr.log"
+        files = sorted(self._folder.glob(pattern))
+        if not files:
+            return None
+        text = files[-1].read_text(encoding="utf-8", errors="replace").strip()
+        return f"worker {self._first + local_rank}:\n{text}"
+
+
+def _can_be_mended(failures: Sequence[ProcessFailure]) -> bool:
+    """Whether workers were killed or lost one another, and none failed by itself or was asked to stop."""
+    return any(map(_is_lost, failures)) and all(map(_is_consequence, failures))
+
+
+def _is_lost(failure: ProcessFailure) -> bool:
+    return failure.exitcode < 0 or failure.exitcode == LOST
+
+
+def _is_consequence(failure: ProcessFailure) -> bool:
+    """Whether it may be of another worker's end, at which the agent stops the rest."""
+    return _is_lost(failure) or failure.exitcode in _INTERRUPTED
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _said(problem: Exception) -> str:
+    """What torch says, or that it has waited in vain."""
+    return (
+        "not all are there in time"
+        if isinstance(problem, RendezvousTimeoutError)
+        else str(problem.__cause__ or problem)
+    )
+
+
+def _own_address(rendezvous: str) -> str:
+    """This node's address as seen from where the nodes meet: a host's name often stands for a loopback address."""
+    host, _, port = rendezvous.rpartition(":")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port) or 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # nothing is sent
+            return str(probe.getsockname()[0])
+    except OSError as problem:
+        raise UserError(f"the host of `--rendezvous {rendezvous}` is not to be found: {problem}") from None
+
+
+def _interface(address: str) -> str | None:
+    """The network interface with this address; None where the system is not Linux or the address not of IPv4."""
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            answer = fcntl.ioctl(probe, _ADDRESS_OF_INTERFACE, struct.pack("256s", name.encode()))
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

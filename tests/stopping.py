@@ -1,0 +1,75 @@
+"""Trainings that stop themselves, and whether two runs are the same."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from running import Silent
+from torch import Tensor
+
+from dl7cli import checkpoint, runs, training
+from dl7cli.device import Runtime
+from dl7cli.runs import Run
+
+CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
+
+
+class Stopping(Silent):
+    """Asks its own process to stop at the `call`-th step it is told of, so that the next report is the last."""
+
+    def __init__(self, number: int = signal.SIGTERM, call: int = 1) -> None:
+        self.number = number
+        self.calls_left = call
+
+    def step(self, step: training.Step) -> None:
+        self.calls_left -= 1
+        if self.calls_left == 0:
+            os.kill(os.getpid(), self.number)
+
+
+def until_stopped(action: Callable[[], Any]) -> bool:
+    """Whether a signal stopped the training."""
+    try:
+        action()
+    except training.Interrupted:
+        return True
+    return False
+
+
+def assert_same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """The same names and the same bits."""
+    assert one.keys() == other.keys()
+    differing = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not differing
+
+
+def assert_same_run(one: Run, other: Run) -> None:
+    """The same weights, optimiser, random states, scores, records and result; only times may differ."""
+    for name in ("last", "best"):
+        first = checkpoint.load(one.folder / name, training=True)
+        second = checkpoint.load(other.folder / name, training=True)
+        assert_same_tensors(first.weights, second.weights)
+        assert_same_tensors(first.training, second.training)
+        assert first.progress._replace(seconds=0) == second.progress._replace(seconds=0)
+        assert (first.scores, first.assets, first.recipe) == (second.scores, second.assets, second.recipe)
+    assert timeless(*runs.metrics(one)) == timeless(*runs.metrics(other))
+    assert timeless(*runs.evaluations(one)) == timeless(*runs.evaluations(other))
+    assert timeless(result(one)) == timeless(result(other))
+
+
+def timeless(*records: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records without what depends on the clock, the machine's memory and the folder."""
+    varying = ("time", "seconds", "training_seconds", "rate", "peak_memory_bytes", "run")
+    return [{key: value for key, value in record.items() if key not in varying} for record in records]
+
+
+def result(run: Run) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((run.folder / "result.json").read_text())
+    return document
+
+
+def resume(run: Run) -> dict[str, Any]:
+    return training.resume(str(run.folder), runtime=CPU, listener=Silent())

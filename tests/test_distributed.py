@@ -1,0 +1,383 @@
+"""Several workers: the same training as one process, and what becomes of it when one of them fails."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from subprocess import PIPE
+
+import pytest
+import torch
+from running import ENVIRONMENT, dl7, succeed
+from torch import Tensor
+
+from dl7cli import checkpoint, runs
+from dl7cli.checkpoint import Checkpoint
+from dl7cli.runs import Run
+
+SECONDS = 240
+"""In which anything here is over, however busy the machine."""
+WORKERS = ("--device", "cpu", "--precision", "fp32", "--workers", "2", "--timeout", "60")
+ALONE = ("--device", "cpu", "--precision", "fp32")
+
+
+class Ended:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@contextmanager
+def started(*arguments: str, cwd: Path, **environment: str) -> Iterator["subprocess.Popen[str]"]:
+    """`dl7` in a process of its own, which with all it has started is gone at the end."""
+    command = [sys.executable, "-m", "dl7cli", *arguments]
+    process = subprocess.Popen(
+        command, cwd=cwd, stdout=PIPE, stderr=PIPE, text=True, env={**ENVIRONMENT, **environment}
+    )
+    try:
+        yield process
+    finally:
+        for child in [*workers_of(process.pid), process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        process.communicate()
+
+
+def ended(process: "subprocess.Popen[str]") -> Ended:
+    out, err = process.communicate(timeout=SECONDS)
+    return Ended(process.returncode, out, err)
+
+
+def together(*arguments: str, cwd: Path, **environment: str) -> Ended:
+    """Run `dl7` in a process of its own, to a good end."""
+    with started(*arguments, cwd=cwd, **environment) as process:
+        result = ended(process)
+    assert result.code == 0, result.err
+    return result
+
+
+def workers_of(launcher: int) -> list[int]:
+    """The processes that a process has started, in the order of their age."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children")
+    with suppress(OSError):
+        return [int(number) for number in children.read_text().split()]
+    return []
+
+
+def last(folder: Path) -> Checkpoint:
+    return checkpoint.load(folder / "last", training=True)
+
+
+def greatest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in runs.metrics(Run(folder))]
+
+
+# The same as one process
+
+
+CHANGES = {
+    "resnet": ("--set", "training.batch_norm=sync", "--set", "training.label_smoothing=0.1"),
+    "seq2seq": ("--set", "model.dropout=0.0"),
+}
+
+
+@pytest.mark.parametrize("kind", ["resnet", "seq2seq"])
+def test_two_workers_train_as_one_process(kind: str, tiny: dict[str, Path], tmp_path: Path) -> None:
+    arguments = ("train", str(tiny[kind]), *CHANGES[kind], "--json")
+    alone = succeed(*arguments, *ALONE, "--out", "one", cwd=tmp_path).document
+    both = together(*arguments, *WORKERS, "--out", "two", cwd=tmp_path)
+    shared = json.loads(both.out)
+    assert alone["steps"] == shared["steps"] >= 10
+    one, two = last(tmp_path / "one"), last(tmp_path / "two")
+    assert greatest_difference(one.weights, two.weights) < 1e-5
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+    assert shared["scores"] == pytest.approx(alone["scores"], abs=1e-12)
+    assert (shared["examples"], shared["best_epoch"]) == (alone["examples"], alone["best_epoch"])
+    assert runs.environment(Run(tmp_path / "two"))["workers"] == 2
+    assert both.err.count("epoch 1") == 1
+
+
+# Faults
+
+
+LONGER = ("--set", "training.epochs=12")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `run`, trained by two workers without a fault; with dropout, of which each has its own."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    together("train", str(tiny["seq2seq"]), *LONGER, *WORKERS, "--out", "run", cwd=folder)
+    return folder / "run"
+
+
+def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str]") -> None:
+    """Until the newest checkpoint is of this step or later."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        with suppress(OSError, ValueError):
+            if json.loads((folder / "last" / "checkpoint.json").read_text())["progress"]["step"] >= step:
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_worker_killed_at_any_step_costs_nothing(
+    victim: int, undisturbed: Path, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    step = random.Random(victim).randrange(2, 30)
+    arguments = ("train", str(tiny["seq2seq"]), *LONGER, *WORKERS, "--out", "run")
+    with started(*arguments, cwd=tmp_path) as process:
+        wait_for_step(tmp_path / "run", step, process)
+        os.kill(workers_of(process.pid)[victim], signal.SIGKILL)
+        result = ended(process)
+    assert result.code == 0, result.err
+    assert (
+        f"worker {victim} was ended by SIGKILL; all start again from the last checkpoint (1 of 3 times)" in result.err
+    )
+    assert greatest_difference(last(tmp_path / "run").weights, last(undisturbed).weights) == 0
+    assert losses(tmp_path / "run") == losses(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["resnet", "seq2seq"])
+def test_three_workers_train_as_one_though_some_batches_are_too_small_for_them(
+    kind: str, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    """The last batch of an epoch has two images, and pairs of nearly 60 subwords are alone in theirs."""
+    smaller = {"resnet": (), "seq2seq": ("--set", "training.batch_tokens=20")}[kind]
+    arguments = ("train", str(tiny[kind]), *CHANGES[kind], *smaller, "--set", "training.epochs=2", *ALONE)
+    succeed(*arguments, "--out", "one", cwd=tmp_path)
+    together(*arguments, "--workers", "3", "--timeout", "60", "--out", "three", cwd=tmp_path)
+    assert greatest_difference(last(tmp_path / "one").weights, last(tmp_path / "three").weights) < 1e-5
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "three"), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [("2", "1"), ("1", "2")])
+def test_a_run_goes_on_with_another_number_of_workers(
+    counts: tuple[str, str], tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments = ("train", str(tiny["seq2seq"]), *CHANGES["seq2seq"], *LONGER, *ALONE)
+    succeed(*arguments, "--out", "one", cwd=tmp_path)
+    with started(*arguments, "--workers", counts[0], "--out", "run", cwd=tmp_path) as process:
+        wait_for_step(tmp_path / "run", 9, process)
+        process.send_signal(signal.SIGTERM)
+        stopped = ended(process)
+    assert stopped.code == 128 + signal.SIGTERM, stopped.err
+    assert "go on with: dl7 train --resume run" in stopped.err
+    step = last(tmp_path / "run").progress.step
+    resumed = together("train", "--resume", "run", "--workers", counts[1], "--device", "cpu", cwd=tmp_path)
+    assert f"after step {step}" in resumed.err
+    assert greatest_difference(last(tmp_path / "one").weights, last(tmp_path / "run").weights) < 1e-5
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "run"), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_all_workers_after_the_same_step_and_leaves_none_behind(
+    number: signal.Signals, undisturbed: Path, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments = ("train", str(tiny["seq2seq"]), *LONGER, *WORKERS, "--out", "run")
+    with started(*arguments, cwd=tmp_path) as process:
+        wait_for_step(tmp_path / "run", 5, process)
+        workers = workers_of(process.pid)
+        process.send_signal(number)
+        result = ended(process)
+    assert result.code == 128 + number
+    assert "stopping after this step" in result.err
+    assert result.out == ""
+    assert len(workers) == 2
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    together("train", "--resume", "run", *WORKERS, cwd=tmp_path)
+    assert greatest_difference(last(tmp_path / "run").weights, last(undisturbed).weights) == 0
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """Here while the workers wait for one that is itself stopped, and so could not agree on a step."""
+    with started("train", str(tiny["seq2seq"]), *LONGER, *WORKERS, "--out", "run", cwd=tmp_path) as process:
+        wait_for_step(tmp_path / "run", 5, process)
+        workers = workers_of(process.pid)
+        os.kill(workers[1], signal.SIGSTOP)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        begin = time.monotonic()
+        result = ended(process)
+    assert result.code == 128 + signal.SIGINT
+    assert time.monotonic() - begin < 20
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert last(tmp_path / "run").progress.step >= 5
+
+
+@pytest.mark.slow
+def test_workers_whose_launcher_is_killed_save_and_leave(tiny: dict[str, Path], tmp_path: Path) -> None:
+    with started("train", str(tiny["seq2seq"]), *LONGER, *WORKERS, "--out", "run", cwd=tmp_path) as process:
+        wait_for_step(tmp_path / "run", 5, process)
+        workers = workers_of(process.pid)
+        process.kill()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and any(Path(f"/proc/{worker}").exists() for worker in workers):
+            time.sleep(0.1)
+        assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert together("train", "--resume", "run", *WORKERS, cwd=tmp_path).code == 0
+
+
+@pytest.mark.slow
+def test_a_worker_that_stays_silent_is_given_up_within_the_time_out(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """It is stopped, so that its connections stay open: the others can only find out by the clock."""
+    arguments = ("train", str(tiny["seq2seq"]), "--set", "training.epochs=20", *WORKERS[:-1], "15", "--out", "run")
+    with started(*arguments, cwd=tmp_path) as process:
+        wait_for_step(tmp_path / "run", 5, process)
+        os.kill(workers_of(process.pid)[1], signal.SIGSTOP)
+        result = ended(process)
+    assert result.code == 0, result.err
+    assert "worker 0 has lost the others" in result.err
+    assert "start again from the last checkpoint (1 of 3 times)" in result.err
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once_by_the_worker_that_made_it(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """No other attempt is made, and what it does to the others is not what is told."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.toml").touch()
+    with started("train", str(tiny["resnet"]), *WORKERS, "--json", "--out", "run", cwd=tmp_path) as process:
+        result = ended(process)
+    assert result.code == 1
+    assert result.err.startswith("error: folder `run` is not empty\nhint: ")
+    assert result.err.count("error:") == 1
+    assert "start again" not in result.err
+    assert result.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("no-such-recipe", "--workers", "2"), "no-such-recipe"),
+        (("resnet", "--workers", "2", "--set", "training.epoch=1"), "training.epochs"),
+        (("resnet", "--gpus", "0,1"), "`--gpus 0,1`: these are not all to be had"),
+        (("resnet", "--workers", "2", "--gpus", "0"), "`--workers` says how many share the CPU"),
+        (("resnet", "--nodes", "2"), "which node this is"),
+        (("resnet", "--node-rank", "1"), "are for several nodes"),
+    ],
+)
+def test_mistakes_are_found_before_any_worker_is_started(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    refused = dl7("train", *arguments, cwd=tmp_path)
+    assert refused.code == 1
+    assert refused.err.startswith("error: ")
+    assert message in refused.err
+    assert not list(tmp_path.iterdir())
+
+
+# Other launchers
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_training(undisturbed: Path, tiny: dict[str, Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dl7cli"]
+    arguments = ["train", str(tiny["seq2seq"]), *LONGER, *ALONE, "--json", "--out", "run"]
+    result = subprocess.run(
+        [*command, *arguments], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT, timeout=SECONDS
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["steps"] == last(tmp_path / "run").progress.step
+    assert greatest_difference(last(tmp_path / "run").weights, last(undisturbed).weights) == 0
+
+
+# Nodes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def node(rank: int, port: int, *, timeout: int) -> tuple[str, ...]:
+    rendezvous = ("--rendezvous", f"127.0.0.1:{port}", "--timeout", str(timeout))
+    return (*ALONE, "--nodes", "2", "--node-rank", str(rank), *rendezvous)
+
+
+@pytest.mark.slow
+def test_two_nodes_train_together_and_one_that_is_lost_may_come_back(
+    undisturbed: Path, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    """The second has no recipe, no run folder, and is killed with all its processes in the middle."""
+    port, second = free_port(), tmp_path / "second"
+    second.mkdir()
+    arguments = ("train", str(tiny["seq2seq"]), *LONGER, "--json", "--out", "run")
+    with started(*arguments, *node(0, port, timeout=60), cwd=tmp_path) as one:
+        with started("train", "of-the-first", *node(1, port, timeout=60), cwd=second) as two:
+            wait_for_step(tmp_path / "run", 10, one)
+            assert two.poll() is None
+        with started("train", "of-the-first", *node(1, port, timeout=60), cwd=second) as two:
+            other = ended(two)
+        result = ended(one)
+    assert (result.code, other.code) == (0, 0), result.err + other.err
+    assert "worker 0 has lost the others" in result.err
+    assert other.out == ""
+    assert not list(second.iterdir())
+    assert greatest_difference(last(tmp_path / "run").weights, last(undisturbed).weights) == 0
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_for_good_ends_the_training_within_the_time_out(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    port = free_port()
+    arguments = ("train", str(tiny["seq2seq"]), "--set", "training.epochs=50", "--out", "run")
+    with started(*arguments, *node(0, port, timeout=10), cwd=tmp_path) as one:
+        with started(*arguments, *node(1, port, timeout=10), cwd=tmp_path):
+            wait_for_step(tmp_path / "run", 10, one)
+        begin = time.monotonic()
+        result = ended(one)
+    assert time.monotonic() - begin < 60  # ten seconds twice, and a busy machine
+    assert result.code == 1
+    lost, gone = result.err.index("worker 0 has lost the others"), result.err.index("error: the 2 nodes do not meet")
+    assert lost < gone
+    assert last(tmp_path / "run").progress.step >= 10
+
+
+@pytest.mark.slow
+def test_nodes_with_other_data_are_refused_by_the_reason(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """The path is the same on both, what lies there is not."""
+    port = free_port()
+    for number, name in enumerate(("first", "second")):
+        shutil.copytree(tiny["seq2seq"].parent / "pairs", tmp_path / name / "pairs")
+        (tmp_path / name / "recipe.toml").write_text(
+            tiny["seq2seq"].read_text().replace(str(tiny["seq2seq"].parent / "pairs"), "./pairs")
+        )
+        with (tmp_path / name / "pairs" / "train.en").open("a") as file:
+            file.write("1 2\n" * number)
+        with (tmp_path / name / "pairs" / "train.de").open("a") as file:
+            file.write("2 1\n" * number)
+    with (
+        started("train", "recipe.toml", *node(0, port, timeout=30), cwd=tmp_path / "first") as one,
+        started("train", "recipe.toml", *node(1, port, timeout=30), cwd=tmp_path / "second") as two,
+    ):
+        results = [ended(one), ended(two)]
+    assert [result.code for result in results] == [1, 1]
+    for result in results:
+        assert "is not the same on workers 0 and 1" in result.err
+    assert not list((tmp_path / "first").glob("runs/*/last"))
