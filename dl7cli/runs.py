@@ -15,16 +15,17 @@ import platform
 import re
 import sys
 import time
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self, cast
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dl7cli import __version__, files
 from dl7cli.errors import UserError
-from dl7cli.recipe import Recipe, from_document, to_toml
+from dl7cli.recipe import Recipe, from_document, read, to_toml
 
 RUNS = Path("runs")
 """Where runs lie that were given no folder of their own."""
@@ -35,6 +36,8 @@ _EVALUATIONS = "evaluations.jsonl"
 _RESULT = "result.json"
 _LOCK = "lock"
 _PACKAGES = ("torch", "numpy", "datasets", "sacrebleu", "sentencepiece", "safetensors", "pydantic", "typer")
+_Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
 _EXAMPLE = {"classification": "dl7 train resnet", "translation": "dl7 train seq2seq"}
 
 
@@ -94,6 +97,25 @@ class Summary:
     """Which score that is: a run may be chosen by another than it is judged by."""
     evaluation: dict[str, Any] | None
     """The newest record of `append_evaluation`."""
+
+
+class _Record(BaseModel):
+    """What is relied on in the JSON files of a run, where it is there."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: _Count = 0
+    epoch: _Count = 0
+    primary: str | None = None
+    scores: dict[str, _Finite] = {}
+    earlier: list[Any] = []
+    precision: str = "auto"
+
+    @model_validator(mode="after")
+    def _has_its_primary_score(self) -> Self:
+        if "scores" in self.model_fields_set and self.primary not in self.scores:
+            raise ValueError("there is no score of that name")
+        return self
 
 
 def create(recipe: Recipe, name: str, out: Path | None) -> Run:
@@ -174,14 +196,7 @@ def lock(run: Run) -> Iterator[None]:
 
 def read_recipe(run: Run) -> Recipe:
     """The recipe in the run's `recipe.toml`; raises UserError where there is none that this version knows."""
-    path = run.recipe_file
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"`{path}` cannot be read: {_reason(error)}") from error
-    except ValueError as error:  # not TOML, or not UTF-8
-        raise UserError(f"`{path}` is not a TOML file: {error}") from None
-    return from_document(document, origin=f"`{path}`")
+    return from_document(read(run.recipe_file), origin=f"`{run.recipe_file}`")
 
 
 def listing() -> list[Summary]:
@@ -407,7 +422,7 @@ def _summary(run: Run) -> Summary:
         recipe = read_recipe(run)
     except UserError:
         recipe = None
-    closed = [record for record in metrics(run) if isinstance(record.get("scores"), dict)]
+    closed = [record for record in metrics(run) if "scores" in record]
     result = _document(run.folder / _RESULT)
     named = (record.get("primary") for record in [*closed, result or {}])
     primary = next((name for name in named if isinstance(name, str)), None)
@@ -527,11 +542,14 @@ def _document(path: Path) -> dict[str, Any] | None:
 
 
 def _parsed(content: bytes) -> dict[str, Any] | None:
+    """The JSON object that was written; None for what `_line` does not write and the commands do not read."""
     try:
         document = json.loads(content)
+        json.dumps(document, allow_nan=False)
+        _Record.model_validate(document)
     except (ValueError, RecursionError):
         return None
-    return document if isinstance(document, dict) else None
+    return cast(dict[str, Any], document)
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -54,6 +54,7 @@ class Vocabulary:
                 case "sentencepiece":
                     return Subwords(base64.b64decode(document["model"], validate=True))
                 case "word" | "character" as kind:
+                    "".join(document["words"]).encode()  # raises for what is not text
                     return Words(kind, document["words"])
         except (KeyError, TypeError, ValueError, RuntimeError):
             raise UserError("the vocabulary of the checkpoint is damaged", hint="train again") from None

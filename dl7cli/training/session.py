@@ -122,7 +122,14 @@ def resume(run: str, *, runtime: Runtime, offline: bool = False, listener: Liste
             raise UserError(f"checkpoint `{found.last}` is one to use, not to go on from", hint="train anew instead")
         if saved.progress.epoch >= saved.recipe.training.epochs and (found.folder / "result.json").exists():
             raise UserError(f"run `{found.folder}` is finished", hint=f"`dl7 eval {found.folder}` evaluates it")
-        task = tasks.build(saved.recipe, saved.assets, runtime=runtime, offline=offline, progress=listener.progress)
+        task = tasks.build(
+            saved.recipe,
+            saved.assets,
+            runtime=runtime,
+            offline=offline,
+            progress=listener.progress,
+            weights=saved.weights,
+        )
         refuse_other_data(task, saved.assets, "resuming")
         tasks.restore(task, saved)
         trainer = Trainer.of(task)
