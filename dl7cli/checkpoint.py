@@ -252,7 +252,7 @@ def _content(path: Path, most: int) -> bytes:
     """The bytes of a file, as far as it is one and has no more than these; raises OSError and UserError."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device read without end
-        raise UserError(f"`{path}` is not a file", _OTHER)
+        raise UserError(f"`{path}` cannot be read: it is not a file", _OTHER)
     if status.st_size > most:
         raise UserError(f"`{path}` is damaged: it has {status.st_size} bytes instead of {most}", _OTHER)
     try:

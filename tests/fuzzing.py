@@ -8,8 +8,11 @@ import zlib
 from typing import Any
 
 import PIL.Image
+import safetensors.torch
+import torch
 from hypothesis import strategies as st
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from dl7cli import recipe as recipes
 
@@ -166,8 +169,13 @@ def image_files(draw: st.DrawFn) -> bytes:
     """A small image of any kind with a few bytes wrong; a PNG perhaps with the checksums that go with them."""
     if draw(st.integers(0, 9)) == 0:
         return draw(st.binary(max_size=100))
-    data = mutated(draw, draw(st.sampled_from(IMAGES)))
-    return _checked(data) if draw(st.booleans()) else data
+    data = draw(st.sampled_from(IMAGES))
+    if draw(st.booleans()):
+        return _checked(mutated(draw, data))
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(4, len(data) - 1))
+        data = data[:at] + draw(st.binary(min_size=1, max_size=2)) + data[at + 1 :]
+    return _checked(data)
 
 
 def _checked(data: bytes) -> bytes:
@@ -191,25 +199,73 @@ def paths(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @st.composite
 def changed(draw: st.DrawFn, document: dict[str, Any]) -> dict[str, Any]:
-    """A JSON document with one to three values replaced, taken away or added."""
-    document = json.loads(json.dumps(document))
+    """A JSON document with one to three values replaced, most by others of their kind, taken away or added."""
+    document = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
-        *above, key = draw(st.sampled_from([path for path in paths(document) if path]))
+        top = draw(st.sampled_from([key for key in document if key not in ("dl7", "format")]))
+        *above, key = draw(st.sampled_from([path for path in paths(document) if path[:1] == (top,)]))
         table: Any = document
         for step in above:
             table = table[step]
-        match draw(st.integers(0, 4)):
-            case 0:
+        match draw(st.integers(0, 9)):
+            case 0 if above:
                 del table[key]
             case 1 if isinstance(table, dict):
                 table[draw(st.text(max_size=6))] = copy.deepcopy(draw(JSON_VALUES))
-            case 2 if isinstance(table[key], int | float):
-                table[key] = draw(st.integers() | st.floats(allow_nan=False, allow_infinity=False))
-            case _:
+            case 2:
                 table[key] = copy.deepcopy(draw(JSON_VALUES))
-        if not document:
-            break
+            case _ if isinstance(table[key], bool):
+                table[key] = not table[key]
+            case _ if isinstance(table[key], int):
+                table[key] = draw(st.integers(0, 9) | st.integers(-(2**65), 2**65) | st.just(10**400))
+            case _ if isinstance(table[key], float):
+                table[key] = draw(st.floats(0, 1) | st.floats(allow_nan=False, allow_infinity=False))
+            case _ if isinstance(table[key], str):
+                table[key] = draw(
+                    st.sampled_from(["", "none", CONTROL, "\ud83d", "..", "x" * 300]) | st.text(max_size=6)
+                )
+            case _ if isinstance(table[key], list):
+                table[key] = (table[key] * 2)[: draw(st.integers(0, 8))]
+            case _ if isinstance(table[key], dict) and table[key]:
+                del table[key][draw(st.sampled_from(sorted(table[key])))]
     return document
+
+
+@st.composite
+def tensors(draw: st.DrawFn, original: dict[str, Tensor]) -> bytes:
+    """A safetensors file with one or two of the tensors changed or gone, or a few bytes of its header."""
+    found = dict(original)
+    for _ in range(draw(st.integers(1, 2))):
+        name = draw(st.sampled_from(sorted(found)))
+        tensor = found[name]
+        match draw(st.integers(0, 7)):
+            case 0:
+                del found[name]
+            case 1:
+                found[draw(st.sampled_from(["x", "", CONTROL, f"{name}.x", "optimiser.999.step", "optimiser.x"]))] = (
+                    tensor
+                )
+            case 2:
+                found[name] = torch.full(tensor.shape, draw(st.sampled_from([torch.nan, torch.inf, 1e38])))
+            case 3:
+                found[name] = tensor.to(draw(st.sampled_from([torch.float64, torch.int8, torch.complex64, torch.bool])))
+            case 4:
+                found[name] = tensor.reshape(-1)
+            case 5:
+                found[name] = torch.zeros(draw(st.lists(st.integers(0, 3), max_size=3)))
+            case 6:
+                found[name] = tensor[None]
+            case 7:
+                found[name] = torch.zeros_like(tensor) - draw(st.integers(0, 9))
+        if not found:
+            break
+    data = safetensors.torch.save({name: tensor.clone().contiguous() for name, tensor in found.items()})
+    if draw(st.integers(0, 2)) == 0:
+        head = 8 + int.from_bytes(data[:8], "little")
+        header = mutated(draw, data[8:head])
+        size = len(header) if draw(st.booleans()) else draw(st.sampled_from([0, 2**63, 2**64 - 1, 10**7, len(header)]))
+        data = size.to_bytes(8, "little") + header + data[head:]
+    return data
 
 
 def signed(document: dict[str, Any]) -> bytes:

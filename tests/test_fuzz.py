@@ -3,6 +3,7 @@
 The cases are drawn by hypothesis from a fixed seed: the first of each kind here, all of them behind `slow`.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import fuzzing
 import hypothesis
 import pytest
+import safetensors.torch
 from hypothesis import strategies as st
 from running import Outcome, dl7, succeed
 
@@ -255,6 +257,40 @@ def test_metadata_of_checkpoints(share: float, place: Place) -> None:
         return st.tuples(st.just(kind), st.just(which), fuzzing.changed(originals[key]), commands)
 
     draw("checkpoints", share, st.sampled_from(sorted(originals)).flatmap(cases), check)
+
+
+@every_kind_and_share
+def test_tensors_of_checkpoints(share: float, place: Place) -> None:
+    place.put("image.png", fuzzing.IMAGES[0])
+    place = Place(place.folder, marks(place.folder))
+    files = {
+        (kind, which, name): safetensors.torch.load((place.folder / kind / which / name).read_bytes())
+        for kind in COMMANDS
+        for which, name in (
+            ("best", "model.safetensors"),
+            ("last", "model.safetensors"),
+            ("last", "training.safetensors"),
+        )
+    }
+
+    def check(case: tuple[tuple[str, str, str], bytes, list[str]]) -> None:
+        (kind, which, name), data, command = case
+        copied(place.folder / kind, place.folder / "case")
+        (place.folder / "case" / "result.json").unlink()
+        checkpoint = place.folder / "case" / which
+        document = json.loads((checkpoint / "checkpoint.json").read_bytes())
+        document["files"][name] |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        if which == "last":
+            document["progress"] |= {"epoch": 0, "batch": 1, "step": 1}
+        (checkpoint / "checkpoint.json").write_bytes(fuzzing.signed(document))
+        (checkpoint / name).write_bytes(data)
+        place.run(*command, stdin=b"0 1\t1 0\n", data=True)
+
+    def cases(key: tuple[str, str, str]) -> st.SearchStrategy[Any]:
+        commands = st.sampled_from(COMMANDS[key[0]] if key[1] == "best" else RESUMED[:1])
+        return st.tuples(st.just(key), fuzzing.tensors(files[key]), commands)
+
+    draw("weights", share, st.sampled_from(sorted(files)).flatmap(cases), check)
 
 
 @every_kind_and_share

@@ -52,7 +52,10 @@ class Vocabulary:
         try:
             match document["kind"]:
                 case "sentencepiece":
-                    return Subwords(base64.b64decode(document["model"], validate=True))
+                    subwords = Subwords(base64.b64decode(document["model"], validate=True))
+                    if len(subwords) <= len(SPECIALS):
+                        raise ValueError("there is nothing in it")
+                    return subwords
                 case "word" | "character" as kind:
                     "".join(document["words"]).encode()  # raises for what is not text
                     return Words(kind, document["words"])

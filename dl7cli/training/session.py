@@ -284,8 +284,10 @@ class _Watch:
         self._timed_seconds = 0.0
         self._timed_steps = 0
         self._validation_seconds = 0.0
-        self._losses = list(saved.get("watch.losses", torch.zeros(0)))
-        self._loss, self._norm = saved.get("watch.latest", torch.zeros(2))
+        self._losses = list(saved.get("watch.losses", torch.zeros(0)).float().flatten())
+        self._loss, self._norm = torch.cat(
+            [saved.get("watch.latest", torch.zeros(2)).float().flatten(), torch.zeros(2)]
+        )[:2]
         self._begin = self._previous = time.monotonic()
         self._shown = 0.0
 
