@@ -113,7 +113,7 @@ class _Record(BaseModel):
 
     @model_validator(mode="after")
     def _has_its_primary_score(self) -> Self:
-        if "scores" in self.model_fields_set and self.primary not in self.scores:
+        if self.primary is not None and self.primary not in self.scores:
             raise ValueError("there is no score of that name")
         return self
 
@@ -173,7 +173,7 @@ def lock(run: Run) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context((run.folder / _LOCK).open("ab+", buffering=0))
+            file = stack.enter_context(open(run.folder / _LOCK, "ab+", buffering=0, opener=_no_link))
             # `listing` holds it for an instant to see whether it is free: no reason to give up.
             free = _locked(file.fileno(), fcntl.LOCK_EX, attempts=50)
         except OSError as error:
@@ -249,7 +249,7 @@ def refuse_unwritable(run: Run) -> None:
     path = run.folder / _EVALUATIONS
     try:
         if os.path.lexists(path):
-            with path.open("ab"):
+            with open(path, "ab", opener=_no_link):
                 return
         # Not made and removed again: another process may be about to write its own reading.
         if not os.access(run.folder, os.W_OK | os.X_OK):
@@ -508,7 +508,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
     try:
         if _torn(path):
             line = b"\n" + line
-        with path.open("ab") as file:  # appended by one call: the lines of two processes do not mix
+        with open(path, "ab", opener=_no_link) as file:  # appended by one call: the lines of two processes do not mix
             file.write(line)
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -552,8 +552,15 @@ def _parsed(content: bytes) -> dict[str, Any] | None:
     return cast(dict[str, Any], document)
 
 
+def _no_link(path: str, flags: int) -> int:
+    """Open a file of a run; OSError for a link, which in a run that came from elsewhere may lead to any file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def _replace(path: Path, content: bytes) -> None:
     try:
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         with files.replacing(path) as file:
             file.write(content)
     except OSError as error:
