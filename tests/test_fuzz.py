@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import hypothesis
 import pytest
 import safetensors.torch
 from hypothesis import strategies as st
-from running import Outcome, dl7, succeed
+from running import Outcome, dl7
 
 CASES = {
     "recipes": 400,
@@ -76,22 +76,10 @@ def marks(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Path]) -> Path:
-    """A folder with a small run of each kind."""
-    folder = tmp_path_factory.mktemp("fuzzed")
-    short = ("--set", "training.epochs=1", "--set", "training.keep_last=1")
-    for kind, recipe in tiny.items():
-        succeed("train", str(recipe), *short, "--out", kind, cwd=folder)
-    (folder / "outside").write_text("as it was")
-    return folder
-
-
 @pytest.fixture
-def place(trained: Path) -> Iterator[Place]:
-    yield Place(trained, marks(trained))
-    for path in trained.glob("case*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def place(small_runs: Path, tmp_path: Path) -> Place:
+    shutil.copytree(small_runs, tmp_path / "work")
+    return Place(tmp_path / "work", marks(tmp_path / "work"))
 
 
 every_kind_and_share = pytest.mark.parametrize(

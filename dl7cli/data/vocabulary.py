@@ -57,8 +57,11 @@ class Vocabulary:
                         raise ValueError("there is nothing in it")
                     return subwords
                 case "word" | "character" as kind:
-                    "".join(document["words"]).encode()  # raises for what is not text
-                    return Words(kind, document["words"])
+                    words = document["words"]
+                    if not isinstance(words, list):
+                        raise TypeError("words are a list")
+                    "".join(words).encode()  # raises for what is not text
+                    return Words(kind, words)
         except (KeyError, TypeError, ValueError, RuntimeError):
             raise UserError("the vocabulary of the checkpoint is damaged", hint="train again") from None
         raise UserError(

@@ -181,6 +181,8 @@ def _parsed(text: str) -> dict[str, Any]:
     """
     if len(text) > LONGEST:
         raise ValueError(f"it is longer than {LONGEST:,} characters, and a recipe has some 2,000")
+    if re.search(r"^[^\n.]*(?:\.[^\n.]*){100}", text, re.MULTILINE):  # a key so long takes tomllib its length squared
+        raise ValueError("it is nested too deeply")
     try:
         document = tomllib.loads(text)
     except RecursionError:
