@@ -12,14 +12,15 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import safetensors
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, contiguous_format
 
 from dl7cli import __version__
@@ -32,25 +33,29 @@ FORMAT = 1
 _INDEX = "checkpoint.json"
 _MODEL = "model.safetensors"
 _TRAINING = "training.safetensors"
+_LARGEST_INDEX = 1 << 26
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OTHER = "`last` and `best` of a run do not depend on each other: name the other one, or train again"
 _EXAMPLE = "a checkpoint is a folder such as `runs/resnet-1/best`"
 
 
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
 class Progress(NamedTuple):
     """How far a training has come; all zero before it starts."""
 
-    epoch: int = 0
+    epoch: Count = 0
     """Epochs finished."""
-    batch: int = 0
+    batch: Count = 0
     """Batches done in the epoch under way."""
-    step: int = 0
+    step: Count = 0
     """Optimiser steps in all."""
-    seconds: float = 0.0
+    seconds: Annotated[float, Field(ge=0)] = 0.0
     """Training time in all."""
     best: float | None = None
     """The best validation score so far, in the unit of the primary score."""
-    best_epoch: int | None = None
+    best_epoch: Count | None = None
     """Epochs finished when it was reached."""
 
 
@@ -71,7 +76,7 @@ class Checkpoint:
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    size: int
+    size: Count
     sha256: str
     aliases: dict[str, str]
     """Names of tensors that are another tensor of the file: tied weights are stored once."""
@@ -165,6 +170,9 @@ def remove(folder: Path) -> None:
     What keeps it from going (a reader, over NFS) is no reason to stop a training: whoever asks again goes on with it.
     """
     with contextlib.suppress(OSError):
+        if folder.is_symlink():  # what lies there is not of this run
+            folder.unlink()
+            return
         (folder / _INDEX).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
@@ -192,7 +200,7 @@ def _read(folder: Path, training: bool) -> Checkpoint:
 def _read_index(folder: Path) -> _Index:
     path = folder / _INDEX
     try:
-        content = path.read_bytes()
+        content = _content(path, _LARGEST_INDEX)
     except (FileNotFoundError, NotADirectoryError):
         if _identity(folder) is None:
             hint = "`dl7 runs list` shows the runs and what they hold"
@@ -230,7 +238,7 @@ def _read_tensors(path: Path, index: _Index) -> dict[str, Tensor]:
     if expected is None:
         raise UserError(f"`{path.with_name(_INDEX)}` names no file `{path.name}`", _OTHER)
     try:
-        content = path.read_bytes()
+        content = _content(path, expected.size)
     except FileNotFoundError:
         raise UserError(f"the checkpoint is not whole: `{path}` is missing", _OTHER) from None
     except OSError as error:
@@ -243,8 +251,22 @@ def _read_tensors(path: Path, index: _Index) -> dict[str, Tensor]:
     try:
         tensors = safetensors.torch.load(content)
         return tensors | {alias: tensors[name] for alias, name in expected.aliases.items()}
-    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: an unknown dtype or alias
+    # KeyError: an unknown dtype or alias; RuntimeError: a shape with a zero and more than torch can multiply.
+    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
         raise UserError(f"`{path}` is not a whole safetensors file: {error}", _OTHER) from None
+
+
+def _content(path: Path, most: int) -> bytes:
+    """The bytes of a file, as far as it is one and has no more than these; raises OSError and UserError."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device read without end
+        raise UserError(f"`{path}` cannot be read: it is not a file", _OTHER)
+    if status.st_size > most:
+        raise UserError(f"`{path}` is damaged: it has {status.st_size} bytes instead of {most}", _OTHER)
+    try:
+        return path.read_bytes()
+    except MemoryError:
+        raise UserError(f"`{path}` does not fit in memory: it has {status.st_size} bytes", _OTHER) from None
 
 
 def _untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Files that are swapped in when they are whole."""
+"""Files that are swapped in when they are whole, and the longest line that is read of any."""
 
 import contextlib
 import os
@@ -6,6 +6,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+LONGEST_LINE = 1 << 22
+"""Bytes: cutting so many into subwords takes seconds and hundreds of megabytes, and no model reads a thousandth."""
 
 
 @contextlib.contextmanager

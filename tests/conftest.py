@@ -118,6 +118,18 @@ def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "SECONDS_BETWEEN_STEP_EVENTS", -1)
 
 
+@pytest.fixture(scope="session")
+def small_runs(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Path]) -> Path:
+    """A folder with the runs `resnet` and `seq2seq`, each of one epoch, which a test may read and copy."""
+    from running import succeed
+
+    folder = tmp_path_factory.mktemp("runs")
+    short = ("--set", "training.epochs=1", "--set", "training.keep_last=1")
+    for kind, recipe in tiny.items():
+        succeed("train", str(recipe), *short, "--out", kind, cwd=folder)
+    return folder
+
+
 @pytest.fixture
 def build(tiny: dict[str, Path]) -> Callable[..., Any]:
     """`build(kind, *overrides)` is the task of a tiny recipe."""

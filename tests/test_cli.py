@@ -243,7 +243,7 @@ def test_control_characters_are_shown_and_not_sent(capsys: pytest.CaptureFixture
     console.error(UserError("\x1b[2J", hint="two\nlines"))
     printed = capsys.readouterr()
     assert printed.out == "\\x1b]0;title\\x07 [red]ß\\u2028日本\t.\na\\tb\\n\t1\n"
-    assert printed.err == "error: \\x1b[2J\nhint: two\nlines\n"
+    assert printed.err == "error: \\x1b[2J\nhint: two\n  lines\n"
 
 
 def test_json_holds_a_file_name_that_is_not_utf8(capsysbinary: pytest.CaptureFixture[bytes]) -> None:

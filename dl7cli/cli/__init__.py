@@ -77,8 +77,8 @@ def main() -> None:
     """Run the program: a `UserError` becomes its text and exit code 1; others are bugs and show."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Text is UTF-8 whatever the locale; bytes of a file name that are not come out as they came in.
-            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+            # Text is UTF-8 whatever the locale, and nothing in it is an error.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     # Not at once: what is half written goes away first.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:

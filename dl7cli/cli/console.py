@@ -1,16 +1,17 @@
 """What the commands print: data on standard output, everything meant for eyes on standard error.
 
 Names and texts come from files that others made, so nothing is read as markup, and control characters are
-shown and not sent.
+shown and not sent: whatever is printed goes through one of these functions.
 """
 
 import json
 import math
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -19,24 +20,28 @@ from dl7cli.errors import UserError
 if TYPE_CHECKING:
     from dl7cli.cli.progress import Nothing, Plain, Terminal
 
-_BREAKING = ("Cc", "Zl", "Zp")  # control characters, line and paragraph separators
+_OBEYED = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, ends of lines and paragraphs, what turns the direction of writing round, and half characters."""
 
 
 def printable(text: str, keep: str = "\t") -> str:
-    r"""Return the text with control characters but those in `keep` written as `\x1b`."""
-    if text.isprintable():
-        return text
-    return "".join(
-        character.encode("unicode_escape").decode("ascii")
-        if unicodedata.category(character) in _BREAKING and character not in keep
-        else character
-        for character in text
+    r"""Return the text with what a terminal would obey and not show, but for those in `keep`, written as `\x1b`."""
+    return _OBEYED.sub(
+        lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode("ascii"), text
     )
 
 
 def write(text: str) -> None:
-    """Print one line of data on standard output."""
+    """Print one line on standard output."""
     sys.stdout.write(printable(text) + "\n")
+
+
+def pass_on(text: str, stream: TextIO) -> None:
+    """Print one line of data to be used elsewhere, such as a translation: as it is, unless a terminal would obey it.
+
+    A line feed in it, which would make it two lines, is a space.
+    """
+    stream.write((printable(text) if stream.isatty() else text.replace("\n", " ")) + "\n")
 
 
 def row(*cells: object) -> None:
@@ -71,8 +76,8 @@ def width(text: str) -> int:
 def document(value: Mapping[str, Any]) -> None:
     """Print one JSON object on standard output."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2)
-    # A file name that is not UTF-8 holds lone surrogates; as \udcXX they are JSON, as bytes they are not.
-    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+    # Among them are lone surrogates, of a file name that is not UTF-8: as \udcXX they are JSON, as bytes they are not.
+    sys.stdout.write(_OBEYED.sub(lambda found: "\n" if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def number(value: float) -> float | None:
@@ -96,7 +101,8 @@ def error(problem: UserError) -> None:
 def _labelled(label: str, colour: str, text: str) -> None:
     coloured = is_terminal() and not os.environ.get("NO_COLOR")
     sys.stderr.write(typer.style(label, fg=colour, bold=True) if coloured else label)
-    note(f" {text}")
+    # A name with a line feed in it must not look like a message of the program's own.
+    note(" " + re.sub(r"\n(?!\s)", "\n  ", text))
 
 
 def reason(problem: OSError) -> str:

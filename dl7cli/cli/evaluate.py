@@ -63,7 +63,8 @@ def evaluate(
 
         def write(lines: list[str]) -> None:
             assert stream is not None
-            stream.writelines(console.printable(line) + "\n" for line in lines)
+            for line in lines:
+                console.pass_on(line, stream)
 
         result = training.evaluate(
             run,
@@ -90,7 +91,8 @@ def parse_beams(text: str | None) -> list[int]:
     """Return the beam widths of `--beam`, each once, in the order given."""
     parts = [] if text is None else text.split(",")
     if not all(part.strip().isdecimal() and 1 <= int(part) <= 100 for part in parts):
-        raise typer.BadParameter(f"{text} is not widths from 1 to 100 with commas between them", param_hint="'--beam'")
+        seen = console.printable(text or "")
+        raise typer.BadParameter(f"{seen} is not widths from 1 to 100 with commas between them", param_hint="'--beam'")
     return list(dict.fromkeys(map(int, parts)))
 
 

@@ -220,7 +220,7 @@ def drawable(names: Sequence[str], suffix: str, what: str) -> Names:
 
 def _plain(name: str) -> str:
     """A name without what would break a line or an XML file."""
-    return console.printable(name, keep="").encode("utf-8", "backslashreplace").decode("utf-8")
+    return console.printable(name, keep="")
 
 
 def _shortened(name: str) -> str:

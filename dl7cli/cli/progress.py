@@ -149,7 +149,7 @@ def describe(plan: "Plan") -> str:
     ]
     if plan.resumed_step:
         lines.append(f"  resumed    after step {plan.resumed_step:,}")
-    return "\n".join([*lines, *(f"  note       {note}" for note in plan.notes)])
+    return "\n".join(map(console.printable, [*lines, *(f"  note       {note}" for note in plan.notes)]))
 
 
 def details(step: "Step") -> list[str]:

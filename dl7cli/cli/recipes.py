@@ -1,5 +1,6 @@
 """`dl7 recipes`: the recipes that come with dl7, and how to make one's own."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -42,8 +43,11 @@ def show(
         fallback = recipes.to_document(resolved.fallback) if resolved.fallback else None
         console.document({"header": header, "recipe": recipes.to_document(resolved.recipe), "fallback": fallback})
         return
-    for line in [*(f"# {line}".rstrip() for line in header), *recipes.to_toml(resolved.recipe).splitlines()]:
-        console.write(line)
+    for line in [
+        *(f"# {line}".rstrip() for line in header),
+        *recipes.to_toml(resolved.recipe).rstrip("\n").split("\n"),
+    ]:
+        console.pass_on(line, sys.stdout)
     if unset := recipes.unset_keys(resolved.recipe):
         console.write("")
         console.write(f"# not set: {', '.join(unset)}")

@@ -50,7 +50,7 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
 
     found, checkpoint = runs.find(run)
     recipe = runs.read_recipe(found)
-    closed = [record for record in runs.metrics(found) if "scores" in record]
+    closed = [record for record in runs.metrics(found) if "scores" in record and "primary" in record]
     evaluations = runs.evaluations(found)
     best = max(closed, key=lambda record: float(record["scores"][record["primary"]]), default=None)
     shown: dict[str, Any] = {
@@ -58,9 +58,9 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
         "recipe": recipe.name,
         "task": recipe.task,
         "data": recipe.data.source,
-        "epochs": closed[-1]["epoch"] if closed else 0,
+        "epochs": closed[-1].get("epoch", 0) if closed else 0,
         "epochs_planned": recipe.training.epochs,
-        "best": {"epoch": best["epoch"], "scores": best["scores"]} if best else None,
+        "best": {"epoch": best.get("epoch", 0), "scores": best["scores"]} if best else None,
         "checkpoint": str(checkpoint),
         "readings": dict(Counter(str(record.get("split")) for record in evaluations)),
         "evaluations": evaluations,
@@ -73,7 +73,7 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
         "recipe": f"{recipe.name} ({recipe.task})",
         "data": recipe.data.source,
         "epochs": f"{shown['epochs']} of {recipe.training.epochs}",
-        "best": f"{_record_score(best)} on validation, epoch {best['epoch']}" if best else "-",
+        "best": f"{_record_score(best)} on validation, epoch {best.get('epoch', 0)}" if best else "-",
         "checkpoint": shown["checkpoint"],
     }
     for name, value in lines.items():

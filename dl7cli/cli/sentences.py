@@ -59,7 +59,7 @@ def read(stream: BufferedReader, name: str) -> Iterator[list[Line]]:
     """Yield the lines of a stream in batches of at most `BATCH`, each as soon as it is there.
 
     Lines end with a line feed alone; one carriage return before it is dropped, and so is a byte order mark at
-    the start. Raises UserError for a line that is not UTF-8.
+    the start. Raises UserError for a line that is not UTF-8 or endless.
     """
     number = 0
     rest = b""
@@ -69,6 +69,8 @@ def read(stream: BufferedReader, name: str) -> Iterator[list[Line]]:
         *complete, rest = (rest + chunk).split(b"\n")
         if not chunk and rest:
             complete.append(rest)
+        if len(rest) > files.LONGEST_LINE:
+            raise _endless(name, number + len(complete) + 1)
         for start in range(0, len(complete), BATCH):
             lines = []
             for data in complete[start : start + BATCH]:
@@ -81,6 +83,8 @@ def read(stream: BufferedReader, name: str) -> Iterator[list[Line]]:
 
 def decode(data: bytes, name: str, number: int) -> str:
     """Return the text of one line of a file."""
+    if len(data) > files.LONGEST_LINE:
+        raise _endless(name, number)
     if number == 1:
         data = data.removeprefix(codecs.BOM_UTF8)
     try:
@@ -90,6 +94,11 @@ def decode(data: bytes, name: str, number: int) -> str:
             f"{name}: line {number} is not UTF-8 (byte {error.start + 1} is 0x{data[error.start]:02x})",
             hint="convert the text first, for example with `iconv -f latin1 -t utf-8`",
         ) from None
+
+
+def _endless(name: str, number: int) -> UserError:
+    message = f"{name}: line {number} is longer than {files.LONGEST_LINE:,} bytes"
+    return UserError(message, hint="put one sentence on a line")
 
 
 def typed() -> Iterator[list[Line]]:

@@ -128,9 +128,10 @@ def translate(
                 if as_json:
                     documents.append(as_document(line.text, translated, n_best, matrix=attention is not None))
                 if jsonl:
-                    output.write(as_record(line.text, translated, n_best) + "\n")
+                    console.pass_on(as_record(line.text, translated, n_best), output)
                 elif target is not None or not as_json:
-                    output.writelines(f"{text}\n" for text in as_lines(line.number, translated, n_best))
+                    for text in as_lines(line.number, translated, n_best):
+                        console.pass_on(text, output)
             output.flush()
         if attention is not None:
             if looked is None:
@@ -169,8 +170,8 @@ ADDED = ("translation", "score", "alternatives")
 def as_lines(number: int, translated: "TranslatedLine", n_best: int) -> list[str]:
     """Return the lines to print for a line: its translation, or with several their number, score and text."""
     if n_best == 1:
-        return [console.printable(translated.text)]
-    return [f"{number}\t{one.score:.4f}\t{console.printable(one.text)}" for one in candidates(translated)]
+        return [translated.text]
+    return [f"{number}\t{one.score:.4f}\t{one.text}" for one in candidates(translated)]
 
 
 def candidates(translated: "TranslatedLine") -> list["Candidate"]:

@@ -6,10 +6,9 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import shutil
-import struct
 import warnings
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,10 +106,10 @@ def read_image_file(path: str | Path, image_size: int) -> npt.NDArray[np.uint8]:
     Raises UserError if it is missing, damaged, no image, or has more pixels than fit a sensible memory.
     """
     path = Path(path)
-    if not path.is_file():
-        if path.is_dir():
+    if not os.path.isfile(path):  # unlike Path's, False for a name that no file can have
+        if os.path.isdir(path):
             raise UserError(f"`{path}` is not a file", hint=f"name the images in it, such as `{path}/*.png`")
-        raise UserError(f"there is no file `{path}`" if not path.exists() else f"`{path}` is not a file")
+        raise UserError(f"`{path}` is not a file" if os.path.exists(path) else f"there is no file `{path}`")
     with warnings.catch_warnings():
         _refuse_bombs()
         return np.asarray(_square(_open(path, f"`{path}`"), image_size))
@@ -289,6 +288,8 @@ def _open(encoded: Encoded, where: str, seen: _Seen | None = None) -> "PIL.Image
         if seen is not None:
             seen.sizes.add(image.size)
         return image
+    if not isinstance(encoded, bytes) and not os.path.isfile(encoded):
+        raise UserError(f"{where} is not a file: {encoded}")
     try:
         with PIL.Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS) as image:
             image.load()
@@ -299,18 +300,8 @@ def _open(encoded: Encoded, where: str, seen: _Seen | None = None) -> "PIL.Image
             return _colour(image)
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise UserError(f"{where} has too many pixels to be read", hint="scale it down first") from error
-    # What Pillow's readers raise for damaged files.
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        IndexError,
-        KeyError,
-        EOFError,
-        struct.error,
-        zlib.error,
-    ) as error:
+    # For damaged files Pillow's readers raise whatever comes.
+    except Exception as error:
         reason = "" if isinstance(error, PIL.UnidentifiedImageError) else f": {error}"
         hint = "what can be read are PNG, JPEG, JPEG 2000, GIF, WebP, TIFF, BMP and PPM images"
         raise UserError(f"{where} is not an image that can be read{reason}", hint) from error

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dl7cli.data import sources
 from dl7cli.data.sources import Progress, silent
 from dl7cli.errors import UserError
+from dl7cli.files import LONGEST_LINE
 
 if TYPE_CHECKING:
     import datasets
@@ -129,7 +130,12 @@ def _lines(path: Path, progress: Progress) -> Iterator[tuple[int, str]]:
     what = f"reading {path.name}"
     try:
         with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
+            for number, raw in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
+                if len(raw) > LONGEST_LINE:
+                    raise UserError(
+                        f"`{path}` line {number} is longer than {LONGEST_LINE:,} bytes",
+                        hint="put one sentence on a line",
+                    )
                 done += len(raw)
                 if number % _EVERY == 0 or done == size:
                     progress(what, done, size)

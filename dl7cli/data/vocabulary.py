@@ -52,9 +52,16 @@ class Vocabulary:
         try:
             match document["kind"]:
                 case "sentencepiece":
-                    return Subwords(base64.b64decode(document["model"], validate=True))
+                    subwords = Subwords(base64.b64decode(document["model"], validate=True))
+                    if len(subwords) <= len(SPECIALS):
+                        raise ValueError("there is nothing in it")
+                    return subwords
                 case "word" | "character" as kind:
-                    return Words(kind, document["words"])
+                    words = document["words"]
+                    if not isinstance(words, list):
+                        raise TypeError("words are a list")
+                    "".join(words).encode()  # raises for what is not text
+                    return Words(kind, words)
         except (KeyError, TypeError, ValueError, RuntimeError):
             raise UserError("the vocabulary of the checkpoint is damaged", hint="train again") from None
         raise UserError(

@@ -4,15 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from dl7cli.recipe.section import Fraction, Optim, Section, Training
+from dl7cli.recipe.section import Fraction, Name, Optim, Section, Text, Training, Width
 
 
 class ImageData(Section):
-    source: str = "uoft-cs/cifar10"
+    source: Text = "uoft-cs/cifar10"
     """A hub id, a folder, an image folder or `builtin:shapes`."""
-    image: str | None = None
+    image: Text | None = None
     """Name of the image column; found by its type where it is not given."""
-    label: str | None = None
+    label: Text | None = None
     """Name of the label column; found by its type where it is not given."""
     image_size: Annotated[int, Field(ge=8, le=512)] | None = None
     """Side in pixels that images are resized to; theirs where it is not given."""
@@ -36,12 +36,12 @@ def _depths(stages: int, block: str, preactivation: bool) -> tuple[str, list[int
         case 4, _:
             return "one of 50, 101, 152 (18 and 34 have basic blocks)", [50, 101, 152]
         case _, "bottleneck":
-            return "9n+2 (11, 20, 29, …) with bottleneck blocks", list(range(11, 100_000, 9))
+            return "9n+2 (11, 20, 29, …) with bottleneck blocks", list(range(11, 10_000, 9))
         case _ if preactivation:
             both = "6n+2 (8, 14, 20, …) or, counting the three projections, 6n+4 (10, 16, 22, …)"
-            return both, [*range(8, 100_000, 6), *range(10, 100_000, 6)]
+            return both, [*range(8, 10_000, 6), *range(10, 10_000, 6)]
         case _:
-            return "6n+2 (8, 14, 20, …)", list(range(8, 100_000, 6))
+            return "6n+2 (8, 14, 20, …)", list(range(8, 10_000, 6))
 
 
 class ResNetModel(Section):
@@ -126,7 +126,7 @@ class ResNetModel(Section):
 
 class FastResNetModel(Section):
     kind: Literal["fast_resnet"]
-    widths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1, max_length=3)] = (
+    widths: Annotated[tuple[Width, ...], Field(strict=False, min_length=1, max_length=3)] = (
         64,
         256,
         256,
@@ -135,7 +135,7 @@ class FastResNetModel(Section):
 
 
 class ImageTraining(Training):
-    batch_size: Annotated[int, Field(ge=1)] = 128
+    batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 128
     mixup: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Each batch is blended with itself in another order, by a weight from Beta(mixup, mixup); 0: never."""
     cutmix: Annotated[float, Field(ge=0, le=100)] = 0.0
@@ -160,7 +160,7 @@ class Evaluation(Section):
 
 
 class ClassificationRecipe(Section):
-    name: str
+    name: Name
     data: ImageData = ImageData()
     model: Annotated[ResNetModel | FastResNetModel, Field(discriminator="kind")]
     training: ImageTraining

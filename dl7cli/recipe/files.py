@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,12 @@ _BY_KIND: dict[str, type[ClassificationRecipe] | type[TranslationRecipe]] = {
     "transformer": TranslationRecipe,
     "convs2s": TranslationRecipe,
 }
+LONGEST = 1 << 16
+"""Characters of a recipe's file."""
+MOST_TOLD = 20
+"""Mistakes."""
+DEEPEST = 8
+"""Tables and lists within one another."""
 
 
 class Resolved(NamedTuple):
@@ -38,7 +45,7 @@ def resolve(name: str, overrides: Sequence[str] = (), *, data: str | None = None
     unknown or has a value out of its range.
     """
     path = find(name)
-    document = _read(path)
+    document = read(path, hint="`dl7 recipes copy resnet` writes one")
     document.setdefault("name", path.stem)
     fallback = dict(_flat(document.pop("fallback", {})))
     mistakes: list[str] = ["`fallback` must be a table of keys"] if "" in fallback else []
@@ -78,7 +85,10 @@ def from_document(document: dict[str, Any], mistakes: Iterable[str] = (), *, ori
         try:
             recipe = schema.model_validate(document)
         except ValidationError as error:
-            found.extend(_explain(item, _keys(schema, kind)) for item in error.errors())
+            errors = error.errors()
+            found.extend(_explain(item, _keys(schema, kind)) for item in errors[:MOST_TOLD])
+            if len(errors) > MOST_TOLD:
+                found.append(f"and {len(errors) - MOST_TOLD:,} more")
         else:
             if not found:
                 return recipe
@@ -132,7 +142,7 @@ def shipped() -> list[str]:
 def find(name: str) -> Path:
     """The file of a shipped recipe's name or of a path ending in `.toml`."""
     if name.endswith(".toml"):
-        if not Path(name).is_file():
+        if not os.path.isfile(name):  # unlike Path's, False for a name that no file can have
             raise UserError(f"there is no recipe file `{name}`", hint="`dl7 recipes list` shows the shipped ones")
         return Path(name)
     if name not in shipped():
@@ -146,26 +156,58 @@ def find(name: str) -> Path:
 def header(name: str) -> list[str]:
     """The comment lines at the top of a recipe's file: what it reproduces, its command, its cost and its score."""
     lines = []
-    for line in find(name).read_text(encoding="utf-8").splitlines():
+    for line in find(name).read_text(encoding="utf-8").split("\n"):
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").strip())
     return lines
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path, *, hint: str | None = None) -> dict[str, Any]:
+    """What a recipe's file says; raises UserError, with the hint, where it is not TOML as a recipe is written."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"`{path}` is not a TOML file: {error}", hint="`dl7 recipes copy resnet` writes one") from None
+        with path.open("rb") as file:
+            return _parsed(file.read(LONGEST + 1).decode("utf-8"))
+    except ValueError as error:  # or not UTF-8
+        raise UserError(f"`{path}` is not a TOML file: {error}", hint) from None
     except OSError as error:
         raise UserError(f"`{path}` cannot be read: {error.strerror}") from None
 
 
+def _parsed(text: str) -> dict[str, Any]:
+    """What a TOML text says. Raises ValueError for what is none, and for what would take up time or memory without end.
+
+    Of these, TOML itself forbids only integers of more than 64 bits.
+    """
+    if len(text) > LONGEST:
+        raise ValueError(f"it is longer than {LONGEST:,} characters, and a recipe has some 2,000")
+    if re.search(r"^[^\n.]*(?:\.[^\n.]*){100}", text, re.MULTILINE):  # a key so long takes tomllib its length squared
+        raise ValueError("it is nested too deeply")
+    try:
+        document = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:  # of the thousands of digits that Python does not read
+        raise ValueError("an integer has more than 64 bits") from None
+    _refuse_endless(document)
+    return document
+
+
+def _refuse_endless(value: Any, depth: int = 0) -> None:
+    if depth > DEEPEST:
+        raise ValueError("it is nested too deeply")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise ValueError("an integer has more than 64 bits")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_endless(inner, depth + 1)
+
+
 def _value(text: str) -> Any:
     try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        parsed = _parsed(f"value = {text}")
+    except ValueError:
         return text
     return parsed["value"] if list(parsed) == ["value"] else text
 

@@ -1,8 +1,9 @@
 """What the recipes of every task share: tables with no unknown keys, training and the optimiser."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -11,11 +12,29 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def _writable(text: str) -> str:
+    if re.search("[\0\ud800-\udfff]", text):
+        raise ValueError("it must be text in UTF-8, without NUL")
+    return text
+
+
+def _printable(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError("it must be one line of characters that can be seen")
+    return name
+
+
+Text = Annotated[str, AfterValidator(_writable)]
+"""What a recipe's file can hold: other bytes come from a command line, and NUL is in no name of a file."""
+Name = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_printable)]
+"""What a recipe is called, and its runs after it."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Width = Annotated[int, Field(ge=1, le=1 << 20)]
+"""Of a layer. The bound is only there so that no product of two overflows."""
 
 
 class Training(Section):
-    epochs: Annotated[int, Field(ge=1)]
+    epochs: Annotated[int, Field(ge=1, le=100_000)]
     label_smoothing: Fraction = 0.0
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
     """A checkpoint is written after every epoch and at least this often."""

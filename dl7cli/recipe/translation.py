@@ -4,16 +4,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from dl7cli.recipe.section import Fraction, Optim, Section, Training
+from dl7cli.recipe.section import Fraction, Name, Optim, Section, Text, Training, Width
 
 Tied = Literal["all", "output", "none"]
 
 
 class PairData(Section):
-    source: str = "bentrevett/multi30k"
+    source: Text = "bentrevett/multi30k"
     """A hub id, a folder of parallel text files, TSV or JSONL, one such file, or `builtin:phrases`."""
-    source_language: str = "en"
-    target_language: str = "de"
+    source_language: Text = "en"
+    target_language: Text = "de"
     lowercase: bool = False
     """Whether the model reads and writes lower case alone; the references of a score stay as they are."""
     vocabulary: Literal["bpe", "unigram", "word", "character"] = "bpe"
@@ -45,10 +45,10 @@ class PairData(Section):
 
 class Seq2SeqModel(Section):
     kind: Literal["seq2seq"]
-    embedding_width: Annotated[int, Field(ge=1)] = 256
+    embedding_width: Width = 256
     cell: Literal["lstm", "gru", "rnn"] = "lstm"
     """Of encoder and decoder."""
-    encoder_width: Annotated[int, Field(ge=1)] = 256
+    encoder_width: Width = 256
     """Units of the encoder in each direction."""
     encoder_layers: Annotated[int, Field(ge=1, le=8)] = 1
     encoder_direction: Literal["both", "forward"] = "both"
@@ -56,7 +56,7 @@ class Seq2SeqModel(Section):
     """Each layer reads both directions of the one below; or two stacks that turn round at each layer."""
     transition_depth: Annotated[int, Field(ge=1, le=16)] = 1
     """Cells in a step of the encoder; the first reads the input, the others only the state (Pascanu et al. 2014)."""
-    decoder_width: Annotated[int, Field(ge=1)] = 512
+    decoder_width: Width = 512
     residual: bool = False
     """Whether each layer but the first adds its input to what it gives, in encoder and decoder."""
     attention: Literal["none", "additive", "dot", "general", "concat", "multihead"] = "general"
@@ -76,7 +76,7 @@ class Seq2SeqModel(Section):
     """What stands between the decoder and the output words: a layer with tanh, or the greater of each two values."""
     tied: Tied = "all"
     """Embeddings that are one matrix: of source, target and output words, of target and output words, or none."""
-    readout_width: Annotated[int, Field(ge=1)] | None = None
+    readout_width: Width | None = None
     """Width of the readout where the output words are not tied; the embedding's where it is not given."""
     coverage: bool = False
     """Whether additive attention sees the sum of what it looked at before (See et al. 2017, eq. 11)."""
@@ -158,7 +158,7 @@ class TransformerModel(Section):
     """Of embeddings and of what every layer gives; even, as positions are pairs of a sine and a cosine."""
     heads: Annotated[int, Field(ge=1, le=64, validate_default=True)] = 4
     """Of each attention; they share the width."""
-    feedforward_width: Annotated[int, Field(ge=1)] = 256
+    feedforward_width: Width = 256
     """Between the two matrices that follow each attention."""
     encoder_layers: Annotated[int, Field(ge=1, le=64)] = 4
     decoder_layers: Annotated[int, Field(ge=1, le=64)] = 4
@@ -177,15 +177,15 @@ class TransformerModel(Section):
 
 class ConvS2SModel(Section):
     kind: Literal["convs2s"]
-    embedding_width: Annotated[int, Field(ge=1)] = 256
-    width: Annotated[int, Field(ge=1)] = 256
+    embedding_width: Width = 256
+    width: Width = 256
     """Channels of every convolution, after its gate."""
     encoder_layers: Annotated[int, Field(ge=1, le=64)] = 4
     decoder_layers: Annotated[int, Field(ge=1, le=64)] = 3
     """Each with an attention of its own."""
     kernel: Annotated[int, Field(ge=1, le=15)] = 3
     """Steps that a convolution reads: around its own in the encoder, up to its own in the decoder."""
-    positions: Annotated[int, Field(ge=1)] = 256
+    positions: Width = 256
     """Positions that are learned, of source and of target words; all steps beyond share the last."""
     dropout: Fraction = 0.3
     """Of embeddings, of what the convolutions read and of the decoder's answer."""
@@ -194,7 +194,7 @@ class ConvS2SModel(Section):
 
 
 class PairTraining(Training):
-    batch_tokens: Annotated[int, Field(ge=16)] = 2048
+    batch_tokens: Annotated[int, Field(ge=16, le=1 << 24)] = 2048
     """Most subwords in a batch, of source or of target, padding included.
 
     With `data.subword_sampling` it bounds batches as they would be without: the sampled ones have as many pairs each,
@@ -231,7 +231,7 @@ class Decoding(Section):
     """Whether the unknown word may be an answer."""
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Of `sample`: logits are divided by it; below 1 the probable becomes more so."""
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     """Of `sample`: only this many most probable words are drawn from; 0: all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Of `sample`: only the fewest most probable words that together reach this probability are drawn from."""
@@ -245,7 +245,7 @@ class Decoding(Section):
 
 
 class TranslationRecipe(Section):
-    name: str
+    name: Name
     data: PairData = PairData()
     model: Annotated[Seq2SeqModel | TransformerModel | ConvS2SModel, Field(discriminator="kind")]
     training: PairTraining

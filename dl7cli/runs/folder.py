@@ -10,14 +10,13 @@ import fcntl
 import os
 import re
 import time
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from dl7cli.errors import UserError
-from dl7cli.recipe import Recipe, from_document, to_toml
+from dl7cli.recipe import Recipe, from_document, read, to_toml
 
 RUNS = Path("runs")
 """Where runs lie that were given no folder of their own."""
@@ -117,7 +116,7 @@ def lock(run: Run) -> Iterator[int | None]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context((run.folder / _LOCK).open("ab+", buffering=0))
+            file = stack.enter_context(open(run.folder / _LOCK, "ab+", buffering=0, opener=no_link))
             # `listing` holds it for an instant to see whether it is free: no reason to give up.
             free = _locked(file.fileno(), fcntl.LOCK_EX, attempts=50)
         except OSError as error:
@@ -161,14 +160,7 @@ def mark_newest(run: Run) -> None:
 
 def read_recipe(run: Run) -> Recipe:
     """The recipe in the run's `recipe.toml`; raises UserError where there is none that this version knows."""
-    path = run.recipe_file
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"`{path}` cannot be read: {reason(error)}") from error
-    except ValueError as error:  # not TOML, or not UTF-8
-        raise UserError(f"`{path}` is not a TOML file: {error}") from None
-    return from_document(document, origin=f"`{path}`")
+    return from_document(read(run.recipe_file), origin=f"`{run.recipe_file}`")
 
 
 def epochs(run: Run, *, torn: bool = False) -> dict[int, Path]:
@@ -320,6 +312,11 @@ def _locked(descriptor: int, operation: int, attempts: int = 1) -> bool:
         else:
             return True
     return False
+
+
+def no_link(path: str, flags: int) -> int:
+    """Open a file of a run; OSError for a link, which in a run that came from elsewhere may lead to any file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:

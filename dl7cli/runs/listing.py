@@ -42,7 +42,7 @@ def _summary(run: Run) -> Summary:
         recipe = read_recipe(run)
     except UserError:
         recipe = None
-    closed = [record for record in metrics(run) if isinstance(record.get("scores"), dict)]
+    closed = [record for record in metrics(run) if "scores" in record]
     result = read_document(run.folder / RESULT)
     named = (record.get("primary") for record in [*closed, result or {}])
     primary = next((name for name in named if isinstance(name, str)), None)

@@ -8,17 +8,40 @@ import platform
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self, cast
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dl7cli import __version__, files
 from dl7cli.errors import UserError
-from dl7cli.runs.folder import Run, cannot_write, reason
+from dl7cli.runs.folder import Run, cannot_write, no_link, reason
 
 RESULT = "result.json"
 _ENVIRONMENT = "environment.json"
 _METRICS = "metrics.jsonl"
 _EVALUATIONS = "evaluations.jsonl"
 _PACKAGES = ("torch", "numpy", "datasets", "sacrebleu", "sentencepiece", "safetensors", "pydantic", "typer")
+_Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Record(BaseModel):
+    """What is relied on in the JSON files of a run, where it is there."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: _Count = 0
+    epoch: _Count = 0
+    primary: str | None = None
+    scores: dict[str, _Finite] = {}
+    earlier: list[Any] = []
+    precision: str = "auto"
+
+    @model_validator(mode="after")
+    def _has_its_primary_score(self) -> Self:
+        if self.primary is not None and self.primary not in self.scores:
+            raise ValueError("there is no score of that name")
+        return self
 
 
 def append_metrics(run: Run, record: dict[str, Any]) -> None:
@@ -59,7 +82,7 @@ def refuse_unwritable(run: Run) -> None:
     path = run.folder / _EVALUATIONS
     try:
         if os.path.lexists(path):
-            with path.open("ab"):
+            with open(path, "ab", opener=no_link):
                 return
         # Not made and removed again: another process may be about to write its own reading.
         if not os.access(run.folder, os.W_OK | os.X_OK):
@@ -149,7 +172,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
     try:
         if _torn(path):
             line = b"\n" + line
-        with path.open("ab") as file:  # appended by one call: the lines of two processes do not mix
+        with open(path, "ab", opener=no_link) as file:  # appended by one call: the lines of two processes do not mix
             file.write(line)
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -184,15 +207,20 @@ def read_document(path: Path) -> dict[str, Any] | None:
 
 
 def _parsed(content: bytes) -> dict[str, Any] | None:
+    """The JSON object that was written; None for what `_line` does not write and the commands do not read."""
     try:
         document = json.loads(content)
+        json.dumps(document, allow_nan=False)
+        _Record.model_validate(document)
     except (ValueError, RecursionError):
         return None
-    return document if isinstance(document, dict) else None
+    return cast(dict[str, Any], document)
 
 
 def _replace(path: Path, content: bytes) -> None:
     try:
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         with files.replacing(path) as file:
             file.write(content)
     except OSError as error:

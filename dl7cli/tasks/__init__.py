@@ -1,14 +1,17 @@
 """Tasks: a recipe with its data, model, loss and metric."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from dl7cli import checkpoint
 from dl7cli.checkpoint import Checkpoint
 from dl7cli.data.sources import Progress, silent
 from dl7cli.device import Runtime
-from dl7cli.errors import UserError
 from dl7cli.recipe import ClassificationRecipe, ImageData, Recipe, TranslationRecipe
+from dl7cli.tasks.checking import refuse_other_weights
 from dl7cli.tasks.classification import Classification
 from dl7cli.tasks.translation import Translation
 
@@ -22,16 +25,19 @@ def build(
     runtime: Runtime,
     offline: bool = False,
     progress: Progress = silent,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Task:
     """The task of a recipe, with a model fresh from the recipe's seed.
 
     With `assets` (from a checkpoint) no data is read until it is asked for; without, they are derived from the data.
+    Raises UserError, before the model is made, for assets of another kind of task, for `weights` that it will be given
+    and are not its own, and, where none are given, for a model larger than the memory.
     """
     match recipe:
         case ClassificationRecipe():
-            return Classification(recipe, assets, runtime=runtime, offline=offline, progress=progress)
+            return Classification(recipe, assets, runtime=runtime, offline=offline, progress=progress, weights=weights)
         case TranslationRecipe():
-            return Translation(recipe, assets, runtime=runtime, offline=offline, progress=progress)
+            return Translation(recipe, assets, runtime=runtime, offline=offline, progress=progress, weights=weights)
 
 
 def load(
@@ -57,14 +63,12 @@ def load(
         # The other source has columns of its own.
         other = {"source": data, **({"image": None, "label": None} if isinstance(recipe.data, ImageData) else {})}
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=other)})
-    task = build(recipe, saved.assets, runtime=runtime, offline=offline, progress=progress)
+    task = build(recipe, saved.assets, runtime=runtime, offline=offline, progress=progress, weights=saved.weights)
     restore(task, saved)
     return task
 
 
 def restore(task: Task, saved: Checkpoint) -> None:
     """Give the task's model the weights of a checkpoint. Raises UserError where they are those of another model."""
-    try:
-        task.model.load_state_dict(saved.weights)
-    except RuntimeError as error:
-        raise UserError(f"the weights of the checkpoint do not fit its recipe: {error}") from None
+    refuse_other_weights(task.model.state_dict(), saved.weights)
+    task.model.load_state_dict(saved.weights)

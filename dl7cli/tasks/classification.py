@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,14 @@ from dl7cli.data import augmentation
 from dl7cli.data.images import ImageSet, read_image_file, read_images, statistics
 from dl7cli.data.sources import Progress, silent
 from dl7cli.data.transfer import moved
-from dl7cli.device import Runtime, evaluation_mode, seed_everything
+from dl7cli.device import Runtime, evaluation_mode
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
 from dl7cli.models.fast_resnet import FastResNet, smallest_image
 from dl7cli.models.normalisation import share_statistics
 from dl7cli.models.resnet import ResNet
 from dl7cli.recipe import ClassificationRecipe, FastResNetModel, ResNetModel
+from dl7cli.tasks.checking import ImageAssets, built, check_assets
 
 EVALUATION_BATCH = 500
 WHITENING_IMAGES = 5000
@@ -60,6 +61,7 @@ class Classification:
         runtime: Runtime,
         offline: bool = False,
         progress: Progress = silent,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         fresh = assets is None
         self.recipe = recipe
@@ -72,16 +74,17 @@ class Classification:
         # Beside the model and not in its place: names of weights and evaluation are those of the plain module.
         self._compiled: Callable[[Tensor], Tensor] | None = None
         if assets is None:
-            self._data, classes = self._read(recipe.data.image_size)
+            self._data, names = self._read(recipe.data.image_size)
             images = self._data["train"].images
             mean, deviation = statistics(images)
             assets = {
-                "classes": list(classes),
+                "classes": list(names),
                 "mean": list(mean),
                 # A channel that never changes would be divided by zero.
                 "deviation": [max(value, 1e-3) for value in deviation],
                 "image_size": int(images.shape[1]),
             }
+        check_assets(assets, ImageAssets)
         self.assets = assets
         section = recipe.model
         if isinstance(section, ResNetModel) and section.stem == "imagenet" and assets["image_size"] < _STEM_SIZE:
@@ -106,8 +109,8 @@ class Classification:
                 f"a fast_resnet cannot take images of {smallest} pixels",
                 hint=f"`data.image_size` and `training.small_size` from {smallest_image(len(section.widths))} on fit",
             )
-        seed_everything(recipe.training.seed)
-        model = _model(recipe.model, len(assets["classes"]))
+        classes = len(assets["classes"])
+        model = built(lambda: _model(recipe.model, classes), recipe.training.seed, weights)
         if fresh and isinstance(model, FastResNet):
             images = self._splits()["train"].images
             # From all over the set, which may be in the order of its classes.

@@ -1,7 +1,7 @@
 """Translation: where a recipe meets its sentence pairs, a sequence-to-sequence model, search and BLEU."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dl7cli.data.sources import Progress, silent
 from dl7cli.data.vocabulary import EOS, PAD, UNKNOWN
-from dl7cli.device import Runtime, seed_everything
+from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, bleu, chrf, translation
 from dl7cli.models.convolutional import ConvS2S
@@ -20,6 +20,7 @@ from dl7cli.models.transformer import Transformer
 from dl7cli.models.translator import Translator
 from dl7cli.recipe import ConvS2SModel, Decoding, Seq2SeqModel, TransformerModel, TranslationRecipe
 from dl7cli.search import Hypothesis
+from dl7cli.tasks.checking import PairAssets, built, check_assets
 from dl7cli.tasks.decoding import search, teacher_forced
 from dl7cli.tasks.sentences import PairBatch, SentencePairs, fill
 
@@ -108,7 +109,10 @@ class Translation:
         runtime: Runtime,
         offline: bool = False,
         progress: Progress = silent,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
+        if assets is not None:
+            check_assets(assets, PairAssets)
         self.recipe = recipe
         self.runtime = runtime
         self.pairs = SentencePairs(
@@ -117,9 +121,9 @@ class Translation:
         self.assets = self.pairs.assets
         self.notes = self.pairs.notes
         self._progress = progress
-        seed_everything(recipe.training.seed)
         words = len(self.pairs.source_vocabulary), len(self.pairs.target_vocabulary)
-        self.model: Translator = translator(recipe.model, *words).to(runtime.device)
+        model = built(lambda: translator(recipe.model, *words), recipe.training.seed, weights)
+        self.model: Translator = model.to(runtime.device)
 
     @property
     def data_name(self) -> str:

@@ -18,6 +18,7 @@ from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
 from dl7cli.runs import Run
 from dl7cli.tasks import Task
+from dl7cli.tasks.checking import refuse_other_weights
 from dl7cli.tasks.translation import Translation
 
 _TABLES = ("classes", "confusion", "source_lengths")
@@ -123,7 +124,9 @@ def average(
         )
     chosen = list(kept)[-(last or len(kept)) :]
     mean = _mean([kept[epoch] for epoch in chosen])
-    task = tasks.build(mean.recipe, mean.assets, runtime=runtime, offline=offline, progress=progress)
+    task = tasks.build(
+        mean.recipe, mean.assets, runtime=runtime, offline=offline, progress=progress, weights=mean.weights
+    )
     refuse_other_data(task, mean.assets, "averaging")
     for text in task.notes:
         note(text)
@@ -146,8 +149,11 @@ def average(
 def _mean(folders: Sequence[Path]) -> Checkpoint:
     """The newest of the checkpoints, which is the last, with the mean of the weights of all; counters are its own."""
     sums: dict[str, Tensor] = {}
+    oldest: dict[str, Tensor] = {}
     for folder in folders:
         newest = checkpoint.load(folder)
+        oldest = oldest or newest.weights
+        refuse_other_weights(oldest, newest.weights)
         for name, value in newest.weights.items():
             sums[name] = sums[name] + value.double() if name in sums else value.double()
     weights = {
@@ -171,13 +177,13 @@ def refuse_other_data(task: Task, assets: dict[str, Any], what: str) -> None:
     `what` is to be done with it, for the hint.
     """
     hint = f"{what} needs the same data; train anew instead"
-    if task.splits()["train"] != assets["training_examples"]:
+    began = assets.get("training_examples", 0)
+    if task.splits()["train"] != began:
         raise UserError(
-            f"`{task.data_name}` now has {task.splits()['train']:,} training examples; the run began with "
-            f"{assets['training_examples']:,}",
+            f"`{task.data_name}` now has {task.splits()['train']:,} training examples; the run began with {began:,}",
             hint,
         )
-    if task.digest != assets["data_digest"]:
+    if task.digest != assets.get("data_digest"):
         raise UserError(f"`{task.data_name}` has changed since the run began", hint)
 
 

@@ -82,7 +82,16 @@ class Trainer:
         return {**optimiser_tensors(self.optimiser), **averaged, **random_state(device), **scale, **counts}
 
     def restore(self, tensors: dict[str, Tensor], device: torch.device) -> None:
-        """Put back what `tensors` gave."""
+        """Put back what `tensors` gave; raises UserError for anything else."""
+        try:
+            self._restore(tensors, device)
+        except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"the training state of the checkpoint does not fit its recipe: {str(error).splitlines()[0]}",
+                hint="it was changed by hand or made by another version of dl7: train again",
+            ) from error
+
+    def _restore(self, tensors: dict[str, Tensor], device: torch.device) -> None:
         restore_optimiser(self.optimiser, tensors)
         if self.scaler.is_enabled() and "scaler.scale" in tensors:
             state = self.scaler.state_dict()

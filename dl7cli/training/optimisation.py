@@ -223,7 +223,8 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimiser_tensors` gave, with the memory layout of the parameters so that sums round alike.
 
-    All of it goes to the parameter's device, the step count too: fused optimisers read it there.
+    All of it goes to the parameter's device, the step count too: fused optimisers read it there. Raises ValueError and
+    IndexError for what no such optimiser gave.
     """
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
@@ -231,6 +232,13 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tenso
             continue
         _, number, name = key.split(".")
         parameter = parameters[int(number)]
+        # Fused optimisers do not look at the shape before they read and write.
+        if value.dtype != parameter.dtype or value.shape != (() if name == "step" else parameter.shape):
+            raise ValueError(f"`{key}` is not of the optimiser")
+        if not value.isfinite().all() or (name == "step" and value < 0):
+            raise ValueError(f"`{key}` is not a number that an optimiser gives")
         like = parameter if value.shape == parameter.shape else value
         own = torch.empty_like(like, dtype=value.dtype, device=parameter.device)
         optimiser.state[parameter][name] = own.copy_(value)
+    if len({frozenset(optimiser.state[parameter]) for parameter in parameters}) > 1:
+        raise ValueError("the optimiser knows more of one parameter than of another")

@@ -143,7 +143,14 @@ def resume(run: str | None, *, runtime: Runtime, offline: bool = False, listener
                 listener.note(f"run {found.folder} {how}")
             saved = _last(found)
         saved = share(saved, workers)
-        task = build(saved.recipe, saved.assets, runtime=runtime, offline=offline, progress=listener.progress)
+        task = build(
+            saved.recipe,
+            saved.assets,
+            runtime=runtime,
+            offline=offline,
+            progress=listener.progress,
+            weights=saved.weights,
+        )
         refuse_other_data(task, saved.assets, "resuming")
         tasks.restore(task, saved)
         trainer = Trainer.of(task)
@@ -324,8 +331,10 @@ class _Watch:
         self._timed_seconds = 0.0
         self._timed_steps = 0
         self._validation_seconds = 0.0
-        self._losses = list(saved.get("watch.losses", torch.zeros(0)))
-        self._loss, self._norm = saved.get("watch.latest", torch.zeros(2))
+        self._losses = list(saved.get("watch.losses", torch.zeros(0)).float().flatten())
+        self._loss, self._norm = torch.cat(
+            [saved.get("watch.latest", torch.zeros(2)).float().flatten(), torch.zeros(2)]
+        )[:2]
         self._begin = self._previous = time.monotonic()
         self._shown = 0.0
 

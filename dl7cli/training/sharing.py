@@ -1,6 +1,10 @@
 """What the first of several workers has read, on all of them: the others need neither its files nor its run folder."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from dl7cli import tasks
 from dl7cli.checkpoint import Checkpoint, Progress
@@ -22,16 +26,23 @@ def share_recipe(recipe: Recipe | None, workers: Workers) -> Recipe:
 
 
 def build(
-    recipe: Recipe, assets: dict[str, Any] | None, *, runtime: Runtime, offline: bool, progress: ProgressCall
+    recipe: Recipe,
+    assets: dict[str, Any] | None,
+    *,
+    runtime: Runtime,
+    offline: bool,
+    progress: ProgressCall,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Task:
-    """The task, on all workers with the first one's assets. Raises UserError where they have not the same data."""
+    """`tasks.build` on all workers, with the first one's assets. Raises UserError where they have not the same data."""
     workers = runtime.workers
+    make = partial(tasks.build, runtime=runtime, offline=offline, progress=progress, weights=weights)
     task = None
     if workers.first:
-        task = tasks.build(recipe, assets, runtime=runtime, offline=offline, progress=progress)
+        task = make(recipe, assets)
     assets = workers.shared(task.assets if task is not None else None)
     if task is None:
-        task = tasks.build(recipe, assets, runtime=runtime, offline=offline, progress=progress)
+        task = make(recipe, assets)
     # Made of data that only the first has read, perhaps.
     workers.copy_first(task.model.state_dict().values())
     digests = workers.gathered(task.digest) if workers.count > 1 else []

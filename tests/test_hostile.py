@@ -1,0 +1,528 @@
+"""Files made to do harm: nothing in them is run, nothing outside is written, memory is bounded, and the error is clear.
+
+All commands run in a process that has a gigabyte of memory above what it starts with.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import select
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fuzzing
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+from running import ENVIRONMENT, Outcome
+
+Run = Callable[..., Outcome]
+SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def limited() -> Iterator[Callable[..., Outcome]]:
+    environment = {
+        **ENVIRONMENT,
+        "PYTHONPATH": os.pathsep.join([ENVIRONMENT["PYTHONPATH"], str(Path(__file__).parent)]),
+    }
+    pipe = subprocess.PIPE
+    command = [sys.executable, str(Path(__file__).with_name("limited.py"))]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(*arguments: str, cwd: Path) -> Outcome:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps([arguments, str(cwd)]) + "\n")
+            process.stdin.flush()
+            assert select.select([process.stdout], [], [], SECONDS)[0], f"no answer within {SECONDS} seconds"
+            return Outcome(*json.loads(process.stdout.readline()))
+
+        try:
+            yield run
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def dl7(limited: Callable[..., Outcome], tmp_path: Path) -> Run:
+    """Run a command in the folder `work`; whatever it does, nothing beside that folder changes."""
+    work = tmp_path / "work"
+    work.mkdir(exist_ok=True)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").write_text("as it was")
+
+    def run(*arguments: str) -> Outcome:
+        outcome = limited(*arguments, cwd=work)
+        assert outcome.code in (0, 1), outcome.err
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["outside", "work"], "nothing was executed"
+        assert (tmp_path / "outside" / "file").read_text() == "as it was"
+        assert [path.name for path in (tmp_path / "outside").iterdir()] == ["file"]
+        return outcome
+
+    return run
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    (tmp_path / "work").mkdir(exist_ok=True)
+    return tmp_path / "work"
+
+
+class Payload:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self._command = f"touch '{folder.parent / 'executed'}'"
+
+    def __reduce__(self) -> Any:
+        return os.system, (self._command,)
+
+
+def test_the_payload_would_work(work: Path) -> None:
+    pickle.loads(pickle.dumps(Payload(work)))
+    assert (work.parent / "executed").exists()
+
+
+# Checkpoints
+
+
+def sign(checkpoint: Path, change: Callable[[dict[str, Any]], Any] = lambda document: None) -> None:
+    """Change a `checkpoint.json` and make all digests right again."""
+    document = json.loads((checkpoint / "checkpoint.json").read_bytes())
+    for name, entry in document["files"].items():
+        file = checkpoint / name
+        if file.is_file() and file.stat().st_size < 1 << 30:
+            entry |= {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    change(document)
+    (checkpoint / "checkpoint.json").write_bytes(fuzzing.signed(document))
+
+
+def pickled(best: Path) -> None:
+    (best / "model.safetensors").write_bytes(pickle.dumps(Payload(best.parents[1])))
+    sign(best)
+
+
+def saved_by_torch(best: Path) -> None:
+    torch.save({"weight": Payload(best.parents[1])}, best / "model.safetensors")
+    sign(best)
+
+
+def long_header(best: Path) -> None:
+    (best / "model.safetensors").write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+    sign(best)
+
+
+def header(shape: list[int], offsets: list[int]) -> bytes:
+    text = json.dumps({"weight": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def large_shape(best: Path) -> None:
+    (best / "model.safetensors").write_bytes(header([10**9, 10**9], [0, 4 * 10**18]))
+    sign(best)
+
+
+def large_shape_of_nothing(best: Path) -> None:
+    (best / "model.safetensors").write_bytes(header([0, 1 << 40, 1 << 40], [0, 0]))
+    sign(best)
+
+
+def not_a_number(best: Path) -> None:
+    weights = safetensors.torch.load((best / "model.safetensors").read_bytes())
+    weights[max(weights)].flatten()[0] = torch.nan
+    (best / "model.safetensors").write_bytes(safetensors.torch.save(weights))
+    sign(best)
+
+
+def other_names(best: Path) -> None:
+    weights = safetensors.torch.load((best / "model.safetensors").read_bytes())
+    (best / "model.safetensors").write_bytes(
+        safetensors.torch.save({f"../../{name}": weights[name] for name in weights})
+    )
+    sign(best)
+
+
+def a_terabyte(best: Path) -> None:
+    os.truncate(best / "model.safetensors", 1 << 40)
+    sign(best, lambda document: document["files"]["model.safetensors"].update(size=1 << 40))
+
+
+def a_device(best: Path) -> None:
+    (best / "model.safetensors").unlink()
+    (best / "model.safetensors").symlink_to("/dev/zero")
+    sign(best)
+
+
+def a_pipe(best: Path) -> None:
+    (best / "model.safetensors").unlink()
+    os.mkfifo(best / "model.safetensors")
+    sign(best)
+
+
+def a_long_index(best: Path) -> None:
+    with (best / "checkpoint.json").open("ab") as file:
+        file.truncate(1 << 34)
+
+
+def a_giant(best: Path) -> None:
+    sign(best, lambda document: document["recipe"]["model"].update(width=4096, widening=64))
+
+
+def huge_images(best: Path) -> None:
+    sign(best, lambda document: document["assets"].update(image_size=1_000_000))
+
+
+def no_text(best: Path) -> None:
+    sign(best, lambda document: document["assets"].update(classes=[["a"], 1]))
+
+
+def nested(best: Path) -> None:
+    (best / "checkpoint.json").write_text('{"dl7": 1, "format": 1, "a": ' + "[" * 1_000_000)
+
+
+def before_the_first(best: Path) -> None:
+    sign(best, lambda document: document["progress"].update(step=-1))
+
+
+def many_digits(best: Path) -> None:
+    text = (best / "checkpoint.json").read_text().replace('"epoch": 1', '"epoch": ' + "9" * 100_000)
+    (best / "checkpoint.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (pickled, "is not a whole safetensors file"),
+        (saved_by_torch, "is not a whole safetensors file"),
+        (long_header, "is not a whole safetensors file"),
+        (large_shape, "is not a whole safetensors file"),
+        (large_shape_of_nothing, "is not a whole safetensors file"),
+        (not_a_number, "the weights of the checkpoint are not all numbers: `"),
+        (other_names, "do not fit its recipe: `"),
+        (a_terabyte, "does not fit in memory: it has 1099511627776 bytes"),
+        (a_device, "cannot be read: it is not a file"),
+        (a_pipe, "cannot be read: it is not a file"),
+        (a_long_index, "checkpoint.json` is damaged: it has 17179869184 bytes"),
+        (a_giant, "do not fit its recipe: `"),
+        (huge_images, "`image_size` of the checkpoint's assets is wrong: "),
+        (no_text, "`classes.0` of the checkpoint's assets is wrong: "),
+        (nested, "is damaged: it is not whole JSON"),
+        (many_digits, "is damaged: it is not whole JSON"),
+        (before_the_first, "`progress.step` is wrong"),
+    ],
+)
+def test_checkpoints(change: Callable[[Path], None], expected: str, dl7: Run, small_runs: Path, work: Path) -> None:
+    shutil.copytree(small_runs / "resnet", work / "run")
+    change(work / "run" / "best")
+    (work / "image.png").write_bytes(fuzzing.IMAGES[0])
+    failed = dl7("classify", "--run", "run", "image.png")
+    assert (failed.code, failed.out) == (1, "")
+    assert failed.err.startswith("error: ")
+    assert expected in failed.err.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "vocabulary",
+    [
+        {"kind": "word", "words": [1, 2]},
+        {"kind": "character", "words": {"a": 1}},
+        {"kind": "word", "words": ["\ud83d"]},
+        {"kind": "sentencepiece", "model": ""},
+        {"kind": "sentencepiece", "model": "AAAA"},
+        {"kind": "os.system"},
+    ],
+)
+def test_vocabularies(vocabulary: dict[str, Any], dl7: Run, small_runs: Path, work: Path) -> None:
+    shutil.copytree(small_runs / "seq2seq", work / "run")
+    sign(work / "run" / "best", lambda document: document["assets"].update(vocabulary=vocabulary))
+    failed = dl7("translate", "--run", "run", "1 2")
+    assert (failed.code, failed.out) == (1, "")
+    assert failed.err.startswith("error: the vocabulary of the checkpoint is ")
+
+
+def test_an_optimiser_is_not_given_tensors_of_other_shapes(dl7: Run, small_runs: Path, work: Path) -> None:
+    """Fused ones read and write as many numbers as the weights have, whether they are there or not."""
+    shutil.copytree(small_runs / "resnet", work / "run")
+    (work / "run" / "result.json").unlink()
+    last = work / "run" / "last"
+    original = safetensors.torch.load((last / "training.safetensors").read_bytes())
+    buffers = sorted(name for name in original if name.startswith("optimiser."))
+    for changed in (
+        {buffers[0]: torch.zeros(())},
+        {buffers[0]: original[buffers[0]].half()},
+        {buffers[0]: original[buffers[0]] * torch.nan},
+        {"optimiser.99.momentum_buffer": torch.zeros(3)},
+        {"random.cpu": torch.zeros(9, dtype=torch.uint8)},
+    ):
+        (last / "training.safetensors").write_bytes(safetensors.torch.save({**original, **changed}))
+        sign(last, lambda document: document["progress"].update(epoch=0))
+        failed = dl7("train", "--resume", "run")
+        assert (failed.code, failed.out) == (1, "")
+        assert "error: the training state of the checkpoint does not fit its recipe: " in failed.err
+
+
+@pytest.mark.parametrize("name", ["lock", "environment.json", "metrics.jsonl", "evaluations.jsonl", "result.json"])
+def test_what_a_run_links_to_is_not_written(name: str, dl7: Run, small_runs: Path, work: Path) -> None:
+    shutil.copytree(small_runs / "resnet", work / "run")
+    for path in ("result.json", name):
+        (work / "run" / path).unlink(missing_ok=True)
+    (work / "run" / name).symlink_to("../../outside/file")
+    sign(work / "run" / "last", lambda document: document["progress"].update(epoch=0))
+    if name != "evaluations.jsonl":
+        assert f"error: cannot write `run/{name}`" in dl7("train", "--resume", "run").err
+    else:
+        assert f"error: cannot write `run/{name}`" in dl7("eval", "run").err
+
+
+def test_a_checkpoint_that_is_a_link_is_taken_away_alone(tmp_path: Path) -> None:
+    from dl7cli import checkpoint
+
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "checkpoint.json").touch()
+    (tmp_path / "epoch-0001").symlink_to("outside")
+    checkpoint.remove(tmp_path / "epoch-0001")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["outside", "outside/checkpoint.json"]
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a = " + "[" * 30_000, "is not a TOML file: it is nested too deeply"),
+        ("a = " + "[" * 20 + "]" * 20, "is not a TOML file: it is nested too deeply"),
+        ("a" + ".a" * 30_000 + " = 1", "is not a TOML file: it is nested too deeply"),
+        ("\n".join([*(f"k{n} = 1" for n in range(6000)), 'model.kind = "resnet"']), "\n  and 5,982 more"),
+        ("a = " + "9" * 10_000, "is not a TOML file: an integer has more than 64 bits"),
+        ("training.epochs = 0x" + "f" * 10_000, "is not a TOML file: an integer has more than 64 bits"),
+        ("#" * (1 << 20), "is not a TOML file: it is longer than 65,536 characters"),
+        (
+            '[model]\nkind = "transformer"\nfeedforward_width = 10000000000',
+            "`model.feedforward_width` is `10000000000`",
+        ),
+        ('name = "\\u001b]0;x\\u0007"\nmodel.kind = "resnet"', "`name` is "),
+    ],
+)
+def test_recipes(text: str, expected: str, dl7: Run, work: Path) -> None:
+    (work / "mine.toml").write_text(text)
+    failed = dl7("train", "mine.toml")
+    assert (failed.code, failed.out) == (1, "")
+    assert expected in failed.err
+    assert len(failed.err) < 10_000
+
+
+def test_a_name_stays_below_the_folder_of_runs(dl7: Run, work: Path, tiny: dict[str, Path]) -> None:
+    (work / "mine.toml").write_text('name = "../../outside/x"\n' + tiny["resnet"].read_text())
+    trained = dl7("train", "mine.toml", "--set", "training.epochs=1", "--json")
+    assert json.loads(trained.out)["run"] == "runs/outside-x-1"
+
+
+def test_a_model_larger_than_the_memory(dl7: Run, work: Path, tiny: dict[str, Path]) -> None:
+    keys = ('model={kind="transformer",width=4096,feedforward_width=1048576,encoder_layers=64}',)
+    failed = dl7("train", str(tiny["seq2seq"]), *(text for key in keys for text in ("--set", key)))
+    assert failed.err.startswith("error: the weights of this model would take ")
+
+
+# Data
+
+
+def varint(number: int) -> bytes:
+    """A number as Thrift writes it: seven bits a byte, of twice its size for the sign."""
+    number, found = number << 1, b""
+    while number > 127:
+        number, found = number >> 7, found + bytes([number & 127 | 128])
+    return found + bytes([number])
+
+
+PNG = fuzzing.IMAGES[0]
+
+
+def images(rows: int, **metadata: str) -> pa.Table:
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    cells = pa.array([{"bytes": PNG, "path": None}] * rows, kind)
+    return pa.table({"image": cells, "label": [row % 2 for row in range(rows)]}).replace_schema_metadata(metadata)
+
+
+def claims_a_billion_rows(folder: Path) -> None:
+    file = folder / "train.parquet"
+    pq.write_table(images(77), file)
+    data = file.read_bytes()
+    size = int.from_bytes(data[-8:-4], "little")
+    footer = data[-8 - size : -8].replace(b"\x16" + varint(77), b"\x16" + varint(10**9))
+    file.write_bytes(data[: -8 - size] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+
+
+def repeats_one_row(folder: Path) -> None:
+    cell = pa.DictionaryArray.from_arrays(pa.array([0] * 1_100_000, pa.int32()), pa.array([PNG])).cast(pa.binary())
+    pq.write_table(pa.table({"image": cell, "label": [0] * 1_100_000}), folder / "train.parquet")
+
+
+def repeats_one_value(folder: Path) -> None:
+    cell = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), pa.array(["x" * 1_000_000]))
+    pq.write_table(pa.table({"image": cell, "en": cell, "de": cell}), folder / "train.parquet")
+
+
+def names_itself(folder: Path) -> None:
+    pq.write_table(images(20), folder / "train.parquet")
+    lines = ["a: &a [x,x,x,x,x,x,x,x,x,x]"]
+    for one, other in zip("abcdefghi", "bcdefghij", strict=True):
+        lines.append(f"{other}: &{other} [{','.join([f'*{one}'] * 10)}]")
+    configs = ["configs:", "- config_name: default", "  data_files: train.parquet", "  x: *j"]
+    (folder / "README.md").write_text("\n".join(["---", *lines, *configs, "---", ""]))
+
+
+def has_a_pickled_type(folder: Path) -> None:
+    named = {b"ARROW:extension:name": b"arrow.py_extension_type"}
+    named[b"ARROW:extension:metadata"] = pickle.dumps(Payload(folder.parent))
+    schema = pa.schema([pa.field("image", pa.binary(), metadata=named), pa.field("label", pa.int64())])
+    pq.write_table(pa.table([pa.array([PNG] * 20), pa.array([0, 1] * 10)], schema=schema), folder / "train.parquet")
+
+
+def has_a_script(folder: Path) -> None:
+    (folder / f"{folder.name}.py").write_text(f"open({str(folder.parents[1] / 'executed')!r}, 'w')\n")
+    pq.write_table(images(20), folder / "train.parquet")
+
+
+def has_pickles(folder: Path) -> None:
+    for suffix in ("pkl", "pickle", "pt", "npy"):
+        (folder / f"train.{suffix}").write_bytes(pickle.dumps(Payload(folder.parent)))
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: train.pkl\n---\n")
+
+
+def names_devices(folder: Path) -> None:
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    cells = pa.array([{"bytes": None, "path": "/dev/zero"}] * 4, kind)
+    pq.write_table(pa.table({"image": cells, "label": [0, 1, 0, 1]}), folder / "train.parquet")
+
+
+def has_a_large_image(folder: Path) -> None:
+    for name in ("a", "b"):
+        (folder / "train" / name).mkdir(parents=True)
+        large_png(folder / "train" / name / "1.png")
+
+
+def has_an_endless_line(folder: Path) -> None:
+    for language in ("en", "de"):
+        with (folder / f"train.{language}").open("wb") as file:
+            file.truncate(1 << 36)
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "expected"),
+    [
+        (claims_a_billion_rows, "classification", " and unpacks to 1,000,000,000 rows"),
+        (repeats_one_row, "classification", " and unpacks to 1,100,000 rows"),
+        (repeats_one_value, "translation", " and unpacks to "),
+        (names_itself, "classification", "README.md` has YAML aliases"),
+        (has_a_pickled_type, "classification", "no image column in"),
+        (has_a_script, "classification", "cannot be loaded: "),
+        (has_pickles, "classification", "cannot be loaded: "),
+        (names_devices, "classification", "is not a file: /dev/zero"),
+        (has_a_large_image, "classification", "has too many pixels to be read"),
+        (has_an_endless_line, "translation", "line 1 is longer than 4,194,304 bytes"),
+    ],
+)
+def test_data(make: Callable[[Path], None], task: str, expected: str, dl7: Run, work: Path) -> None:
+    (work / "data").mkdir()
+    make(work / "data")
+    failed = dl7("data", "info", "data", "--task", task)
+    assert (failed.code, failed.out) == (1, "")
+    assert failed.err.startswith("error: ")
+    assert expected in failed.err
+
+
+# Images
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png_of(width: int, height: int, *chunks: bytes, data: bytes) -> bytes:
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def large_png(file: Path) -> None:
+    rows = zlib.compressobj(9)
+    packed = b"".join(rows.compress(bytes(6251)) for _ in range(50_000)) + rows.flush()
+    file.write_bytes(png_of(50_000, 50_000, data=packed))
+
+
+def text_png(file: Path) -> None:
+    bomb = zlib.compress(bytes(1 << 28), 9)
+    file.write_bytes(png_of(8, 8, chunk(b"zTXt", b"a\0\0" + bomb), data=zlib.compress(bytes(16))))
+
+
+def international_text_png(file: Path) -> None:
+    bomb = zlib.compress(b" " * (1 << 28), 9)
+    packed = chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + bomb)
+    file.write_bytes(png_of(8, 8, packed, data=zlib.compress(bytes(16))))
+
+
+def profile_png(file: Path) -> None:
+    bomb = zlib.compress(bytes(1 << 28), 9)
+    file.write_bytes(png_of(8, 8, chunk(b"iCCP", b"a\0\0" + bomb), data=zlib.compress(bytes(16))))
+
+
+def large_jpeg(file: Path) -> None:
+    data = next(data for data in fuzzing.IMAGES if data.startswith(b"\xff\xd8"))
+    at = data.index(b"\xff\xc0") + 5
+    file.write_bytes(data[:at] + struct.pack(">HH", 65_500, 65_500) + data[at + 4 :])
+
+
+def large_bmp(file: Path) -> None:
+    data = next(data for data in fuzzing.IMAGES if data.startswith(b"BM"))
+    file.write_bytes(data[:18] + struct.pack("<ii", 1 << 30, 1 << 30) + data[26:])
+
+
+def many_frames(file: Path) -> None:
+    frames = [PIL.Image.new("P", (64, 64), number % 256) for number in range(3000)]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (large_png, "has too many pixels to be read"),
+        (large_jpeg, "has too many pixels to be read"),
+        (large_bmp, "has too many pixels to be read"),
+        (text_png, "is not an image that can be read: "),
+        (international_text_png, "is not an image that can be read: "),
+        (profile_png, "is not an image that can be read: "),
+        (many_frames, None),
+    ],
+)
+def test_images(make: Callable[[Path], None], expected: str | None, dl7: Run, small_runs: Path, work: Path) -> None:
+    """Of many frames the first is read."""
+    shutil.copytree(small_runs / "resnet", work / "run")
+    make(work / "image")
+    assert (work / "image").stat().st_size < 3_000_000
+    seen = dl7("classify", "--run", "run", "image")
+    assert seen.err.startswith(f"error: `image` {expected}" if expected else "")
+    assert (seen.code, len(seen.out.splitlines())) == ((1, 0) if expected else (0, 3))
+
+
+# Text
+
+
+@pytest.mark.parametrize("command", [["translate"], ["translate", "--jsonl"], ["score"]])
+def test_text_without_end(command: list[str], dl7: Run, small_runs: Path, work: Path) -> None:
+    shutil.copytree(small_runs / "seq2seq", work / "run")
+    failed = dl7(*command, "--run", "run", "--input", "/dev/zero", "--output", "out")
+    assert failed.err.startswith("error: /dev/zero: line 1 is longer than 4,194,304 bytes\nhint: ")
+    assert not (work / "out").exists()
