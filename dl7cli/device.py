@@ -13,6 +13,9 @@ from torch import Tensor
 
 from dl7cli.errors import UserError
 
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+# Those that torch knows; the first is also the one that makes cuDNN's recurrent layers repeatable.
+_CUBLAS_REPEATABLE = (":16:8", ":4096:8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -24,6 +27,8 @@ class Runtime:
     precision: str
     device_name: str
     reason: str
+    deterministic: bool = False
+    """Whether training again is to give the same bits on a GPU too; on a CPU it does anyway."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products and convolutions run in the precision chosen; weights and sums stay in float32."""
@@ -31,8 +36,40 @@ class Runtime:
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
+    @contextmanager
+    def repeatable(self) -> Iterator[None]:
+        """Where that is asked for, have torch use deterministic operations only, in all the process, while this lasts.
 
-def choose(device: str = "auto", precision: str = "auto", gpus: str | None = None) -> Runtime:
+        To be entered before anything is computed on a GPU: cuBLAS reads its setting once. Raises UserError with the
+        operation's name where one is needed that is not to be had deterministic.
+        """
+        if not self.deterministic:
+            yield
+            return
+        if os.environ.get(_CUBLAS) not in _CUBLAS_REPEATABLE:
+            os.environ[_CUBLAS] = _CUBLAS_REPEATABLE[0]
+        cudnn = torch.backends.cudnn
+        before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        try:
+            yield
+        except RuntimeError as error:
+            operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+            if not found:
+                raise
+            hint = (
+                "leave `--deterministic` out, train with `--device cpu`, or without the key of the recipe that needs it"
+            )
+            raise UserError(f"torch's `{operation}` is not deterministic on {self.device_name}", hint) from None
+        finally:
+            torch.use_deterministic_algorithms(before[0])
+            cudnn.deterministic, cudnn.benchmark = before[1:]
+
+
+def choose(
+    device: str = "auto", precision: str = "auto", gpus: str | None = None, *, deterministic: bool = False
+) -> Runtime:
     """Turn the flags into a device that exists and a precision it can do.
 
     Raises UserError for a device or precision that is not to be had, saying what was seen.
@@ -53,7 +90,13 @@ def choose(device: str = "auto", precision: str = "auto", gpus: str | None = Non
         raise UserError("the CPU cannot train in fp16", hint="use `--precision bf16` or `--precision fp32`")
     else:
         why += f"; {precision} as asked"
-    return Runtime(chosen, precision, _name(chosen), why)
+    return Runtime(chosen, precision, _name(chosen), why, deterministic)
+
+
+def each(gpus: str) -> list[str]:
+    """What `--gpus` would be for each GPU alone of those that it names: `all`, or numbers with commas between them."""
+    seen = [str(number) for number in range(torch.cuda.device_count())]
+    return (seen if gpus == "all" else list(dict.fromkeys(gpus.replace(" ", "").split(",")))) or [gpus]
 
 
 def precisions(device: torch.device) -> list[str]:

@@ -240,11 +240,13 @@ def test_runs(work: Path, images: Path) -> None:
     assert after["readings"]["test"] == before["readings"]["test"] + 1
     assert (after["epochs"], after["epochs_planned"]) == (2, 2)
     shown = succeed("runs", "show", "runs/resnet-1", cwd=work).out
-    assert re.search(rf"^test +read {after['readings']['test']} times; newest: accuracy ", shown, re.MULTILINE)
+    assert re.search(
+        rf"^test +read {after['readings']['test']} times, last 20..-..-..T.*: accuracy ", shown, re.MULTILINE
+    )
     assert "by checkpoint" not in shown
     succeed("eval", "runs/resnet-1/last", cwd=work)
     shown = succeed("runs", "show", "runs/resnet-1", cwd=work).out
-    assert re.search(r"^test .*; newest: accuracy .* by checkpoint last$", shown, re.MULTILINE)
+    assert re.search(r"^test .*: accuracy .* by checkpoint last$", shown, re.MULTILINE)
 
 
 def interrupt_once_it_grows(file: Path, number: int) -> None:

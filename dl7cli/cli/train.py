@@ -8,6 +8,7 @@ import typer
 
 from dl7cli.cli import console, options
 from dl7cli.cli.evaluate import print_result
+from dl7cli.cli.repeats import train_repeats
 
 if TYPE_CHECKING:
     from dl7cli.recipe import Recipe
@@ -21,14 +22,33 @@ def train(
     data: options.Data = None,
     overrides: options.Set = None,
     seed: options.Seed = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1000,
+            help="Train N times, with the seed and those that follow it, and print mean, deviation and interval.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Folder of the run; runs/RECIPE-NUMBER if not given."),
+        typer.Option(metavar="RUN", help="Folder of the run; runs/RECIPE-NUMBER if not given. With --seeds: RUN-SEED."),
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="RUN", help="Go on with this run, as if it had never stopped."),
+        typer.Option(
+            metavar="RUN",
+            help="Go on with this run, as if it had never stopped. With --seeds: runs with commas between them.",
+        ),
     ] = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="On a GPU, too, give the same bits each time, or say which operation cannot; slower.",
+        ),
+    ] = False,
     device: options.Device = "auto",
     gpus: options.Gpus = None,
     precision: options.Precision = "auto",
@@ -38,8 +58,14 @@ def train(
     """Train a recipe, keep the best model, and evaluate it.
 
     What is trained stands in the recipe; --set changes a key of it. Ctrl-C finishes the step, saves, stops.
+
+    With --seeds each seed is a run of its own; they follow one another, or share the devices of --gpus, one on each.
+    --json then prints runs, seeds and results, and of every score the mean in scores, the standard_deviation
+    and the 95 % interval.
     """
-    given = {"RECIPE": name, "--data": data, "--set": overrides, "--seed": seed, "--out": out}
+    given: dict[str, object] = {"RECIPE": name, "--data": data, "--set": overrides, "--seed": seed}
+    if seeds is None:  # else it says where those lie that have not begun
+        given["--out"] = out
     if resume is None and name is None:
         raise typer.BadParameter("give a RECIPE to train, or --resume RUN to go on with a run")
     if resume is not None and (refused := [flag for flag, value in given.items() if value not in (None, [])]):
@@ -51,11 +77,23 @@ def train(
         recipe = choose(name, overrides or [], data=data, seed=seed, offline=offline)
     from dl7cli import device as devices
     from dl7cli import runs, training
+    from dl7cli.training import repeats
 
-    if resume is not None and precision == "auto":
-        # Another precision than it began with would make it another run.
-        precision = runs.environment(runs.find(resume)[0]).get("precision", precision)
-    runtime = devices.choose(device, precision, gpus)
+    names = [] if resume is None else [resume] if seeds is None else resume.split(",")
+    if names:
+        # Otherwise than it began it would be another run.
+        before = runs.environment(runs.find(names[0])[0])
+        precision = before.get("precision", precision) if precision == "auto" else precision
+        deterministic = deterministic or before.get("deterministic", False)
+    if seeds is not None:
+        apart = [None] if gpus is None else devices.each(gpus)
+        train_repeats(
+            repeats.plan(recipe, seeds, begun=names, out=out, offline=offline),
+            [devices.choose(device, precision, one, deterministic=deterministic) for one in apart],
+            as_json,
+        )
+        return
+    runtime = devices.choose(device, precision, gpus, deterministic=deterministic)
     try:
         with console.display() as display:
             if recipe is not None:

@@ -106,7 +106,7 @@ def train(
     task = tasks.build(recipe, runtime=runtime, offline=offline, progress=listener.progress)
     steps = total_steps(task)
     run = runs.create(recipe, recipe.name, out)
-    with runs.lock(run):
+    with runs.lock(run), runtime.repeatable():
         trainer = Trainer.of(task)
         _save(run.last, task, trainer.tensors(runtime.device), Progress(), {})
         return _run(run, task, trainer, _Watch(task, steps, Progress(), {}), {}, listener, begin)
@@ -116,7 +116,7 @@ def resume(run: str, *, runtime: Runtime, offline: bool = False, listener: Liste
     """Go on with an interrupted run from its last checkpoint; raises as `train`."""
     begin = time.monotonic()
     found, _ = runs.find(run)
-    with runs.lock(found):
+    with runs.lock(found), runtime.repeatable():
         saved = checkpoint.load(found.last, training=True)
         if not saved.training:
             raise UserError(f"checkpoint `{found.last}` is one to use, not to go on from", hint="train anew instead")
@@ -150,6 +150,7 @@ def _run(
         {
             "device": runtime.device_name,
             "precision": runtime.precision,
+            "deterministic": runtime.deterministic,
             "compiled": compiled,
             "resumed_step": start.step,
         },
@@ -177,7 +178,7 @@ def _run(
     watch.go_on()
     progress = start
     saved_at = time.monotonic()
-    with _signals() as received:
+    with signals() as received:
         for report in fit(task, trainer, start=start):
             watch.see(report)
             progress = report.progress._replace(seconds=start.seconds + watch.seconds)
@@ -346,7 +347,7 @@ class _Watch:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of stopping at once; a second one does stop at once."""
     received: list[int] = []
 
