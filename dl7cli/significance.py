@@ -127,6 +127,10 @@ def paired_bleu(first: Sequence[str], others: Sequence[Sequence[str]], reference
     BLEU is that of `metrics.bleu`. Samples are drawn from a fixed seed, fewer of them where the sentences are so many
     that memory would not hold them. Paired bootstrap: Koehn 2004; approximate randomisation: Riezler & Maxwell 2005,
     who find that it takes chance for a difference less often.
+
+    Of randomisation, sacrebleu counts the exchanges of sentences that differ by more than what was seen. Those that
+    differ by as much belong to them: at least the two that exchange none or all of the k sentences in which the two
+    translators differ, 2 of 2^k. They are added, or else two that differ in one sentence would have p = 1/10,001.
     """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.significance import PairedTest, Result
@@ -141,9 +145,32 @@ def paired_bleu(first: Sequence[str], others: Sequence[Sequence[str]], reference
         found.append([result for result in results["BLEU"] if isinstance(result, Result)])
         signatures.append(str(signed["BLEU"]))
     pairs = []
-    for shuffled, resampled in zip(found[0][1:], found[1][1:], strict=True):
+    for other, shuffled, resampled in zip(others, found[0][1:], found[1][1:], strict=True):
         assert shuffled.p_value is not None
         assert resampled.p_value is not None
-        difference = shuffled.score - found[0][0].score
-        pairs.append(PairedBleu(difference, shuffled.p_value, resampled.p_value, (signatures[0], signatures[1])))
+        unlike = _sentences_unlike(first, other, references)
+        pairs.append(
+            PairedBleu(
+                difference=shuffled.score - found[0][0].score,
+                randomisation=min(1.0, shuffled.p_value + math.ldexp(2, -unlike)),
+                bootstrap=resampled.p_value if unlike else 1.0,
+                signatures=(signatures[0], signatures[1]),
+            )
+        )
     return pairs
+
+
+def _sentences_unlike(first: Sequence[str], second: Sequence[str], references: Sequence[str]) -> int:
+    """How many sentences count otherwise in the BLEU of two translators."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    bleu = BLEU(effective_order=True)  # of no effect on what is counted
+
+    def counted(text: str, reference: str) -> tuple[list[int], list[int], int]:
+        score = bleu.sentence_score(text, [reference])
+        return score.counts, score.totals, score.sys_len
+
+    return sum(
+        one != other and counted(one, reference) != counted(other, reference)
+        for one, other, reference in zip(first, second, references, strict=True)
+    )
