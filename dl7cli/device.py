@@ -90,6 +90,8 @@ def choose(
         raise UserError("the CPU cannot train in fp16", hint="use `--precision bf16` or `--precision fp32`")
     else:
         why += f"; {precision} as asked"
+    if deterministic:
+        why += "; deterministic as asked"
     return Runtime(chosen, precision, _name(chosen), why, deterministic)
 
 

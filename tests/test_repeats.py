@@ -1,6 +1,7 @@
 """`dl7 train --seeds`: runs like any other, what they come to, stopping and going on, and several devices."""
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -16,7 +17,7 @@ import torch
 from running import Silent, dl7, succeed
 
 from dl7cli import runs, training
-from dl7cli.cli.repeats import print_summary
+from dl7cli.cli.repeats import print_summary, train_repeats
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve, with_seed
@@ -223,18 +224,37 @@ def children() -> int:
     return len(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
 
 
+def test_each_gpu_is_one_of_several_devices(tiny: dict[str, Path], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def choose(*arguments: str, deterministic: bool) -> Runtime:
+        asked.append((*arguments, deterministic))
+        return CPU
+
+    monkeypatch.setattr("dl7cli.device.choose", choose)
+    monkeypatch.setattr("dl7cli.cli.train.train_repeats", lambda planned, used, _: asked.append([planned, used]))
+    succeed("train", str(tiny["resnet"]), "--seeds", "3", "--gpus", "0,2", "--deterministic", cwd=work)
+    *chosen, (planned, used) = asked
+    assert chosen == [("auto", "auto", "0", True), ("auto", "auto", "2", True)]
+    assert used == [CPU, CPU]
+    assert [one.seed for one in planned] == [1, 2, 3]
+
+
 @pytest.mark.slow
-def test_two_at_a_time_train_what_one_does(tiny: dict[str, Path]) -> None:
+def test_two_at_a_time_train_what_one_does(tiny: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     recipe = resolve(str(tiny["resnet"])).recipe
     before = children()
     with within(300):
-        side_by_side = dict(repeats.train_all(repeats.plan(recipe, 3, out=Path("two")), [CPU, CPU], lambda _: Silent()))
+        train_repeats(repeats.plan(recipe, 3, out=Path("two")), [CPU, CPU], as_json=True)
+    printed = capsys.readouterr()
+    side_by_side = json.loads(printed.out)
+    assert side_by_side["runs"] == ["two-1", "two-2", "two-3"]
     one = dict(repeats.train_all(repeats.plan(recipe, 3, out=Path("one")), [CPU], lambda _: Silent()))
-    assert side_by_side.keys() == one.keys() == {1, 2, 3}
-    for seed, result in one.items():
+    for (seed, alone), result in zip(one.items(), side_by_side["results"], strict=True):
         assert weights(f"two-{seed}") == weights(f"one-{seed}")
-        assert side_by_side[seed]["scores"] == result["scores"]
-        assert side_by_side[seed]["run"] == f"two-{seed}"
+        assert (result["run"], result["scores"]) == (f"two-{seed}", alone["scores"])
+        assert f"seed {seed}  run two-{seed} on cpu, fp32\n" in printed.err
+        assert re.search(rf"^seed {seed}  epoch 3  validation accuracy ", printed.err, re.MULTILINE)
     assert children() <= before + 1, "multiprocessing's own tracker of resources may stay"
 
 

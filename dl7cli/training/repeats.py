@@ -14,6 +14,8 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dl7cli import runs, significance
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
@@ -85,11 +87,12 @@ def train_all(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Train them, yielding the seed and the result of each when it is there; `listener` is asked for one for each seed.
 
-    With several `runtimes` each device has a process of its own and takes the next seed when it is done with one.
+    With several `runtimes` each repeat has a process of its own, of which there is one on each device at any time.
     Raises as `session.train`: Interrupted is then of the run begun last, and the others have been saved, too.
     """
     if len(runtimes) == 1:
         for repeat in repeats:
+            torch.compiler.reset()  # a module's code is compiled for a few models only, then no more
             yield repeat.seed, repeat.train(runtimes[0], listener(repeat.seed))
     else:
         yield from _side_by_side(repeats, runtimes, listener)
@@ -135,8 +138,8 @@ def _side_by_side(
             while going or (waiting and not stopping):
                 while waiting and free and not stopping:
                     repeat, runtime = waiting.pop(0), free.pop(0)
-                    here, there = context.Pipe()
-                    process = context.Process(target=_work, args=(there, repeat, runtime), daemon=True)
+                    here, there = context.Pipe(duplex=False)
+                    process = context.Process(target=_work, args=(there, repeat, runtime))
                     process.start()
                     there.close()
                     going[here] = repeat, runtime, process
@@ -185,7 +188,7 @@ def _heard(connection: Connection, repeat: Repeat) -> tuple[str, Any]:
     """What a process says next, or that it will say no more."""
     try:
         kind, content = connection.recv()
-    except EOFError:
+    except (EOFError, OSError):  # the latter in the middle of something
         return "ended", (f"the training with seed {repeat.seed} has ended without a word",)
     return kind, content
 
