@@ -58,9 +58,7 @@ class Runtime:
             operation, found, _ = str(error).partition(" does not have a deterministic implementation")
             if not found:
                 raise
-            hint = (
-                "leave `--deterministic` out, train with `--device cpu`, or without the key of the recipe that needs it"
-            )
+            hint = "leave `--deterministic` out, or train with `--device cpu`, where every run gives the same bits"
             raise UserError(f"torch's `{operation}` is not deterministic on {self.device_name}", hint) from None
         finally:
             torch.use_deterministic_algorithms(before[0])

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dl7cli.cli import console
-from dl7cli.cli.progress import summary
 from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,6 +46,8 @@ class Labelled:
         if self._label is None:
             self._display.epoch(epoch)
         else:
+            from dl7cli.cli.progress import summary
+
             self.note(summary(epoch))
 
     def note(self, text: str) -> None:
