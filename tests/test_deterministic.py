@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import Silent, succeed
+from running import Silent, start, succeed
 
 from dl7cli import runs, training
 from dl7cli.device import Runtime, choose, each
@@ -41,6 +41,18 @@ def test_on_a_cpu_the_bits_are_the_same(kind: str, tiny: dict[str, Path]) -> Non
         assert Path("with", file).read_bytes() == Path("without", file).read_bytes()
     with_it, without = (runs.evaluations(Run(Path(name)))[0] for name in ("with", "without"))
     assert (with_it["scores"], with_it["details"]) == (without["scores"], without["details"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["resnet", "seq2seq"])
+def test_on_a_gpu_the_bits_are_the_same_each_time(kind: str, tiny: dict[str, Path], work: Path) -> None:
+    for name in ("one", "other"):
+        # Each in a process of its own: what cuBLAS is to do is settled when it starts.
+        with start("train", str(tiny[kind]), "--device", "cuda", "--deterministic", "--out", name, cwd=work) as process:
+            _, told = process.communicate(timeout=300)
+        assert process.returncode == 0, told
+    for file in ("last/model.safetensors", "best/model.safetensors"):
+        assert Path("one", file).read_bytes() == Path("other", file).read_bytes()
 
 
 def test_torch_is_asked_for_it_and_no_longer_than_training_lasts(

@@ -153,9 +153,14 @@ def test_what_was_stopped_is_gone_on_with_by_the_command_that_is_printed(
         assert weights(f"my run-{seed}") == weights(f"whole run-{seed}")
     # What is finished is not trained again, and a seed may be added.
     os.rename("my run-1", "moved")
-    five = succeed("train", "--resume", "moved,my run-3", "--seeds", "2", "--json", *ON_CPU, cwd=work).document
-    assert (five["runs"], five["seeds"]) == (["moved", "runs/resnet-1", "my run-3"], [1, 2, 3])
-    assert five["scores"] == whole["scores"]
+    arguments = ("train", "--resume", "moved,my run-3", "--seeds", "2", "--json", *ON_CPU)
+    stop_at(monkeypatch, "resnet-1", 1)
+    stopped = dl7(*arguments, cwd=work)
+    command = "dl7 train --resume 'moved,my run-3,runs/resnet-1' --seeds 3"
+    assert stopped.err.endswith(f"go on with: {command}\n")
+    again = succeed(*shlex.split(command)[1:], "--json", *ON_CPU, cwd=work).document
+    assert (again["runs"], again["seeds"]) == (["moved", "runs/resnet-1", "my run-3"], [1, 2, 3])
+    assert again["scores"] == whole["scores"]
 
 
 def test_what_went_wrong_leaves_the_others_and_says_how_to_go_on(

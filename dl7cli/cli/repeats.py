@@ -91,8 +91,11 @@ def train_repeats(planned: Sequence["Repeat"], runtimes: Sequence["Runtime"], as
 
 
 def _go_on(planned: Sequence["Repeat"], folders: Sequence[str]) -> str:
-    out = "" if planned[0].out is None else f" --out {shlex.quote(str(planned[0].out).rpartition('-')[0])}"
-    return f"go on with: dl7 train --resume {shlex.quote(','.join(folders))} --seeds {len(planned)}{out}"
+    seeds, first = {one.seed for one in planned}, planned[0]
+    # Not their number: one that was begun may lie beyond those that follow the first.
+    count = next(number for number in range(1, len(seeds) + 1) if first.seed + number not in seeds)
+    out = "" if first.out is None else f" --out {shlex.quote(str(first.out).rpartition('-')[0])}"
+    return f"go on with: dl7 train --resume {shlex.quote(','.join(folders))} --seeds {count}{out}"
 
 
 def print_summary(summed: dict[str, Any], as_json: bool) -> None:

@@ -74,6 +74,7 @@ def compare(
         for side in found
     ]
     together = [one for side in contestants for one in side]
+    task = together[0].task
     _refuse_other_examples(together, split, beam)
     for side in contestants:
         _refuse_other_recipes(side)
@@ -82,20 +83,19 @@ def compare(
     answered = [[_answers(one, split, beam) for one in side] for side in contestants]
     scores, _ = answered[0][0]
     values = [[found.score for found, _ in side] for side in answered]
+    first, *others = (side[0][1] for side in answered)
     if several:
         test, tested = "welch", [_by_scores(values[0], other) for other in values[1:]]
-    elif isinstance(contestants[0][0].task, Classification):
-        first, *others = (answers for ((_, answers),) in answered)
+    elif isinstance(task, Classification):
         test, tested = "mcnemar", [_by_correctness(first, other) for other in others]
     else:
-        first, *others = (answers for ((_, answers),) in answered)
-        references = [target for _, target in contestants[0][0].task.pairs.split(split)]
+        references = [target for _, target in task.pairs.split(split)]
         test, tested = "approximate randomisation", _by_translations(first, others, references)
     names = [",".join(one.name for one in side) for side in contestants]
     adjusted = significance.holm([one["p_value"] for one in tested])
     return {
-        "task": contestants[0][0].task.recipe.task,
-        "data": contestants[0][0].task.data_name,
+        "task": task.recipe.task,
+        "data": task.data_name,
         "split": split,
         "examples": scores.examples,
         "primary": scores.primary,
