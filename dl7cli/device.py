@@ -90,7 +90,7 @@ def choose(
         why += f"; {precision} as asked"
     if deterministic:
         why += "; deterministic as asked"
-    return Runtime(chosen, precision, _name(chosen), why, deterministic)
+    return Runtime(chosen, precision, _name(chosen), why, deterministic=deterministic)
 
 
 def each(gpus: str) -> list[str]:
