@@ -132,7 +132,7 @@ def _side_by_side(
     going: dict[Connection, tuple[Repeat, Runtime, SpawnProcess]] = {}
     problem: UserError | None = None
     latest = Path()
-    stopping = False
+    told, stopping = 0, False  # the signal
     with signals() as received:
         try:
             while going or (waiting and not stopping):
@@ -161,7 +161,7 @@ def _side_by_side(
                         case "result":
                             yield repeat.seed, content
                         case "interrupted":
-                            received.append(content)
+                            told = told or content
                             waiting.append(repeat)
                         case "error":
                             problem = problem or UserError(*content)
@@ -169,7 +169,8 @@ def _side_by_side(
                             # One that is to stop before it has anything to save does so.
                             problem = problem or (None if stopping else UserError(*content))
                             waiting.append(repeat)
-                if (received or problem) and not stopping:
+                told = told or (received[0] if received else 0)
+                if (told or problem) and not stopping:
                     stopping = True
                     for _, _, process in going.values():
                         process.terminate()  # it saves and ends
@@ -181,7 +182,7 @@ def _side_by_side(
     if problem is not None:
         raise problem
     if waiting:
-        raise Interrupted(latest, received[0])
+        raise Interrupted(latest, told)
 
 
 def _heard(connection: Connection, repeat: Repeat) -> tuple[str, Any]:
