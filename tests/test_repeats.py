@@ -17,7 +17,7 @@ import torch
 from running import Silent, dl7, succeed
 
 from dl7cli import runs, training
-from dl7cli.cli.repeats import print_summary, train_repeats
+from dl7cli.cli.repeats import print_summary, show
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve, with_seed
@@ -237,7 +237,7 @@ def test_each_gpu_is_one_of_several_devices(tiny: dict[str, Path], work: Path, m
         return CPU
 
     monkeypatch.setattr("dl7cli.device.choose", choose)
-    monkeypatch.setattr("dl7cli.cli.train.train_repeats", lambda planned, used, _: asked.append([planned, used]))
+    monkeypatch.setattr("dl7cli.cli.repeats.show", lambda planned, used, _: asked.append([planned, used]))
     succeed("train", str(tiny["resnet"]), "--seeds", "3", "--gpus", "0,2", "--deterministic", cwd=work)
     *chosen, (planned, used) = asked
     assert chosen == [("auto", "auto", "0", True), ("auto", "auto", "2", True)]
@@ -250,7 +250,7 @@ def test_two_at_a_time_train_what_one_does(tiny: dict[str, Path], capsys: pytest
     recipe = resolve(str(tiny["resnet"])).recipe
     before = children()
     with within(300):
-        train_repeats(repeats.plan(recipe, 3, out=Path("two")), [CPU, CPU], as_json=True)
+        show(repeats.plan(recipe, 3, out=Path("two")), [CPU, CPU], as_json=True)
     printed = capsys.readouterr()
     side_by_side = json.loads(printed.out)
     assert side_by_side["runs"] == ["two-1", "two-2", "two-3"]

@@ -75,24 +75,28 @@ def train(
     recipe = None
     if name is not None:
         recipe = choose(name, overrides or [], data=data, seed=seed, offline=offline)
-    from dl7cli import device as devices
-    from dl7cli import runs, training
-    from dl7cli.training import repeats
-
-    names = [] if resume is None else [resume] if seeds is None else resume.split(",")
-    if names:
-        # Otherwise than it began it would be another run.
-        before = runs.environment(runs.find(names[0])[0])
-        precision = before.get("precision", precision) if precision == "auto" else precision
-        deterministic = deterministic or before.get("deterministic", False)
     if seeds is not None:
-        apart = [None] if gpus is None else devices.each(gpus)
+        begun = [] if resume is None else resume.split(",")
+        if begun:
+            precision, deterministic = as_it_began(begun[0], precision, deterministic)
         train_repeats(
-            repeats.plan(recipe, seeds, begun=names, out=out, offline=offline),
-            [devices.choose(device, precision, one, deterministic=deterministic) for one in apart],
-            as_json,
+            recipe,
+            seeds,
+            begun=begun,
+            out=out,
+            device=device,
+            gpus=gpus,
+            precision=precision,
+            deterministic=deterministic,
+            offline=offline,
+            as_json=as_json,
         )
         return
+    from dl7cli import device as devices
+    from dl7cli import training
+
+    if resume is not None:
+        precision, deterministic = as_it_began(resume, precision, deterministic)
     runtime = devices.choose(device, precision, gpus, deterministic=deterministic)
     try:
         with console.display() as display:
@@ -106,6 +110,17 @@ def train(
         raise typer.Exit(128 + stop.signal) from None
     print_result(result, as_json)
     console.note(_next_commands(result))
+
+
+def as_it_began(run: str, precision: options.PrecisionName, deterministic: bool) -> tuple[options.PrecisionName, bool]:
+    """Return how to go on with a run, since otherwise it would be another one."""
+    from dl7cli import runs
+
+    before = runs.environment(runs.find(run)[0])
+    return (
+        before.get("precision", precision) if precision == "auto" else precision,
+        deterministic or before.get("deterministic", False),
+    )
 
 
 def choose(
