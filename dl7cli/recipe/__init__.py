@@ -18,6 +18,7 @@ from dl7cli.recipe.files import (
     to_document,
     to_toml,
     unset_keys,
+    with_seed,
 )
 from dl7cli.recipe.section import Optim
 from dl7cli.recipe.translation import ConvS2SModel, Decoding, Seq2SeqModel, TransformerModel, TranslationRecipe
@@ -45,4 +46,5 @@ __all__ = [
     "to_document",
     "to_toml",
     "unset_keys",
+    "with_seed",
 ]

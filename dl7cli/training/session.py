@@ -117,23 +117,24 @@ def train(
         runs.refuse_occupied(out)
     task = build(share_recipe(recipe, workers), None, runtime=runtime, offline=offline, progress=listener.progress)
     steps = total_steps(task)
-    trainer = Trainer.of(task)
-    if not workers.first:
-        return _follow(task, trainer, Progress(), listener)
-    run = runs.create(task.recipe, task.recipe.name, out)
-    with runs.lock(run):
-        saver = Saver(run, task)
-        saver.save(trainer, Progress(), {})
-        saver.wait()
-        workers.remember(_RUN, str(run.folder.absolute()))
-        return _run(run, task, trainer, _Watch(task, steps, Progress(), {}), {}, listener, begin)
+    with runtime.repeatable():
+        trainer = Trainer.of(task)
+        if not workers.first:
+            return _follow(task, trainer, Progress(), listener)
+        run = runs.create(task.recipe, task.recipe.name, out)
+        with runs.lock(run):
+            saver = Saver(run, task)
+            saver.save(trainer, Progress(), {})
+            saver.wait()
+            workers.remember(_RUN, str(run.folder.absolute()))
+            return _run(run, task, trainer, _Watch(task, steps, Progress(), {}), {}, listener, begin)
 
 
 def resume(run: str | None, *, runtime: Runtime, offline: bool = False, listener: Listener) -> dict[str, Any]:
     """Go on with an interrupted run from its last checkpoint, on any number of workers; as `train` otherwise."""
     begin = time.monotonic()
     workers = runtime.workers
-    with ExitStack() as stack:
+    with ExitStack() as stack, runtime.repeatable():
         found, saved = None, None
         if workers.first:
             found, _ = runs.find(run)
@@ -184,7 +185,7 @@ def _follow(task: Task, trainer: Trainer, start: Progress, listener: Listener) -
     workers = task.runtime.workers
     if workers.shared(None) and start.epoch < task.recipe.training.epochs:
         compilation.prepare(task, listener.note)
-    with _signals(workers) as stopping:
+    with signals(workers) as stopping:
         for _ in fit(task, trainer, start=start):
             if stopping():
                 return {}
@@ -220,6 +221,7 @@ def _run(
             "device": runtime.device_name,
             "workers": workers.count,
             "precision": runtime.precision,
+            "deterministic": runtime.deterministic,
             "compiled": compiled,
             "resumed_step": start.step,
         },
@@ -249,7 +251,7 @@ def _run(
     progress = start
     saved_at = time.monotonic()
     parts, skipped = trainer.parts, int(trainer.skipped)
-    with saving(run, task, listener.note) as saver, _signals(workers) as stopping:
+    with saving(run, task, listener.note) as saver, signals(workers) as stopping:
         for report in fit(task, trainer, start=start):
             watch.see(report)
             progress = report.progress._replace(seconds=start.seconds + watch.seconds)
@@ -404,7 +406,7 @@ class _Watch:
 
 
 @contextmanager
-def _signals(workers: Workers) -> Iterator[Callable[[], int]]:
+def signals(workers: Workers) -> Iterator[Callable[[], int]]:
     """Collect SIGINT and SIGTERM instead of stopping at once; a second one does stop at once.
 
     Gives a function that all workers call after the same steps, and that tells all of them which signal one of them has
