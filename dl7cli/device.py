@@ -17,6 +17,9 @@ from dl7cli.errors import UserError
 
 _NO_MEMORY = re.compile("can(no|')t allocate memory|out of memory|could not create a primitive|start new thread", re.I)
 """Said by torch, the drivers of GPUs, oneDNN and Python in a RuntimeError of no type of its own."""
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+# Those that torch knows; the first is also the one that makes cuDNN's recurrent layers repeatable.
+_CUBLAS_REPEATABLE = (":16:8", ":4096:8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -29,6 +32,8 @@ class Runtime:
     device_name: str
     reason: str
     workers: Workers = ALONE
+    deterministic: bool = False
+    """Whether training again is to give the same bits on a GPU too; on a CPU it does anyway."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products and convolutions run in the precision chosen; weights and sums stay in float32."""
@@ -36,9 +41,42 @@ class Runtime:
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
+    @contextmanager
+    def repeatable(self) -> Iterator[None]:
+        """Where that is asked for, have torch use deterministic operations only, in all the process, while this lasts.
+
+        To be entered before anything is computed on a GPU: cuBLAS reads its setting once. Raises UserError with the
+        operation's name where one is needed that is not to be had deterministic.
+        """
+        if not self.deterministic:
+            yield
+            return
+        if os.environ.get(_CUBLAS) not in _CUBLAS_REPEATABLE:
+            os.environ[_CUBLAS] = _CUBLAS_REPEATABLE[0]
+        cudnn = torch.backends.cudnn
+        before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        try:
+            yield
+        except RuntimeError as error:
+            operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+            if not found:
+                raise
+            hint = "leave `--deterministic` out, or train with `--device cpu`, where every run gives the same bits"
+            raise UserError(f"torch's `{operation}` is not deterministic on {self.device_name}", hint) from None
+        finally:
+            torch.use_deterministic_algorithms(before[0])
+            cudnn.deterministic, cudnn.benchmark = before[1:]
+
 
 def choose(
-    device: str = "auto", precision: str = "auto", gpus: str | None = None, *, workers: Workers = ALONE
+    device: str = "auto",
+    precision: str = "auto",
+    gpus: str | None = None,
+    *,
+    workers: Workers = ALONE,
+    deterministic: bool = False,
 ) -> Runtime:
     """Turn the flags into a device that exists and a precision it can do, for one of `workers`.
 
@@ -61,7 +99,9 @@ def choose(
         raise UserError("the CPU cannot train in fp16", hint="use `--precision bf16` or `--precision fp32`")
     else:
         why += f"; {precision} as asked"
-    return Runtime(chosen, precision, _name(chosen), why, workers)
+    if deterministic:
+        why += "; deterministic as asked"
+    return Runtime(chosen, precision, _name(chosen), why, workers, deterministic)
 
 
 def for_workers(device: str, gpus: str | None, workers: int | None = None) -> list[str]:

@@ -57,16 +57,22 @@ def accuracy(logits: Tensor, labels: Tensor) -> Scores:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit together")
     if not len(labels):
         raise ValueError("accuracy of no examples")
-    classes = logits.shape[1]
+    values = {"accuracy": int(among_first(logits, labels, 1).sum()) / len(labels)}
+    if logits.shape[1] > 5:
+        values["top_5_accuracy"] = int(among_first(logits, labels, 5).sum()) / len(labels)
+    return Scores("accuracy", values, len(labels))
+
+
+def among_first(logits: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Tell for each row of `logits` (N, classes) whether its label is among the `count` greatest entries: (N,) bool.
+
+    Among equal entries the first counts; a row that holds a NaN is wrong.
+    """
     own = logits.gather(1, labels[:, None])
     # Entries that come before the label's: not `topk`, which leaves open which of equal entries it takes.
-    earlier = torch.arange(classes, device=logits.device) < labels[:, None]
+    earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
     rank = ((logits > own) | ((logits == own) & earlier)).sum(dim=1)
-    rank[logits.isnan().any(dim=1)] = classes
-    values = {"accuracy": int((rank < 1).sum()) / len(labels)}
-    if classes > 5:
-        values["top_5_accuracy"] = int((rank < 5).sum()) / len(labels)
-    return Scores("accuracy", values, len(labels))
+    return (rank < count) & ~logits.isnan().any(dim=1)
 
 
 def classification(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Scores:

@@ -23,9 +23,10 @@ from dl7cli.errors import UserError
 COMMON = "--device --gpus --precision --offline --json"
 SURFACE = {
     "": "--version",
-    "train": "RECIPE --data --set --seed --out --resume --device --gpus --workers --nodes --node-rank --rendezvous "
-    "--timeout --precision --offline --json",
+    "train": "RECIPE --data --set --seed --seeds --out --resume --deterministic --device --gpus --workers --nodes "
+    "--node-rank --rendezvous --timeout --precision --offline --json",
     "eval": f"RUN --split --data --beam --length-penalty --rouge --output --plot {COMMON}",
+    "compare": f"RUN --split --data --beam {COMMON}",
     "average": f"RUN --last {COMMON}",
     "translate": "TEXT --run --input --jsonl --output --beam --length-penalty --n-best --sample --seed --prefix "
     f"--set --attention {COMMON}",
@@ -129,6 +130,16 @@ def test_version(tmp_path: Path) -> None:
             ["error: `model.stem` is `imagenet`, for images of 64 pixels and more", "have 32", "hint: "],
         ),
         ("train --resume runs/nothing", ["error: there is no run `runs/nothing`", "hint: "]),
+        ("train --resume runs/a,runs/b --seeds 2", ["error: there is no run `runs/a`", "hint: "]),
+        (
+            "train resnet --data builtin:shapes --seeds 2 --seed 2147483647",
+            ["error: `--seed` has one mistake:", "`training.seed` is `2147483648`", "hint: "],
+        ),
+        (
+            "train resnet --data builtin:shapes --seeds 2 --gpus 97,98",
+            ["error: `--gpus 97,98`: these are not all to be had; seen here: ", "hint: give numbers"],
+        ),
+        ("compare runs/a runs/b", ["error: there is no run `runs/a`", "hint: "]),
         ("eval", ["error: there is no run with a checkpoint under `runs`", "hint: `dl7 train resnet` makes one"]),
         ("eval nothing", ["error: there is no run `nothing`", "hint: "]),
         ("translate --run nothing hello", ["error: there is no run `nothing`", "hint: "]),
@@ -173,7 +184,12 @@ def test_mistakes_that_can_be_put_right(
         ("train", "give a RECIPE"),
         ("train resnet --resume runs/x", "RECIPE cannot be given with it"),
         ("train --resume runs/x --data d --set a=1 --seed 1 --out o", "--data, --set, --seed, --out cannot be given"),
+        ("train --resume runs/x --seeds 2 --seed 1 --out o", "--seed cannot be given"),
+        ("train resnet --seeds 0", "'--seeds'"),
+        ("train resnet --seeds 2 --workers 2", "--workers cannot be given"),
         ("train resnet --depth 20", "No such option: --depth"),
+        ("compare runs/a", "give two runs or more"),
+        ("compare runs/a runs/b,", "a comma with no run"),
         ("train resnet --precision fp8", "'fp8'"),
         ("eval --split dev", "'dev'"),
         ("eval --beam 0", "'--beam'"),

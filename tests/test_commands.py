@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -240,11 +241,20 @@ def test_runs(work: Path, images: Path) -> None:
     assert after["readings"]["test"] == before["readings"]["test"] + 1
     assert (after["epochs"], after["epochs_planned"]) == (2, 2)
     shown = succeed("runs", "show", "runs/resnet-1", cwd=work).out
-    assert re.search(rf"^test +read {after['readings']['test']} times; newest: accuracy ", shown, re.MULTILINE)
+    assert re.search(
+        rf"^test +read {after['readings']['test']} times, last 20..-..-..T.*: accuracy ", shown, re.MULTILINE
+    )
     assert "by checkpoint" not in shown
     succeed("eval", "runs/resnet-1/last", cwd=work)
     shown = succeed("runs", "show", "runs/resnet-1", cwd=work).out
-    assert re.search(r"^test .*; newest: accuracy .* by checkpoint last$", shown, re.MULTILINE)
+    assert re.search(r"^test .*: accuracy .* by checkpoint last$", shown, re.MULTILINE)
+
+
+def test_a_test_split_that_nobody_has_read(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "runs" / "resnet-1", tmp_path / "run")
+    (tmp_path / "run" / "evaluations.jsonl").unlink()
+    assert succeed("runs", "show", "run", cwd=tmp_path).out.endswith("\ntest        never read\n")
+    assert succeed("runs", "show", "run", "--json", cwd=tmp_path).document["readings"] == {"test": 0}
 
 
 def interrupt_once_it_grows(file: Path, number: int) -> None:

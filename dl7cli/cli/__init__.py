@@ -17,6 +17,7 @@ from dl7cli.cli import (
     average,
     bench,
     classify,
+    compare,
     console,
     data,
     doctor,
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 app.command("train", epilog="Example: dl7 train resnet --set training.epochs=30 --seed 2")(train.train)
 app.command("eval", epilog="Example: dl7 eval runs/resnet-1 --split test")(evaluate.evaluate)
+app.command("compare", epilog="Example: dl7 compare runs/resnet-1 runs/resnet-2")(compare.compare)
 app.command("average", epilog="Example: dl7 average runs/seq2seq-1 --last 5")(average.average)
 app.command("translate", epilog='Example: dl7 translate --beam 5 "A dog runs."')(translate.translate)
 app.command("score", epilog="Example: dl7 score --input pairs.tsv")(score.score)

@@ -44,7 +44,7 @@ def list_runs(as_json: options.Json = False) -> None:
 def show(run: options.RunArgument = None, as_json: options.Json = False) -> None:
     """Show a run: recipe, data, how far it is, and its scores.
 
-    For each split also how often it was read.
+    For each split also how often it was read, and when last; the validation after each epoch is not counted.
     """
     from dl7cli import runs
 
@@ -62,7 +62,7 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
         "epochs_planned": recipe.training.epochs,
         "best": {"epoch": best["epoch"], "scores": best["scores"]} if best else None,
         "checkpoint": str(checkpoint),
-        "readings": dict(Counter(str(record.get("split")) for record in evaluations)),
+        "readings": {"test": 0, **Counter(str(record.get("split")) for record in evaluations)},
         "evaluations": evaluations,
     }
     if as_json:
@@ -79,11 +79,14 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
     for name, value in lines.items():
         console.write(f"{name:<12}{value}")
     for split, times in shown["readings"].items():
-        newest = next(record for record in reversed(evaluations) if str(record.get("split")) == split)
+        newest = next((record for record in reversed(evaluations) if str(record.get("split")) == split), None)
+        if newest is None:
+            console.write(f"{split:<12}never read")
+            continue
         checkpoint_read = newest.get("checkpoint", "best")
         by = "" if checkpoint_read == "best" else f" by checkpoint {checkpoint_read}"
         score = f"{_record_score(newest)} of {newest.get('data', '-')}{by}"
-        console.write(f"{split:<12}read {console.count(times, 'time')}; newest: {score}")
+        console.write(f"{split:<12}read {console.count(times, 'time')}, last {newest.get('time', '-')}: {score}")
 
 
 def _record_score(record: dict[str, Any]) -> str:

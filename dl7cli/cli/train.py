@@ -14,6 +14,7 @@ import typer
 from dl7cli import cluster
 from dl7cli.cli import console, options
 from dl7cli.cli.evaluate import print_result
+from dl7cli.cli.repeats import train_repeats
 from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,14 +30,33 @@ def train(
     data: options.Data = None,
     overrides: options.Set = None,
     seed: options.Seed = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1000,
+            help="Train N times, with the seed and those that follow it, and print mean, deviation and interval.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Folder of the run; runs/RECIPE-NUMBER if not given."),
+        typer.Option(metavar="RUN", help="Folder of the run; runs/RECIPE-NUMBER if not given. With --seeds: RUN-SEED."),
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="RUN", help="Go on with this run, as if it had never stopped."),
+        typer.Option(
+            metavar="RUN",
+            help="Go on with this run, as if it had never stopped. With --seeds: runs with commas between them.",
+        ),
     ] = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="On a GPU, too, give the same bits each time, or say which operation cannot; slower.",
+        ),
+    ] = False,
     device: options.Device = "auto",
     gpus: options.GpusOfWorkers = None,
     workers: Annotated[
@@ -66,14 +86,40 @@ def train(
     """Train a recipe, keep the best model, and evaluate it.
 
     What is trained stands in the recipe; --set changes a key of it. Ctrl-C finishes the step, saves, stops.
+
+    With --seeds each seed is a run of its own; they follow one another, or share the devices of --gpus, one on each.
+    --json then prints runs, seeds and results, and of every score the mean in scores, the standard_deviation
+    and the 95 % interval.
     """
-    given = {"RECIPE": name, "--data": data, "--set": overrides, "--seed": seed, "--out": out}
+    given: dict[str, object] = {"RECIPE": name, "--data": data, "--set": overrides, "--seed": seed}
+    if seeds is None:  # else it says where those lie that have not begun
+        given["--out"] = out
     if resume is None and name is None:
         raise typer.BadParameter("give a RECIPE to train, or --resume RUN to go on with a run")
     if resume is not None and (refused := [flag for flag, value in given.items() if value not in (None, [])]):
         raise typer.BadParameter(
             f"--resume goes on with the run as it was started; {', '.join(refused)} cannot be given with it"
         )
+    if seeds is not None:
+        shared = {"--workers": workers, "--nodes": nodes, "--node-rank": node_rank, "--rendezvous": rendezvous}
+        if refused := [flag for flag, value in shared.items() if value is not None]:
+            raise typer.BadParameter(f"--seeds trains each seed on one device; {', '.join(refused)} cannot be given")
+        begun = [] if resume is None else resume.split(",")
+        if begun:
+            precision, deterministic = as_it_began(begun[0], precision, deterministic)
+        train_repeats(
+            None if name is None else choose(name, overrides or [], data=data, seed=seed, offline=offline),
+            seeds,
+            begun=begun,
+            out=out,
+            device=device,
+            gpus=gpus,
+            precision=precision,
+            deterministic=deterministic,
+            offline=offline,
+            as_json=as_json,
+        )
+        return
     place = cluster.place()
     if place is None:
         together = cluster.nodes(nodes, node_rank, rendezvous)
@@ -85,16 +131,16 @@ def train(
     if name is not None and (place is None or place.rank == 0):
         recipe = choose(name, overrides or [], data=data, seed=seed, offline=offline)
     from dl7cli import device as devices
-    from dl7cli import distributed, runs, training
+    from dl7cli import distributed, training
 
     named = devices.for_workers(device, gpus, workers)
     where = named[0] if place is None else devices.of_worker(named, place.local_rank)
     try:
         with distributed.joined(devices.choose(where, precision).device, timeout) as group:
-            if resume is not None and precision == "auto" and group.first:
-                # Another precision than it began with would make it another run.
-                precision = runs.environment(runs.find(resume)[0]).get("precision", precision)
-            runtime = devices.choose(where, group.shared(precision), workers=group)
+            if resume is not None and group.first:
+                precision, deterministic = as_it_began(resume, precision, deterministic)
+            precision, deterministic = group.shared([precision, deterministic])
+            runtime = devices.choose(where, precision, workers=group, deterministic=deterministic)
             with console.display() if group.first else console.nothing() as display:
                 if resume is not None:
                     result = training.resume(resume, runtime=runtime, offline=offline, listener=display)
@@ -122,6 +168,17 @@ def train(
         return
     print_result(result, as_json)
     console.note(_next_commands(result))
+
+
+def as_it_began(run: str, precision: options.PrecisionName, deterministic: bool) -> tuple[options.PrecisionName, bool]:
+    """Return how to go on with a run, since otherwise it would be another one."""
+    from dl7cli import runs
+
+    before = runs.environment(runs.find(run)[0])
+    return (
+        before.get("precision", precision) if precision == "auto" else precision,
+        deterministic or before.get("deterministic", False),
+    )
 
 
 def _refuse_mistakes(

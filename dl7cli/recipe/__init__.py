@@ -17,6 +17,7 @@ from dl7cli.recipe.files import (
     to_document,
     to_toml,
     unset_keys,
+    with_seed,
 )
 from dl7cli.recipe.section import Optim
 from dl7cli.recipe.translation import ConvS2SModel, Decoding, Seq2SeqModel, TransformerModel, TranslationRecipe
@@ -43,4 +44,5 @@ __all__ = [
     "to_document",
     "to_toml",
     "unset_keys",
+    "with_seed",
 ]

@@ -89,6 +89,13 @@ def from_document(document: dict[str, Any], mistakes: Iterable[str] = (), *, ori
     )
 
 
+def with_seed(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe with another seed. Raises UserError for one that is out of range."""
+    document = to_document(recipe)
+    document["training"]["seed"] = seed
+    return from_document(document, origin="`--seed`")
+
+
 def to_document(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain dictionaries; `from_document` gives the same recipe back."""
     return recipe.model_dump(exclude_none=True)

@@ -79,6 +79,11 @@ def write_result(run: Run, record: dict[str, Any]) -> None:
     _replace(run.folder / RESULT, _pretty(record))
 
 
+def result(run: Run) -> dict[str, Any] | None:
+    """What `write_result` wrote; None where the run is not finished."""
+    return read_document(run.folder / RESULT)
+
+
 def write_environment(run: Run, extra: dict[str, Any]) -> None:
     """Write `environment.json`: versions, machine and command line, and `extra` (device, precision …).
 

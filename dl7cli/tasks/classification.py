@@ -293,16 +293,25 @@ class Classification:
         Two more of them are `flip` and `shift`, as the recipe has them: a score that is the mean of several readings
         has to say so. Raises UserError where the data has no such split.
         """
-        if split not in self._splits():
-            raise UserError(f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}")
+        return self.judge(split, self.logits(split))
+
+    def logits(self, split: str) -> Tensor:
+        """Of every image of a split, in the order of the data: (N, classes) float32. Raises as `evaluate`."""
         images, labels = self._resident(split)
         workers = self.runtime.workers
         logits = torch.zeros(len(labels), len(self.assets["classes"]), device=images.device)
         for at in range(EVALUATION_BATCH * workers.rank, len(labels), EVALUATION_BATCH * workers.count):
             logits[at : at + EVALUATION_BATCH] = self._scores(images[at : at + EVALUATION_BATCH])
-        # Each row is one worker's, and zero on all others.
-        scores = metrics.classification(workers.add(logits), labels, self.assets["classes"])
+        return workers.add(logits)  # each row is one worker's, and zero on all others
+
+    def judge(self, split: str, logits: Tensor) -> Scores:
+        """What `evaluate` says of the logits of a split."""
+        scores = metrics.classification(logits, self.labels(split), self.assets["classes"])
         return replace(scores, details={**self.recipe.evaluation.model_dump(), **scores.details})
+
+    def labels(self, split: str) -> Tensor:
+        """Of every image of a split, (N,) int64 on the device. Raises as `evaluate`."""
+        return self._resident(split)[1]
 
     def classify(self, paths: Sequence[Path], top: int) -> list[list[tuple[str, float]]]:
         """For each image file the `top` most probable classes with their probabilities, best first.
@@ -379,7 +388,9 @@ class Classification:
         return self._data
 
     def _resident(self, split: str) -> tuple[Tensor, Tensor]:
-        """A split's images and labels as tensors on the device, copied there once."""
+        """A split's images and labels as tensors on the device, copied there once. Raises as `evaluate`."""
+        if split not in self._splits():
+            raise UserError(f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}")
         if split not in self._on_device:
             data = self._splits()[split]
             # What is mapped from disk is read-only, which tensors cannot be.

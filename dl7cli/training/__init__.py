@@ -1,5 +1,6 @@
 """Training: the loop, its run folder, resuming and evaluation."""
 
+from dl7cli.training.comparison import compare
 from dl7cli.training.evaluation import average, evaluate
 from dl7cli.training.session import (
     Epoch,
@@ -11,4 +12,4 @@ from dl7cli.training.session import (
     train,
 )
 
-__all__ = ["Epoch", "Interrupted", "Listener", "Plan", "Step", "average", "evaluate", "resume", "train"]
+__all__ = ["Epoch", "Interrupted", "Listener", "Plan", "Step", "average", "compare", "evaluate", "resume", "train"]

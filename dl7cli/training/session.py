@@ -119,9 +119,10 @@ def train(
     steps = total_steps(task)
     trainer = Trainer.of(task)
     if not workers.first:
-        return _follow(task, trainer, Progress(), listener)
+        with runtime.repeatable():
+            return _follow(task, trainer, Progress(), listener)
     run = runs.create(task.recipe, task.recipe.name, out)
-    with runs.lock(run):
+    with runs.lock(run), runtime.repeatable():
         saver = Saver(run, task)
         saver.save(trainer, Progress(), {})
         saver.wait()
@@ -134,6 +135,7 @@ def resume(run: str | None, *, runtime: Runtime, offline: bool = False, listener
     begin = time.monotonic()
     workers = runtime.workers
     with ExitStack() as stack:
+        stack.enter_context(runtime.repeatable())
         found, saved = None, None
         if workers.first:
             found, _ = runs.find(run)
@@ -177,7 +179,7 @@ def _follow(task: Task, trainer: Trainer, start: Progress, listener: Listener) -
     workers = task.runtime.workers
     if workers.shared(None) and start.epoch < task.recipe.training.epochs:
         compilation.prepare(task, listener.note)
-    with _signals(workers) as stopping:
+    with signals(workers) as stopping:
         for _ in fit(task, trainer, start=start):
             if stopping():
                 return {}
@@ -213,6 +215,7 @@ def _run(
             "device": runtime.device_name,
             "workers": workers.count,
             "precision": runtime.precision,
+            "deterministic": runtime.deterministic,
             "compiled": compiled,
             "resumed_step": start.step,
         },
@@ -242,7 +245,7 @@ def _run(
     progress = start
     saved_at = time.monotonic()
     parts, skipped = trainer.parts, int(trainer.skipped)
-    with saving(run, task, listener.note) as saver, _signals(workers) as stopping:
+    with saving(run, task, listener.note) as saver, signals(workers) as stopping:
         for report in fit(task, trainer, start=start):
             watch.see(report)
             progress = report.progress._replace(seconds=start.seconds + watch.seconds)
@@ -395,7 +398,7 @@ class _Watch:
 
 
 @contextmanager
-def _signals(workers: Workers) -> Iterator[Callable[[], int]]:
+def signals(workers: Workers) -> Iterator[Callable[[], int]]:
     """Collect SIGINT and SIGTERM instead of stopping at once; a second one does stop at once.
 
     Gives a function that all workers call after the same steps, and that tells all of them which signal one of them has
