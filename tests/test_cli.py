@@ -137,7 +137,7 @@ def test_version(tmp_path: Path) -> None:
         ),
         (
             "train resnet --data builtin:shapes --seeds 2 --gpus 97,98",
-            ["error: there is no device `cuda:97`", "hint: use `--device cpu`"],
+            ["error: `--gpus 97,98`: these are not all to be had; seen here: ", "hint: give numbers"],
         ),
         ("compare runs/a runs/b", ["error: there is no run `runs/a`", "hint: "]),
         ("eval", ["error: there is no run with a checkpoint under `runs`", "hint: `dl7 train resnet` makes one"]),
@@ -186,6 +186,7 @@ def test_mistakes_that_can_be_put_right(
         ("train --resume runs/x --data d --set a=1 --seed 1 --out o", "--data, --set, --seed, --out cannot be given"),
         ("train --resume runs/x --seeds 2 --seed 1 --out o", "--seed cannot be given"),
         ("train resnet --seeds 0", "'--seeds'"),
+        ("train resnet --seeds 2 --workers 2", "--workers cannot be given"),
         ("train resnet --depth 20", "No such option: --depth"),
         ("compare runs/a", "give two runs or more"),
         ("compare runs/a runs/b,", "a comma with no run"),

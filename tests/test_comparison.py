@@ -265,9 +265,11 @@ def test_how_many_runs_there_were(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_readings_are_told(work: Path) -> None:
     done = succeed("compare", "a1,a2", "b1,b2", *ON_CPU, cwd=work)
-    assert "note: the test split was read 4 times, once by each run\n" in done.err
+    assert done.err == "note: the test split was read 4 times, once by each run\n"
+    alone = succeed("compare", "a1", "b1", *ON_CPU, cwd=work)
+    assert "note: this is of these models; of two recipes, several seeds of each tell" in alone.err
     shown = succeed("runs", "show", "b2", cwd=work).out
-    assert "\ntest        read 2 times, last 20" in shown
+    assert "\ntest        read 2 times, last 20" in shown, "training and this"
     assert json.loads(succeed("runs", "show", "b2", "--json", cwd=work).out)["readings"] == {"test": 2}
 
 

@@ -9,7 +9,7 @@ import torch
 from running import Silent, start, succeed
 
 from dl7cli import runs, training
-from dl7cli.device import Runtime, choose, each
+from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve
 from dl7cli.runs import Run
@@ -107,14 +107,3 @@ def test_the_flag_is_kept_when_the_run_is_gone_on_with(
     monkeypatch.setattr("dl7cli.cli.train._next_commands", lambda *_: "")
     succeed("train", "--resume", "run", "--device", "cpu", cwd=work)
     assert asked == [True]
-
-
-def test_gpus_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert each("all") == ["0", "1", "2"]
-    assert each("2, 0,2") == ["2", "0"]
-    assert each("1") == ["1"]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert each("all") == ["all"]
-    with pytest.raises(UserError, match="seen here: no CUDA GPU"):
-        choose(gpus="all")

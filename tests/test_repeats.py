@@ -232,15 +232,16 @@ def children() -> int:
 def test_each_gpu_is_one_of_several_devices(tiny: dict[str, Path], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
-    def choose(*arguments: str, deterministic: bool) -> Runtime:
+    def choose(*arguments: str, deterministic: bool, **_: object) -> Runtime:
         asked.append((*arguments, deterministic))
         return CPU
 
     monkeypatch.setattr("dl7cli.device.choose", choose)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr("dl7cli.cli.repeats.show", lambda planned, used, _: asked.append([planned, used]))
     succeed("train", str(tiny["resnet"]), "--seeds", "3", "--gpus", "0,2", "--deterministic", cwd=work)
     *chosen, (planned, used) = asked
-    assert chosen == [("auto", "auto", "0", True), ("auto", "auto", "2", True)]
+    assert chosen == [("cuda:0", "auto", True), ("cuda:2", "auto", True)]
     assert used == [CPU, CPU]
     assert [one.seed for one in planned] == [1, 2, 3]
 

@@ -61,6 +61,8 @@ def compare(
         console.document(result)
     else:
         print_result(result)
+    if result["test"] != "welch":
+        console.note("note: this is of these models; of two recipes, several seeds of each tell (dl7 train --seeds)")
     readings = sum(len(side["runs"]) for side in result["sides"])
     console.note(f"note: the {split} split was read {console.count(readings, 'time')}, once by each run")
 

@@ -76,8 +76,8 @@ def train_repeats(
     from dl7cli import device as devices
     from dl7cli.training import repeats
 
-    named = devices.for_workers(device, gpus)
-    runtimes = [devices.choose(one, precision, deterministic=deterministic) for one in named]
+    apart = devices.for_workers(device, gpus)
+    runtimes = [devices.choose(one, precision, deterministic=deterministic) for one in apart]
     show(repeats.plan(recipe, seeds, begun=begun, out=out, offline=offline), runtimes, as_json)
 
 

@@ -100,24 +100,15 @@ def train(
         raise typer.BadParameter(
             f"--resume goes on with the run as it was started; {', '.join(refused)} cannot be given with it"
         )
-    place = cluster.place()
-    if seeds is not None and (place is not None or (workers, nodes, node_rank, rendezvous) != (None,) * 4):
-        raise typer.BadParameter("--seeds trains each seed in one process; --gpus 0,1 trains two of them at a time")
-    if place is None and seeds is None:
-        together = cluster.nodes(nodes, node_rank, rendezvous)
-        if together.count > 1 or workers not in (None, 1) or (gpus is not None and not gpus.isdecimal()):
-            if together.rank == 0:
-                _refuse_mistakes(name, overrides or [], data, seed, resume)
-            _launch(device, gpus, workers, together, timeout)
-    recipe = None
-    if name is not None and (place is None or place.rank == 0):
-        recipe = choose(name, overrides or [], data=data, seed=seed, offline=offline)
     if seeds is not None:
+        shared = {"--workers": workers, "--nodes": nodes, "--node-rank": node_rank, "--rendezvous": rendezvous}
+        if refused := [flag for flag, value in shared.items() if value is not None]:
+            raise typer.BadParameter(f"--seeds trains each seed on one device; {', '.join(refused)} cannot be given")
         begun = [] if resume is None else resume.split(",")
         if begun:
             precision, deterministic = as_it_began(begun[0], precision, deterministic)
         train_repeats(
-            recipe,
+            None if name is None else choose(name, overrides or [], data=data, seed=seed, offline=offline),
             seeds,
             begun=begun,
             out=out,
@@ -129,6 +120,16 @@ def train(
             as_json=as_json,
         )
         return
+    place = cluster.place()
+    if place is None:
+        together = cluster.nodes(nodes, node_rank, rendezvous)
+        if together.count > 1 or workers not in (None, 1) or (gpus is not None and not gpus.isdecimal()):
+            if together.rank == 0:
+                _refuse_mistakes(name, overrides or [], data, seed, resume)
+            _launch(device, gpus, workers, together, timeout)
+    recipe = None
+    if name is not None and (place is None or place.rank == 0):
+        recipe = choose(name, overrides or [], data=data, seed=seed, offline=offline)
     from dl7cli import device as devices
     from dl7cli import distributed, training
 
@@ -138,7 +139,7 @@ def train(
         with distributed.joined(devices.choose(where, precision).device, timeout) as group:
             if resume is not None and group.first:
                 precision, deterministic = as_it_began(resume, precision, deterministic)
-            precision, deterministic = group.shared((precision, deterministic))
+            precision, deterministic = group.shared([precision, deterministic])
             runtime = devices.choose(where, precision, workers=group, deterministic=deterministic)
             with console.display() if group.first else console.nothing() as display:
                 if resume is not None:
@@ -167,6 +168,17 @@ def train(
         return
     print_result(result, as_json)
     console.note(_next_commands(result))
+
+
+def as_it_began(run: str, precision: options.PrecisionName, deterministic: bool) -> tuple[options.PrecisionName, bool]:
+    """Return how to go on with a run, since otherwise it would be another one."""
+    from dl7cli import runs
+
+    before = runs.environment(runs.find(run)[0])
+    return (
+        before.get("precision", precision) if precision == "auto" else precision,
+        deterministic or before.get("deterministic", False),
+    )
 
 
 def _refuse_mistakes(
@@ -210,17 +222,6 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def as_it_began(run: str, precision: options.PrecisionName, deterministic: bool) -> tuple[options.PrecisionName, bool]:
-    """Return how to go on with a run, since otherwise it would be another one."""
-    from dl7cli import runs
-
-    before = runs.environment(runs.find(run)[0])
-    return (
-        before.get("precision", precision) if precision == "auto" else precision,
-        deterministic or before.get("deterministic", False),
-    )
 
 
 def choose(

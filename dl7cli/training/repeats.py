@@ -134,7 +134,7 @@ def _side_by_side(
     problem: UserError | None = None
     latest = Path()
     told, stopping = 0, False  # the signal
-    with signals(ALONE) as signalled:
+    with signals(ALONE) as told_to_stop:
         try:
             while going or (waiting and not stopping):
                 while waiting and free and not stopping:
@@ -170,7 +170,7 @@ def _side_by_side(
                             # One that is to stop before it has anything to save does so.
                             problem = problem or (None if stopping else UserError(*content))
                             waiting.append(repeat)
-                told = told or signalled()
+                told = told or told_to_stop()
                 if (told or problem) and not stopping:
                     stopping = True
                     for _, _, process in going.values():
