@@ -33,29 +33,29 @@ FORMAT = 1
 _INDEX = "checkpoint.json"
 _MODEL = "model.safetensors"
 _TRAINING = "training.safetensors"
-_LARGEST_INDEX = 1 << 26
+_LARGEST_INDEX = 1 << 26  # bytes; two vocabularies of the most entries there can be take some three million
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OTHER = "`last` and `best` of a run do not depend on each other: name the other one, or train again"
 _EXAMPLE = "a checkpoint is a folder such as `runs/resnet-1/best`"
 
 
-Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+_Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class Progress(NamedTuple):
     """How far a training has come; all zero before it starts."""
 
-    epoch: Count = 0
+    epoch: _Count = 0
     """Epochs finished."""
-    batch: Count = 0
+    batch: _Count = 0
     """Batches done in the epoch under way."""
-    step: Count = 0
+    step: _Count = 0
     """Optimiser steps in all."""
     seconds: Annotated[float, Field(ge=0)] = 0.0
     """Training time in all."""
     best: float | None = None
     """The best validation score so far, in the unit of the primary score."""
-    best_epoch: Count | None = None
+    best_epoch: _Count | None = None
     """Epochs finished when it was reached."""
 
 
@@ -76,7 +76,7 @@ class Checkpoint:
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    size: Count
+    size: _Count
     sha256: str
     aliases: dict[str, str]
     """Names of tensors that are another tensor of the file: tied weights are stored once."""
@@ -262,7 +262,7 @@ def _content(path: Path, most: int) -> bytes:
     if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device read without end
         raise UserError(f"`{path}` cannot be read: it is not a file", _OTHER)
     if status.st_size > most:
-        raise UserError(f"`{path}` is damaged: it has {status.st_size} bytes instead of {most}", _OTHER)
+        raise UserError(f"`{path}` is damaged: it has {status.st_size} bytes, more than {most}", _OTHER)
     try:
         return path.read_bytes()
     except MemoryError:

@@ -372,7 +372,7 @@ def _refuse_remote(folder: Path) -> None:
     for file, fence in ((folder / "README.md", ""), (folder / ".huggingface.yaml", "---\n")):
         if file.is_file():
             text = f"{fence}{file.read_text(encoding='utf-8')}\n{fence}"
-            header = re.match(r"\s*---\s*\n(.*?)\n---", text, re.DOTALL)
+            header = re.match(r"\s*---\n(.*?)\n---[ \t]*(\n|$)", text, re.DOTALL)
             if header and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(header[1])):
                 # Nine of them that name one another are a billion values.
                 raise UserError(f"`{file}` has YAML aliases", hint="write out what they stand for")

@@ -240,5 +240,5 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tenso
         like = parameter if value.shape == parameter.shape else value
         own = torch.empty_like(like, dtype=value.dtype, device=parameter.device)
         optimiser.state[parameter][name] = own.copy_(value)
-    if len({frozenset(optimiser.state[parameter]) for parameter in parameters}) > 1:
+    if len({frozenset(optimiser.state.get(parameter, {})) for parameter in parameters}) > 1:
         raise ValueError("the optimiser knows more of one parameter than of another")
