@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,32 +200,143 @@ def test_a_second_training_in_a_folder_is_refused_and_a_full_disk_keeps_the_chec
     assert saved.training
 
 
-SLEEPING = """
-    import sys, time
+SLOW = """
+    import os, sys, threading, time
     from dl7cli.cli import main, progress
+
+    where = sys.argv.pop(1)
+    fsync = os.fsync
+
+    def sleep():
+        print("sleeping", flush=True)
+        time.sleep(900)
+
+    def slow_disk(descriptor):
+        fsync(descriptor)
+        if threading.current_thread().name == "checkpoint":
+            slow_disk.calls += 1
+            if slow_disk.calls == 20:
+                sleep()
 
     class Sleeping(progress.Plain):
         def epoch(self, epoch):
-            print("sleeping", flush=True)
-            time.sleep(900)
+            sleep()
 
-    progress.Plain = Sleeping
+    if where == "disk":
+        slow_disk.calls = 0
+        os.fsync = slow_disk
+    else:
+        progress.Plain = Sleeping
     main()
 """
 
 
-def test_a_second_interrupt_ends_at_once(tiny: dict[str, Path], tmp_path: Path) -> None:
-    flags = ["--out", str(tmp_path / "run"), "--device", "cpu"]
-    command = [sys.executable, "-c", textwrap.dedent(SLEEPING), "train", str(tiny["resnet"]), *flags]
-    with subprocess.Popen(command, stdout=PIPE, text=True, env=ENVIRONMENT) as process:
+@pytest.mark.parametrize(("where", "number", "code"), [("loop", signal.SIGINT, 130), ("disk", signal.SIGTERM, 143)])
+def test_a_second_signal_ends_at_once(where: str, number: int, code: int, tiny: dict[str, Path]) -> None:
+    """Also while a checkpoint is being written, on a disk that does not answer."""
+    flags = ["--out", "run", "--device", "cpu"]
+    command = [sys.executable, "-c", textwrap.dedent(SLOW), where, "train", str(tiny["resnet"]), *flags]
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=ENVIRONMENT, start_new_session=True) as one:
         try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "sleeping\n"
-            process.send_signal(signal.SIGINT)
+            assert one.stdout is not None
+            assert one.stdout.readline() == "sleeping\n"
+            one.send_signal(number)
             with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(timeout=1)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=300) == 130
+                one.wait(timeout=1)
+            one.send_signal(number)
+            assert "once more stops at once" in assert_ended(one, code)
         finally:
-            process.kill()
-    assert checkpoint.load(tmp_path / "run" / "last", training=True).progress.step >= 1
+            one.kill()
+    assert checkpoint.load(Path("run/last"), training=True).progress.step >= 1
+
+
+@pytest.mark.parametrize("to", ["elsewhere", None])
+def test_a_folder_moved_or_removed_under_its_training_is_one_error(
+    to: str | None, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run")
+    with trained(tiny["resnet"], run) as process:
+        gone = tmp_path / (to or "gone")
+        run.folder.rename(gone)
+        if to is None:
+            shutil.rmtree(gone)
+        text = assert_ended(process, 1)
+    assert text.count("error: ") == 1
+    assert re.search(f"error: cannot write (checkpoint )?`{run.folder}/.*`: no such file or directory\nhint: ", text)
+    assert not run.folder.exists(), "nothing of it comes back"
+    if to is not None:
+        saved = checkpoint.load(gone / "last", training=True).progress.step
+        with pytest.raises(training.Interrupted):
+            training.resume(str(gone), runtime=CPU, listener=Stopping())
+        assert checkpoint.load(gone / "last").progress.step > saved
+
+
+DISK = """
+    import json, os, signal, subprocess, sys, time
+    from pathlib import Path
+    from dl7cli import checkpoint
+    from dl7cli.errors import UserError
+
+    what, recipe = sys.argv[1:]
+
+    def dl7(*arguments):
+        command = [sys.executable, "-m", "dl7cli", "train", *arguments, "--device", "cpu"]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def step():
+        try:
+            return checkpoint.load(Path("disk/run/last"), training=True).progress.step
+        except UserError:
+            return -1
+
+    def wait_for(wanted, process):
+        while step() < wanted and process.poll() is None:
+            time.sleep(0.02)
+
+    first = dl7(recipe, "--out", "disk/run", "--set", "training.epochs=100000")
+    wait_for(2, first)
+    if what == "full":
+        with open("disk/filler", "wb", buffering=0) as filler:
+            while first.poll() is None:
+                try:
+                    filler.write(bytes(4096))
+                except OSError:
+                    time.sleep(0.01)
+    else:
+        subprocess.run(["mount", "--bind", "disk", "disk"], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", "disk"], check=True)
+    text = first.communicate()[1]
+    saved = step()
+    if what == "full":
+        os.unlink("disk/filler")
+    else:
+        subprocess.run(["umount", "disk"], check=True)
+    second = dl7("--resume", "disk/run")
+    wait_for(saved + 2, second)
+    second.send_signal(signal.SIGINT)
+    second.communicate()
+    print(json.dumps([first.returncode, text, saved, second.returncode, step()]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "reason"), [("full", "no space left on device"), ("ro", "read-only file system")])
+def test_a_disk_that_takes_no_more_is_one_error_and_no_loss(what: str, reason: str, tiny: dict[str, Path]) -> None:
+    Path("disk").mkdir()
+    Path("script.py").write_text(textwrap.dedent(DISK))
+    inside = f"mount -t tmpfs -o size=4m none disk || exit 99; exec {sys.executable} script.py {what} {tiny['resnet']}"
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        pytest.skip("needs `unshare` for a disk of its own")
+    command = [unshare, "--map-root-user", "--mount", "sh", "-c", inside]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
+    if done.returncode == 99 or "unshare failed" in done.stderr:
+        pytest.skip("this machine lends no process a disk of its own")
+    assert done.returncode == 0, done.stderr
+    code, text, saved, second_code, step = json.loads(done.stdout)
+    assert (code, second_code) == (1, 130)
+    assert text.count("error: cannot write ") == text.count("error: ") == 1
+    assert reason in text
+    assert "Traceback" not in text
+    assert saved >= 2
+    assert step > saved
