@@ -48,7 +48,7 @@ class Place:
 
 def place(environment: Mapping[str, str] = os.environ) -> Place | None:
     """Where a launcher has put this process; None where there is none. Raises UserError where nodes differ in size."""
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         return None
     rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     local_rank = int(environment.get("LOCAL_RANK", "0"))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from subprocess import PIPE
 
@@ -35,9 +35,11 @@ class Ended:
 
 
 @contextmanager
-def started(*arguments: str, cwd: Path, **environment: str) -> Iterator["subprocess.Popen[str]"]:
-    """`dl7` in a process of its own, which with all it has started is gone at the end."""
-    command = [sys.executable, "-m", "dl7cli", *arguments]
+def started(
+    *arguments: str, cwd: Path, inside: tuple[str, ...] = (), **environment: str
+) -> Iterator["subprocess.Popen[str]"]:
+    """`dl7` in a process of its own, which with all it has started is gone at the end; `inside` goes before it."""
+    command = [*inside, sys.executable, "-m", "dl7cli", *arguments]
     process = subprocess.Popen(
         command, cwd=cwd, stdout=PIPE, stderr=PIPE, text=True, env={**ENVIRONMENT, **environment}
     )
@@ -381,3 +383,52 @@ def test_nodes_with_other_data_are_refused_by_the_reason(tiny: dict[str, Path], 
     for result in results:
         assert "is not the same on workers 0 and 1" in result.err
     assert not list((tmp_path / "first").glob("runs/*/last"))
+
+
+@contextmanager
+def hosts() -> Iterator[list[str]]:
+    """Two network namespaces with a wire between them: the first has the address 10.99.0.1."""
+    names = [f"dl7-{os.getpid()}-{number}" for number in range(2)]
+    if shutil.which("ip") is None or subprocess.run(["ip", "netns", "add", names[0]], capture_output=True).returncode:
+        pytest.skip("needs `ip` and the right to make network namespaces")
+    try:
+        ip("netns", "add", names[1])
+        ip("link", "add", "wire", "netns", names[0], "type", "veth", "peer", "name", "wire", "netns", names[1])
+        for number, name in enumerate(names, start=1):
+            ip("-n", name, "address", "add", f"10.99.0.{number}/24", "dev", "wire")
+            ip("-n", name, "link", "set", "wire", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
+
+
+@pytest.mark.slow
+def test_nodes_between_which_the_wire_is_cut_both_end_within_the_time_out(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    """Nothing closes their connections: neither hears anything any more."""
+    arguments = ("train", str(tiny["seq2seq"]), "--set", "training.epochs=200", *ALONE, "--out", "run")
+    meeting = ("--nodes", "2", "--rendezvous", "10.99.0.1:29400", "--timeout", "15")
+    with hosts() as names, ExitStack() as stack:
+        one, two = (
+            stack.enter_context(
+                started(
+                    *arguments, *meeting, "--node-rank", str(rank), cwd=tmp_path, inside=("ip", "netns", "exec", name)
+                )
+            )
+            for rank, name in enumerate(names)
+        )
+        wait_for_step(tmp_path / "run", 5, one)
+        ip("-n", names[1], "link", "set", "wire", "down")
+        begin = time.monotonic()
+        results = [ended(one), ended(two)]
+    assert time.monotonic() - begin < 2 * 15 + 60 + 30  # the last for a busy machine
+    assert [result.code for result in results] == [1, 1]
+    for rank, result in enumerate(results):
+        assert result.err.index(f"worker {rank} has lost the others: Timed out") < result.err.index("error: the ")

@@ -312,7 +312,8 @@ def test_flags_of_nodes_that_do_not_go_together(
 
 
 def test_the_place_of_a_worker_is_what_its_launcher_says() -> None:
-    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "TORCHELASTIC_RESTART_COUNT": "2"}
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    torchrun = {**address, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "TORCHELASTIC_RESTART_COUNT": "2"}
     assert cluster.place(torchrun) == cluster.Place(3, 4, 1, "2", None)
     own = {
         **torchrun,
@@ -323,5 +324,6 @@ def test_the_place_of_a_worker_is_what_its_launcher_says() -> None:
         1, 4, 1, "a", Path("/m")
     )  # whatever number the rendezvous gave this node
     assert cluster.place({}) is None
+    assert cluster.place(address) is None
     with pytest.raises(UserError, match="starts 2 of 5 workers"):
         cluster.place({**own, "WORLD_SIZE": "5"})

@@ -126,7 +126,7 @@ def train(
             saver = Saver(run, task)
             saver.save(trainer, Progress(), {})
             saver.wait()
-            workers.remember(_RUN, str(run.folder.absolute()))
+            workers.remember(_RUN, str(run.folder))
             return _run(run, task, trainer, _Watch(task, steps, Progress(), {}), {}, listener, begin)
 
 
@@ -158,7 +158,7 @@ def resume(run: str | None, *, runtime: Runtime, offline: bool = False, listener
         trainer.restore(saved.training, runtime.device)
         if found is None:
             return _follow(task, trainer, saved.progress, listener)
-        workers.remember(_RUN, str(found.folder.absolute()))
+        workers.remember(_RUN, str(found.folder))
         runs.trim_metrics(found, saved.progress.step, saved.progress.epoch)
         progress = saved.progress
         if runs.holds(found.best):

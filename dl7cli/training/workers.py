@@ -5,13 +5,17 @@ output and error, what the others print is shown only where one of them fails by
 """
 
 import fcntl
+import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import struct
 import sys
 import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -39,12 +43,15 @@ from dl7cli.errors import UserError
 RESTARTS = 3
 """How often all workers start again from the last checkpoint after one was killed or lost the others."""
 
+_RESUME = "`dl7 train --resume RUN` goes on from the last checkpoint"
 _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _ADDRESS_OF_INTERFACE = 0x8915  # SIOCGIFADDR
 _SECONDS_TO_BE_SEEN = 5
 """In which the end of a worker is noticed, on a busy machine."""
 _SECONDS_TO_LEAVE = 10.0
 """That nodes wait for each other at the end."""
+_SECONDS_TO_STOP = 60.0
+"""Enough to kill workers that do not leave when told to, for which torch gives them 30."""
 
 
 def launch(arguments: Sequence[str], workers: int, *, nodes: Nodes, timeout: float, note: Callable[[str], None]) -> int:
@@ -82,6 +89,7 @@ def launch(arguments: Sequence[str], workers: int, *, nodes: Nodes, timeout: flo
             stack.callback(meeting.shutdown)
             agent = _Agent(arguments, workers, nodes, meeting, Path(folder), note)
             agent.listen()
+            agent.watch(timeout + _SECONDS_TO_STOP)
             result = agent.run()
         except SignalException as stop:
             return 128 + stop.sigval
@@ -126,6 +134,26 @@ class _Agent(LocalElasticAgent):
         self._signal = 0
         self._attempt = 0
         self._master = "", ""
+        self._moved: float | None = None
+
+    def watch(self, seconds: float) -> None:
+        """End this process where it has not moved for so long since its workers have begun.
+
+        What torch asks another node that cannot be reached any more, it may wait for as long as the system keeps the
+        connection, which is a quarter of an hour on Linux.
+        """
+
+        def wait() -> None:
+            while self._moved is None or time.monotonic() - self._moved < seconds:
+                time.sleep(1)
+            for file in sorted(self._folder.glob(f"*/attempt_{self._attempt - 1}/*/error.json")):
+                self._note(f"worker {self._first + int(file.parent.name)} {json.loads(file.read_bytes())['message']}")
+            self._note(f"error: the other nodes have not been heard of for {seconds:.0f} s\nhint: {_RESUME}")
+            self._pass_on(signal.SIGKILL)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os._exit(1)
+
+        threading.Thread(target=wait, name="watch", daemon=True).start()
 
     def _assign_worker_ranks(self, store: Store, group_rank: int, *rest: Any) -> list[Worker]:
         # Torch says it at the first meeting alone, and a node that comes later waits for it.
@@ -175,7 +203,9 @@ class _Agent(LocalElasticAgent):
                 os.kill(process, number)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._moved = time.monotonic()
         result: RunResult = super()._monitor_workers(worker_group)
+        self._moved = time.monotonic()
         if result.is_failed():
             self._processes = []
             failures = list(result.failures.values())
@@ -203,7 +233,7 @@ class _Agent(LocalElasticAgent):
         stopped = [failure.exitcode for failure in failures if failure.exitcode in _INTERRUPTED]
         if stopped and not any(_is_lost(failure) for failure in failures):
             return stopped[0]
-        raise UserError(self._reason(failures), hint="`dl7 train --resume RUN` goes on from the last checkpoint")
+        raise UserError(self._reason(failures), hint=_RESUME)
 
     def _reason(self, failures: Sequence[ProcessFailure]) -> str:
         """What has happened to the worker that was the first to fail."""
@@ -223,7 +253,7 @@ class _Agent(LocalElasticAgent):
         if not files:
             return None
         text = files[-1].read_text(encoding="utf-8", errors="replace").strip()
-        return f"worker {self._first + local_rank}:\n{text}"
+        return f"{text}\nso ended worker {self._first + local_rank}"
 
 
 def _can_be_mended(failures: Sequence[ProcessFailure]) -> bool:
