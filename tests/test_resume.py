@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from running import Silent
+from checkpoints import FILES
+from running import Silent, dl7
 from stopping import CPU, Stopping, assert_same_run, assert_same_tensors, result, resume, timeless, until_stopped
 
 from dl7cli import checkpoint, runs, tasks, training
@@ -270,3 +271,23 @@ def test_other_images_than_the_run_began_with_are_refused(
 def copied(folder: Path, to: Path) -> Path:
     shutil.copytree(folder, to)
     return to
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_one_error_of_every_command(
+    name: str, whole: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = copied(whole("resnet").folder, tmp_path / "run")
+    (run / "result.json").unlink()
+    commands = [("last", ("train", "--resume"))]
+    if name != "training.safetensors":  # which only resuming reads
+        commands.append(("best", ("eval",)))
+    for folder, command in commands:
+        file = run / folder / name
+        content = file.read_bytes()
+        file.write_bytes(content[:-9] + bytes([content[-9] ^ 4]) + content[-8:])
+        outcome = dl7(*command, str(run), "--device", "cpu", cwd=tmp_path)
+        assert outcome.code == 1
+        assert f"error: `{file}` is damaged" in outcome.err
+        assert "Traceback" not in outcome.err
+        file.write_bytes(content)

@@ -18,7 +18,7 @@ class Training(Section):
     epochs: Annotated[int, Field(ge=1)]
     label_smoothing: Fraction = 0.0
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
-    """A checkpoint is written after every epoch and at least this often."""
+    """A checkpoint is written after every epoch and at least this often; a crash loses that and what writing takes."""
     ema_decay: Fraction = 0.0
     """Validated and used is a moving average of the weights, this much of it the one before; 0: none."""
     keep_last: Annotated[int, Field(ge=0, le=1000)] = 0

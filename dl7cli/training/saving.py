@@ -13,6 +13,9 @@ from dl7cli.runs import Run
 from dl7cli.tasks import Task
 from dl7cli.training.loop import Trainer
 
+MOMENT = 2.0
+"""Seconds that a second signal waits for the disk."""
+
 
 class Saver:
     """Writes the checkpoints of a run. Who saves waits for the copy to main memory, not for the disk.
@@ -73,6 +76,11 @@ class Saver:
         if error is not None:
             raise error
 
+    def abandon(self) -> None:
+        """Leave what is being written to itself if it takes more than a moment."""
+        if self._writing is not None:
+            self._writing.join(MOMENT)
+
     def _keep(self, of_epoch: Checkpoint) -> None:
         """Write the checkpoint of an epoch, and remove those that are no longer among the last ones."""
         number = of_epoch.progress.epoch
@@ -99,7 +107,8 @@ class Saver:
 def saving(run: Run, task: Task, note: Callable[[str], None]) -> Iterator[Saver]:
     """A saver that has written all it was given when this is left, unless at once, by a second signal.
 
-    Where an error ends it, one in writing does not take its place: `note` is told of it.
+    That waits a moment, as the next process must not find this one writing. Where an error ends it, one in writing does
+    not take its place: `note` is told of it.
     """
     saver = Saver(run, task)
     try:
@@ -109,5 +118,8 @@ def saving(run: Run, task: Task, note: Callable[[str], None]) -> Iterator[Saver]
             saver.wait()
         except UserError as error:
             note(f"besides, {error.message}")
+        raise
+    except BaseException:
+        saver.abandon()
         raise
     saver.wait()
