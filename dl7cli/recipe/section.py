@@ -34,7 +34,7 @@ Width = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
 class Training(Section):
-    epochs: Annotated[int, Field(ge=1, le=100_000)]
+    epochs: Annotated[int, Field(ge=1, le=10_000_000)]
     label_smoothing: Fraction = 0.0
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
     """A checkpoint is written after every epoch and at least this often; a crash loses that and what writing takes."""
