@@ -211,6 +211,22 @@ def test_a_signal_stops_all_workers_after_the_same_step_and_leaves_none_behind(
 
 
 @pytest.mark.slow
+def test_a_signal_after_which_nothing_can_be_saved_ends_with_the_error(tiny: dict[str, Path], tmp_path: Path) -> None:
+    with started("train", str(tiny["seq2seq"]), *LONGER, *WORKERS, "--out", "run", cwd=tmp_path) as process:
+        wait_for_step(tmp_path / "run", 5, process)
+        first = workers_of(process.pid)[0]
+        os.kill(first, signal.SIGSTOP)
+        (tmp_path / "run").rename(tmp_path / "moved")
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        os.kill(first, signal.SIGCONT)
+        result = ended(process)
+    assert result.code == 1
+    assert "stopping after this step" in result.err
+    assert "error: cannot write" in result.err
+
+
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once(tiny: dict[str, Path], tmp_path: Path) -> None:
     """Here while the workers wait for one that is itself stopped, and so could not agree on a step."""
     with started("train", str(tiny["seq2seq"]), *LONGER, *WORKERS, "--out", "run", cwd=tmp_path) as process:

@@ -219,17 +219,17 @@ class _Agent(LocalElasticAgent):
 
     def exit_code(self, result: RunResult | None) -> int:
         """Of the launcher; tells what a worker has printed that has failed by itself."""
-        if self._signal:
-            return 128 + self._signal
-        if result is None or not result.is_failed():
-            return 0
-        failures = list(result.failures.values())
+        failures = [] if result is None else list(result.failures.values())
         own = [failure for failure in failures if failure.exitcode > 0 and not _is_consequence(failure)]
         if own:
             shown = [self._printed(failure.local_rank) for failure in own]
             if None not in shown:  # else the first worker's, which is the same or has been there before
                 self._note(str(shown[0]))
             return own[0].exitcode
+        if self._signal:
+            return 128 + self._signal
+        if not failures:
+            return 0
         stopped = [failure.exitcode for failure in failures if failure.exitcode in _INTERRUPTED]
         if stopped and not any(_is_lost(failure) for failure in failures):
             return stopped[0]
