@@ -97,7 +97,7 @@ def main() -> None:
 
             if not out_of_memory(problem):
                 raise
-        console.error(UserError("out of memory", hint="use a smaller model or beam, or a machine with more memory"))
+        console.error(console.NO_MEMORY)
         sys.exit(1)
     except OSError as problem:
         full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -159,10 +159,13 @@ def train(
             raise
         console.error(problem)
         _leave(1)
-    except Exception:
+    except Exception as problem:
         if place is None:
             raise
-        traceback.print_exc()
+        if devices.out_of_memory(problem):
+            console.error(console.NO_MEMORY)
+        else:
+            traceback.print_exc()
         _leave(1)
     if not group.first:
         return
