@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from torch import Tensor
 from dl7cli import checkpoint, runs, tasks, training
 from dl7cli.checkpoint import Progress
 from dl7cli.device import Runtime
+from dl7cli.distributed import Lost, Workers
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve
 from dl7cli.runs import Run
 from dl7cli.tasks import Task
 from dl7cli.tasks.classification import Classification
 from dl7cli.tasks.translation import Translation
-from dl7cli.training import session
+from dl7cli.training import loop, session
 from dl7cli.training.loop import Report, Trainer, fit
 
 KINDS = ("resnet", "seq2seq")
@@ -173,6 +175,34 @@ def test_there_is_an_end_to_halving(kind: str, build: Callable[..., Task]) -> No
         next(fit(task, Trainer.of(task), start=Progress()))
 
 
+class Alike(Workers):
+    """Of two workers the first, where the other one has the same to say."""
+
+    def add(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def greatest(self, number: int) -> int:
+        return number
+
+
+def test_workers_start_again_with_a_batch_in_parts(
+    build: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for a gradient, and cannot be told. Where nothing is remembered, there is no use in it."""
+    monkeypatch.setattr(loop, "_distributed", lambda task: task.loss)
+    task = build("resnet", HALVE)
+    narrow(task, 2)
+    task.runtime = replace(task.runtime, workers=Alike(0, 2))
+    with pytest.raises(UserError, match=r"`training\.batch_size` is 8, and workers of another launcher"):
+        next(fit(task, Trainer.of(task), start=Progress()))
+    task.runtime = replace(task.runtime, workers=Alike(0, 2, memory=tmp_path))
+    with pytest.raises(Lost, match="is out of memory: a batch is taken in 2 parts from now on"):
+        next(fit(task, Trainer.of(task), start=Progress()))
+    trainer = Trainer.of(task)
+    next(fit(task, trainer, start=Progress()))
+    assert trainer.parts == 2
+
+
 @pytest.mark.parametrize("overrides", [[], [HALVE]])
 def test_other_errors_are_no_want_of_memory(overrides: list[str], build: Callable[..., Task]) -> None:
     task = build("resnet", *overrides)
@@ -194,6 +224,25 @@ def test_want_of_memory_elsewhere_is_said_too(tiny: dict[str, Path], monkeypatch
     assert outcome.code == 1
     assert "error: out of memory\nhint: use a smaller model" in outcome.err
     assert "Traceback" not in outcome.err
+
+
+def test_want_of_memory_elsewhere_is_said_of_a_worker_too(tiny: dict[str, Path]) -> None:
+    code = """
+        from dl7cli.cli import main
+        from dl7cli.tasks.classification import Classification
+
+        def validate(task):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried")
+
+        Classification.validate = validate
+        main()
+    """
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    command = [sys.executable, "-c", textwrap.dedent(code), "train", str(tiny["resnet"]), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**ENVIRONMENT, **place})
+    assert done.returncode == 1
+    assert "error: out of memory\nhint: use a smaller model" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.gpu
@@ -219,7 +268,10 @@ def test_a_batch_too_large_for_a_gpu_is_taken_in_parts(tiny: dict[str, Path]) ->
 
 
 def poison(task: Task, *steps: int, where: str = "loss") -> None:
-    """Make the loss, its gradient alone, or the images of these steps, counted from 1, NaN."""
+    """Make the loss, its gradient alone, or the images of these steps, counted from 1, NaN.
+
+    With a `constant` the loss alone is infinite.
+    """
     loss, calls = task.loss, iter(range(1, 10_000))
 
     def poisoned(batch: Any) -> tuple[Tensor, int]:
@@ -230,6 +282,8 @@ def poison(task: Task, *steps: int, where: str = "loss") -> None:
         total, count = loss(batch)
         if where == "loss":
             return total * math.nan, count
+        if where == "constant":
+            return total + math.inf, count
         weight = next(iter(task.model.parameters()))
         return total + (weight.sum() * 0).abs().sqrt(), count  # whose slope at 0 is infinite
 
@@ -281,6 +335,20 @@ def test_the_first_step_in_fp16_may_overflow(build: Callable[..., Task]) -> None
     moments = [value for name, value in trainer.tensors(CPU.device).items() if name.endswith("momentum_buffer")]
     assert moments
     assert not any(value.any() for value in moments)
+
+
+def test_a_step_whose_loss_alone_is_not_finite_is_left_out_in_fp16(build: Callable[..., Task]) -> None:
+    """Its gradient is of no use, though the scaler would find nothing wrong with it."""
+    task = build("resnet", SKIP)
+    trainer = Trainer.of(task)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    poison(task, 2, where="constant")
+    reports = fit(task, trainer, start=Progress())
+    next(reports)
+    before = state(task, trainer)
+    next(reports)
+    changed = differing(before, state(task, trainer))
+    assert {name for name in changed if not name.startswith(("random.", "scaler."))} == {"skipped"}
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

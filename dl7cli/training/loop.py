@@ -149,6 +149,9 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
                 buffers.keep()
             loss, examples = _gradient(task, trainer, batch, buffers, loss_of)
             loss = workers.add(loss)
+            if training.on_nonfinite == "skip" and scaler.is_enabled():
+                # A scaler goes by the gradient, which may be finite where the loss is not.
+                next(p.grad for p in parameters if p.grad is not None).add_(0 * loss)
             scaler.unscale_(optimiser)
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             skipped = None
@@ -251,8 +254,9 @@ def _gradient(
         except Exception as problem:
             if not out_of_memory(problem):
                 raise
-            if not halving or parts == most:
-                raise _too_large(task, batch, parts) from problem
+            forgetful = workers.count > 1 and workers.memory is None
+            if not halving or parts == most or forgetful:
+                raise _too_large(task, parts, forgetful) from problem
             if workers.count > 1:  # the others wait for this one's gradient
                 workers.remember(_PARTS, str(min(2 * parts, most)))
                 raise Lost(f"is out of memory: a batch is taken in {2 * parts} parts from now on") from problem
@@ -283,13 +287,16 @@ def _summed(
     return losses[0] if parts == 1 else torch.stack(losses).sum()
 
 
-def _too_large(task: Task, batch: Any, parts: int) -> UserError:
+def _too_large(task: Task, parts: int, forgetful: bool) -> UserError:
     size = getattr(task.recipe.training, task.batch_key)
     what = f"out of memory in a training step: `training.{task.batch_key}` is {size:,}"
     lower = f"lower `--set training.{task.batch_key}=…`"
-    if task.recipe.training.on_oom == "halve":
-        return UserError(f"{what}, and taking a batch in {parts} parts is not enough", hint=f"{lower} or the model")
-    return UserError(what, hint=f"{lower}, or keep it in parts that fit: `--set training.on_oom=halve`")
+    if task.recipe.training.on_oom == "stop":
+        return UserError(what, hint=f"{lower}, or keep it in parts that fit: `--set training.on_oom=halve`")
+    if forgetful:
+        what = f"{what}, and workers of another launcher cannot start again with a batch in parts"
+        return UserError(what, hint=f"{lower}, or let dl7 start them: `--gpus all`, or `--workers N` on a CPU")
+    return UserError(f"{what}, and taking a batch in {parts} parts is not enough", hint=f"{lower} or the model")
 
 
 def check_finite(loss: Tensor, norm: Tensor, step: int, rate: float, *, scaled: bool = False) -> None:
