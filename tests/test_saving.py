@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from stopping import CPU, Stopping, assert_same_run, assert_same_tensors, resume
 
 from dl7cli import checkpoint, runs, training
 from dl7cli.checkpoint import Checkpoint, Progress
+from dl7cli.distributed import Workers
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve
 from dl7cli.runs import Run
@@ -180,6 +182,26 @@ def test_a_kill_between_best_and_last_costs_nothing(
     monkeypatch.setattr(checkpoint, "save", real_save)
     resume(run)
     assert_same_run(run, whole(kind))
+
+
+def test_workers_ended_before_the_first_checkpoint_begin_again_in_their_folder(
+    tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = resolve(str(tiny["resnet"]), ["training.epochs=1"]).recipe
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    runtime = replace(CPU, workers=Workers(memory=memory))
+
+    def ended(folder: Path, one: Checkpoint) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", ended)
+        with pytest.raises(SystemExit):
+            training.train(recipe, out=Path("run"), runtime=runtime, listener=Silent())
+    training.train(recipe, out=Path("run"), runtime=runtime, listener=Silent())
+    training.train(recipe, out=Path("other"), runtime=CPU, listener=Silent())
+    assert_same_run(Run(Path("run")), Run(Path("other")))
 
 
 def test_a_best_of_an_epoch_that_comes_out_worse_again_is_kept(tiny: dict[str, Path]) -> None:

@@ -34,6 +34,8 @@ STEPS_BETWEEN_RECORDS = 50
 STEPS_BEFORE_TIMING = 3
 _RUN = "run"
 """What workers remember for those in their place: the folder."""
+_LAUNCHER = os.getppid()
+"""Of a worker, read before anything that takes time: it may be gone after that."""
 
 
 class Plan(NamedTuple):
@@ -110,10 +112,10 @@ def train(
     """
     begin = time.monotonic()
     workers = runtime.workers
-    started = workers.shared(workers.recall(_RUN))
-    if started is not None:
-        return resume(started, runtime=runtime, offline=offline, listener=listener)
-    if out is not None and workers.first:
+    folder = workers.recall(_RUN)
+    if workers.shared(folder is not None and runs.holds(Run(Path(folder)).last)):
+        return resume(folder, runtime=runtime, offline=offline, listener=listener)
+    if out is not None and folder is None and workers.first:
         runs.refuse_occupied(out)
     task = build(share_recipe(recipe, workers), None, runtime=runtime, offline=offline, progress=listener.progress)
     steps = total_steps(task)
@@ -121,12 +123,12 @@ def train(
         trainer = Trainer.of(task)
         if not workers.first:
             return _follow(task, trainer, Progress(), listener)
-        run = runs.create(task.recipe, task.recipe.name, out)
+        run = runs.create(task.recipe, task.recipe.name, out) if folder is None else Run(Path(folder))
+        workers.remember(_RUN, str(run.folder))
         with runs.lock(run):
             saver = Saver(run, task)
             saver.save(trainer, Progress(), {})
             saver.wait()
-            workers.remember(_RUN, str(run.folder))
             return _run(run, task, trainer, _Watch(task, steps, Progress(), {}), {}, listener, begin)
 
 
@@ -413,7 +415,6 @@ def signals(workers: Workers) -> Iterator[Callable[[], int]]:
     got, or 0. A worker whose launcher has gone stops, too.
     """
     received: list[int] = []
-    launcher = os.getppid()
 
     def receive(number: int, frame: FrameType | None) -> None:
         if received:
@@ -427,7 +428,7 @@ def signals(workers: Workers) -> Iterator[Callable[[], int]]:
             os.write(2, b"\nstopping after this step; once more stops at once\n")
 
     def stopping() -> int:
-        if workers.count > 1 and os.getppid() != launcher:
+        if workers.count > 1 and os.getppid() != _LAUNCHER:
             received.append(signal.SIGTERM)
         return workers.greatest(received[0] if received else 0)
 
