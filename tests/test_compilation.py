@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from dl7cli import checkpoint, runs, tasks, training
 from dl7cli.device import Runtime
+from dl7cli.distributed import Workers
 from dl7cli.recipe import resolve
 from dl7cli.runs import Run
 from dl7cli.tasks.classification import Classification
@@ -133,6 +135,14 @@ def test_the_choice_is_that_of_the_whole_run(overrides: list[str], expected: boo
     assert compilation.wanted(build(tiny, *overrides)) is expected
 
 
+@pytest.mark.parametrize("count", [3, 100])
+def test_the_choice_is_that_of_all_workers(count: int, tiny: dict[str, Path]) -> None:
+    """Of a hundred the first has no image of a batch."""
+    task = build(tiny, "training.epochs=51100", "data.image_size=16")
+    task.runtime = replace(task.runtime, workers=Workers(0, count))
+    assert compilation.wanted(task)
+
+
 def test_a_translator_is_not_compiled(tiny: dict[str, Path]) -> None:
     assert not compilation.wanted(tasks.build(resolve(str(tiny["seq2seq"])).recipe, runtime=CPU))
 
@@ -244,6 +254,7 @@ COMPILED = """
     import torch
     from dl7cli import training
     from dl7cli.device import Runtime
+from dl7cli.distributed import Workers
     from dl7cli.recipe import resolve
     from dl7cli.training import session
 

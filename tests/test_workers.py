@@ -246,6 +246,16 @@ def test_shared_batch_norm_is_batch_norm_of_the_whole_batch(sizes: list[int]) ->
     torch.testing.assert_close(layers[0](x).double(), plain(x.double()), rtol=1e-4, atol=1e-4)
 
 
+def test_more_workers_than_images_of_a_batch_are_refused(tiny: dict[str, Any], build: Callable[..., Any]) -> None:
+    """The running statistics are those of the first, which would have none of them."""
+    from dl7cli import tasks
+    from dl7cli.recipe import resolve
+
+    runtime = replace(build("resnet").runtime, workers=Workers(0, 9))
+    with pytest.raises(UserError, match=r"`training\.batch_size` is 8, less than the 9 workers"):
+        tasks.build(resolve(str(tiny["resnet"])).recipe, runtime=runtime)
+
+
 def test_statistics_are_not_shared_where_workers_leave_out_different_blocks(
     tiny: dict[str, Any], build: Callable[..., Any]
 ) -> None:

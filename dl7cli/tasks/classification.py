@@ -118,6 +118,11 @@ class Classification:
             some = torch.from_numpy(np.array(images[spread]))
             model.whiten(self._normalise(some.to(runtime.device)).cpu())
         workers = runtime.workers
+        if recipe.training.batch_size < workers.count:  # the first one's running statistics would be of nothing
+            raise UserError(
+                f"`training.batch_size` is {recipe.training.batch_size}, less than the {workers.count} workers",
+                hint="start fewer of them: each takes a part of every batch",
+            )
         if recipe.training.batch_norm == "sync" and workers.count > 1:
             if isinstance(section, ResNetModel) and section.survival < 1:
                 raise UserError(

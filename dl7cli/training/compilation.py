@@ -50,7 +50,8 @@ def wanted(task: Task) -> bool:
         # graph into pieces; and compiled by torch 2.13 for a CPU the other kind of network has gradients that are not
         # finite.
         return False
-    whole = task.splits()["train"] // task.whole_batch * task.whole_batch
+    images = task.splits()["train"]
+    whole = images - images % min(images, training.batch_size)
     return repays(training.epochs * whole, task.assets["image_size"], task.runtime.device.type)
 
 
