@@ -329,10 +329,12 @@ def test_a_checkpoint_that_is_a_link_is_taken_away_alone(tmp_path: Path) -> None
         ("a = " + "[" * 30_000, "is not a TOML file: it is nested too deeply"),
         ("a = " + "[" * 20 + "]" * 20, "is not a TOML file: it is nested too deeply"),
         ("a" + ".a" * 30_000 + " = 1", "is not a TOML file: it is nested too deeply"),
+        ('"#"' + ".a" * 30_000 + " = 1", "is not a TOML file: it is nested too deeply"),
         ("\n".join([*(f"k{n} = 1" for n in range(6000)), 'model.kind = "resnet"']), "\n  and 5,982 more"),
         ("a = " + "9" * 10_000, "is not a TOML file: an integer has more than 64 bits"),
         ("training.epochs = 0x" + "f" * 10_000, "is not a TOML file: an integer has more than 64 bits"),
-        ("#" * (1 << 20), "is not a TOML file: it is longer than 65,536 characters"),
+        ("#" * (1 << 20), "is not a TOML file: it is longer than 65,536 bytes"),
+        ("#" * ((1 << 16) - 1) + "é", "is not a TOML file: it is longer than 65,536 bytes"),
         (
             '[model]\nkind = "transformer"\nfeedforward_width = 10000000000',
             "`model.feedforward_width` is `10000000000`",
