@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, contiguous_format
 
-from dl7cli import __version__
+from dl7cli import __version__, files
 from dl7cli.errors import UserError
 from dl7cli.recipe import Recipe, from_document, to_document
 
@@ -105,12 +104,12 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     the previous checkpoint is kept then. Raises ValueError for assets or scores that JSON cannot hold, such
     as NaN.
     """
-    files, contents = {}, {}
+    entries, contents = {}, {}
     for name, tensors in ((_MODEL, checkpoint.weights), (_TRAINING, checkpoint.training)):
         own, aliases = _untied(tensors)
         contents[name] = safetensors.torch.save(_alone(own))
         digest = hashlib.sha256(contents[name]).hexdigest()
-        files[name] = {"size": len(contents[name]), "sha256": digest, "aliases": aliases}
+        entries[name] = {"size": len(contents[name]), "sha256": digest, "aliases": aliases}
     contents[_INDEX] = _signed(
         {
             "dl7": __version__,
@@ -118,7 +117,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
             "recipe": to_document(checkpoint.recipe),
             "progress": checkpoint.progress._asdict(),
             "scores": checkpoint.scores,
-            "files": files,
+            "files": entries,
             "assets": checkpoint.assets,
         }
     )
@@ -258,15 +257,13 @@ def _read_tensors(path: Path, index: _Index) -> dict[str, Tensor]:
 
 def _content(path: Path, most: int) -> bytes:
     """The bytes of a file, as far as it is one and has no more than these; raises OSError and UserError."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device read without end
-        raise UserError(f"`{path}` cannot be read: it is not a file", _OTHER)
-    if status.st_size > most:
-        raise UserError(f"`{path}` is damaged: it has {status.st_size} bytes, more than {most}", _OTHER)
+    size = files.size(path)
+    if size > most:
+        raise UserError(f"`{path}` is damaged: it has {size} bytes, more than {most}", _OTHER)
     try:
         return path.read_bytes()
     except MemoryError:
-        raise UserError(f"`{path}` does not fit in memory: it has {status.st_size} bytes", _OTHER) from None
+        raise UserError(f"`{path}` does not fit in memory: it has {size} bytes", _OTHER) from None
 
 
 def _untied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -14,6 +14,8 @@ RESAMPLES = 1000
 """Of the sentences, for the paired bootstrap."""
 SHUFFLES = 10_000
 """Of the sentences between two translators, for approximate randomisation."""
+ROUNDING = 1e-9
+"""In BLEU: what differs by less is the same."""
 
 
 class Spread(NamedTuple):
@@ -128,49 +130,52 @@ def paired_bleu(first: Sequence[str], others: Sequence[Sequence[str]], reference
     that memory would not hold them. Paired bootstrap: Koehn 2004; approximate randomisation: Riezler & Maxwell 2005,
     who find that it takes chance for a difference less often.
 
-    Of randomisation, sacrebleu counts the exchanges of sentences that differ by more than what was seen. Those that
-    differ by as much belong to them: at least the two that exchange none or all of the k sentences in which the two
-    translators differ, 2 of 2^k. They are added, or else two that differ in one sentence would have p = 1/10,001.
+    Of randomisation, sacrebleu counts the exchanges of sentences that differ by more than what was seen. Here those
+    that differ by as much count, too, as the test demands: where few sentences differ, or many in the same way, they
+    are most of them, and two translators that differ in one sentence would have p = 1/10,001. Likewise the bootstrap
+    of two that have the same BLEU has p = 1.
     """
-    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.bleu import BLEU, BLEUScore
     from sacrebleu.significance import PairedTest, Result
 
+    class Noting(BLEU):
+        """Notes the scores that sacrebleu's randomisation computes and does not return."""
+
+        def __init__(self) -> None:
+            super().__init__(force=True)  # what it says of text that looks tokenised was said when it was scored
+            self.noted: list[float] = []
+
+        def _aggregate_and_compute(self, stats: list[list[int]]) -> BLEUScore:
+            score = super()._aggregate_and_compute(stats)
+            self.noted.append(score.score)
+            return score
+
+    def samples(wanted: int, most: int) -> int:
+        return max(39, min(wanted, most // len(references)))  # 39: the fewest whose p can be below 0.05
+
     systems: list[tuple[str, Sequence[str]]] = [(str(number), texts) for number, texts in enumerate((first, *others))]
-    found, signatures = [], []
-    for kind, samples, most in (("ar", SHUFFLES, 100_000_000), ("bs", RESAMPLES, 10_000_000)):
-        samples = max(39, min(samples, most // len(references)))  # 39: the fewest whose p can be below 0.05
-        # `force`: what sacrebleu says of text that looks tokenised was said when it was scored.
-        test = PairedTest(systems, {"bleu": BLEU(force=True)}, [references], test_type=kind, n_samples=samples)
-        signed, results = test()
-        found.append([result for result in results["BLEU"] if isinstance(result, Result)])
-        signatures.append(str(signed["BLEU"]))
+    bleu, shuffles = Noting(), samples(SHUFFLES, 100_000_000)
+    signed, _ = PairedTest(systems, {"bleu": bleu}, [references], test_type="ar", n_samples=shuffles)()
+    signatures = [str(signed["BLEU"])]
+    # The score of the first translator; of each other one its own, those of all exchanges, and of these in reverse.
+    baseline, each = bleu.noted[0], 1 + 2 * shuffles
+    tested = [bleu.noted[start : start + each] for start in range(1, len(bleu.noted), each)]
+    resamples = samples(RESAMPLES, 10_000_000)
+    signed, results = PairedTest(systems, {"bleu": Noting()}, [references], test_type="bs", n_samples=resamples)()
+    signatures.append(str(signed["BLEU"]))
+    resampled = [result for result in results["BLEU"][1:] if isinstance(result, Result)]
     pairs = []
-    for other, shuffled, resampled in zip(others, found[0][1:], found[1][1:], strict=True):
-        assert shuffled.p_value is not None
-        assert resampled.p_value is not None
-        unlike = _sentences_unlike(first, other, references)
+    for (score, *shuffled), result in zip(tested, resampled, strict=True):
+        assert result.p_value is not None
+        difference = score - baseline
+        exchanged = zip(shuffled[:shuffles], shuffled[shuffles:], strict=True)
+        as_far = sum(abs(one - other) >= abs(difference) - ROUNDING for one, other in exchanged)
         pairs.append(
             PairedBleu(
-                difference=shuffled.score - found[0][0].score,
-                randomisation=min(1.0, shuffled.p_value + math.ldexp(2, -unlike)),
-                bootstrap=resampled.p_value if unlike else 1.0,
+                difference=difference,
+                randomisation=(as_far + 1) / (shuffles + 1),
+                bootstrap=result.p_value if difference else 1.0,
                 signatures=(signatures[0], signatures[1]),
             )
         )
     return pairs
-
-
-def _sentences_unlike(first: Sequence[str], second: Sequence[str], references: Sequence[str]) -> int:
-    """How many sentences count otherwise in the BLEU of two translators."""
-    from sacrebleu.metrics.bleu import BLEU
-
-    bleu = BLEU(effective_order=True)  # of no effect on what is counted
-
-    def counted(text: str, reference: str) -> tuple[list[int], list[int], int]:
-        score = bleu.sentence_score(text, [reference])
-        return score.counts, score.totals, score.sys_len
-
-    return sum(
-        one != other and counted(one, reference) != counted(other, reference)
-        for one, other, reference in zip(first, second, references, strict=True)
-    )

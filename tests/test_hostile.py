@@ -281,12 +281,33 @@ def test_what_a_run_links_to_is_not_written(name: str, dl7: Run, small_runs: Pat
         (work / "run" / path).unlink(missing_ok=True)
     (work / "run" / name).symlink_to("../../outside/file")
     sign(work / "run" / "last", lambda document: document["progress"].update(epoch=0))
-    if name != "evaluations.jsonl":
-        # What cannot be read is refused before it would be written.
-        said = "`run/environment.json` is damaged" if name == "environment.json" else f"cannot write `run/{name}`"
-        assert f"error: {said}" in dl7("train", "--resume", "run").err
-    else:
-        assert f"error: cannot write `run/{name}`" in dl7("eval", "run").err
+    command = ("eval", "run") if name == "evaluations.jsonl" else ("train", "--resume", "run")
+    # What is read first is not what a run would have written there.
+    expected = f"`run/{name}` is damaged" if name == "environment.json" else f"cannot write `run/{name}`"
+    assert f"error: {expected}" in dl7(*command).err
+
+
+@pytest.mark.parametrize("name", ["lock", "environment.json", "metrics.jsonl", "evaluations.jsonl", "result.json"])
+def test_no_pipe_is_waited_for_and_no_device_read_without_end(
+    name: str, dl7: Run, small_runs: Path, work: Path
+) -> None:
+    run = work / "runs" / "run"
+    shutil.copytree(small_runs / "resnet", run)
+    (run / "result.json").unlink()
+    sign(run / "last", lambda document: document["progress"].update(epoch=0))
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    used = ("eval", "run") if name == "evaluations.jsonl" else ("train", "--resume", "run")
+    failed = dl7(*used)
+    assert failed.code == 1
+    assert failed.err.startswith(f"error: `runs/run/{name}` ") or f"error: cannot write `runs/run/{name}`" in failed.err
+    for leads_to in (None, "/dev/zero"):
+        if leads_to is not None:
+            (run / name).unlink()
+            (run / name).symlink_to(leads_to)
+        for command in ("list", "show"):
+            looked = dl7("runs", command)
+            assert looked.code == 0 or looked.err == f"error: `runs/run/{name}` cannot be read: it is not a file\n"
 
 
 def test_a_checkpoint_that_is_a_link_is_taken_away_alone(tmp_path: Path) -> None:
@@ -308,10 +329,12 @@ def test_a_checkpoint_that_is_a_link_is_taken_away_alone(tmp_path: Path) -> None
         ("a = " + "[" * 30_000, "is not a TOML file: it is nested too deeply"),
         ("a = " + "[" * 20 + "]" * 20, "is not a TOML file: it is nested too deeply"),
         ("a" + ".a" * 30_000 + " = 1", "is not a TOML file: it is nested too deeply"),
+        ('"#"' + ".a" * 30_000 + " = 1", "is not a TOML file: it is nested too deeply"),
         ("\n".join([*(f"k{n} = 1" for n in range(6000)), 'model.kind = "resnet"']), "\n  and 5,982 more"),
         ("a = " + "9" * 10_000, "is not a TOML file: an integer has more than 64 bits"),
         ("training.epochs = 0x" + "f" * 10_000, "is not a TOML file: an integer has more than 64 bits"),
-        ("#" * (1 << 20), "is not a TOML file: it is longer than 65,536 characters"),
+        ("#" * (1 << 20), "is not a TOML file: it is longer than 65,536 bytes"),
+        ("#" * ((1 << 16) - 1) + "é", "is not a TOML file: it is longer than 65,536 bytes"),
         (
             '[model]\nkind = "transformer"\nfeedforward_width = 10000000000',
             "`model.feedforward_width` is `10000000000`",

@@ -382,6 +382,18 @@ def test_an_image_too_large_for_memory_is_refused(tmp_path: Path, side: int) -> 
         read_image_file(tmp_path / "bomb.png", 32)
 
 
+def test_an_image_that_memory_does_not_hold_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(image: PIL.Image.Image) -> None:
+        raise MemoryError
+
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    with pytest.raises(UserError, match=r"`.*x\.png` has too many pixels"):
+        read_image_file(tmp_path / "x.png", 8)
+
+
 def test_a_file_that_would_start_another_program_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
     with pytest.raises(UserError, match="is not an image"):

@@ -206,6 +206,12 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
         recipe.resolve(str(path))
 
 
+def test_a_comment_may_have_dots_without_number(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f"  # {'.' * 200}\n" + recipe.find("resnet").read_text(encoding="utf-8"), encoding="utf-8")
+    assert recipe.resolve(str(path)).recipe == recipe.resolve("resnet").recipe.model_copy(update={"name": "mine"})
+
+
 def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         recipe.resolve("resnet").recipe.training.epochs = 2  # type: ignore[misc]

@@ -298,7 +298,7 @@ def _open(encoded: Encoded, where: str, seen: _Seen | None = None) -> "PIL.Image
                 seen.modes.add(image.mode)
             PIL.ImageOps.exif_transpose(image, in_place=True)
             return _colour(image)
-    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning, MemoryError) as error:
         raise UserError(f"{where} has too many pixels to be read", hint="scale it down first") from error
     # For damaged files Pillow's readers raise whatever comes.
     except Exception as error:

@@ -25,7 +25,7 @@ _BY_KIND: dict[str, type[ClassificationRecipe] | type[TranslationRecipe]] = {
     "convs2s": TranslationRecipe,
 }
 LONGEST = 1 << 16
-"""Characters of a recipe's file."""
+"""Bytes of a recipe's file."""
 MOST_TOLD = 20
 """Mistakes."""
 DEEPEST = 8
@@ -174,7 +174,10 @@ def read(path: Path, *, hint: str | None = None) -> dict[str, Any]:
     """What a recipe's file says; raises UserError, with the hint, where it is not TOML as a recipe is written."""
     try:
         with path.open("rb") as file:
-            return _parsed(file.read(LONGEST + 1).decode("utf-8"))
+            content = file.read(LONGEST + 1)
+        if len(content) > LONGEST:
+            raise ValueError(f"it is longer than {LONGEST:,} bytes, and a recipe has some 2,000")
+        return _parsed(content.decode("utf-8"))
     except ValueError as error:  # or not UTF-8
         raise UserError(f"`{path}` is not a TOML file: {error}", hint) from None
     except OSError as error:
@@ -186,9 +189,8 @@ def _parsed(text: str) -> dict[str, Any]:
 
     Of these, TOML itself forbids only integers of more than 64 bits.
     """
-    if len(text) > LONGEST:
-        raise ValueError(f"it is longer than {LONGEST:,} characters, and a recipe has some 2,000")
-    if re.search(r"^[^\n.]*(?:\.[^\n.]*){100}", text, re.MULTILINE):  # a key so long takes tomllib its length squared
+    # A key so long takes tomllib its length squared; the dots of a comment are none.
+    if re.search(r"^(?![ \t]*#)[^\n.]*(?:\.[^\n.]*){100}", text, re.MULTILINE):
         raise ValueError("it is nested too deeply")
     try:
         document = tomllib.loads(text)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from dl7cli import files
 from dl7cli.errors import UserError
 from dl7cli.recipe import Recipe, from_document, read, to_toml
 
@@ -147,7 +148,7 @@ def _empty(lock: IO[bytes]) -> None:
 def is_locked(run: Run) -> bool:
     """Whether a process trains in this run."""
     try:
-        with (run.folder / _LOCK).open("rb") as file:
+        with open(run.folder / _LOCK, "rb", opener=no_link) as file:
             return not _locked(file.fileno(), fcntl.LOCK_SH)
     except OSError:  # there is no lock file, or no locks on this disk: nothing trains
         return False
@@ -315,8 +316,17 @@ def _locked(descriptor: int, operation: int, attempts: int = 1) -> bool:
 
 
 def no_link(path: str, flags: int) -> int:
-    """Open a file of a run; OSError for a link, which in a run that came from elsewhere may lead to any file."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    """Open a file of a run; OSError for a link, which in a run that came from elsewhere may lead to any file.
+
+    And for a pipe, which would be waited for.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    try:
+        files.size(descriptor)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:

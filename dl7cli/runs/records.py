@@ -21,6 +21,8 @@ _ENVIRONMENT = "environment.json"
 _METRICS = "metrics.jsonl"
 _EVALUATIONS = "evaluations.jsonl"
 _PACKAGES = ("torch", "numpy", "datasets", "sacrebleu", "sentencepiece", "safetensors", "pydantic", "typer")
+_LARGEST = 1 << 28
+"""Bytes of a file that is read: a record has some hundreds."""
 _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -186,7 +188,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 def _torn(path: Path) -> bool:
     """Whether the last line of a file has no end."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=no_link) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             return file.read() not in (b"", b"\n")
     except FileNotFoundError:
@@ -195,7 +197,7 @@ def _torn(path: Path) -> bool:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = _content(path).split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -206,9 +208,15 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def read_document(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is none."""
     try:
-        return _parsed(path.read_bytes())
+        return _parsed(_content(path))
     except OSError:
         return None
+
+
+def _content(path: Path) -> bytes:
+    if files.size(path) > _LARGEST:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return path.read_bytes()
 
 
 def _parsed(content: bytes) -> dict[str, Any] | None:
@@ -226,6 +234,8 @@ def _replace(path: Path, content: bytes) -> None:
     try:
         if path.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        if path.exists():
+            files.size(path)
         with files.replacing(path) as file:
             file.write(content)
     except OSError as error:
