@@ -93,11 +93,7 @@ def print_result(result: dict[str, Any]) -> None:
                 basis = f"{welch}, by whose 95 % interval the difference is {low} to {high}"
         raised = f"; by itself {probability(one['p_value'])}, raised by Holm's method" if several else ""
         console.write(f"  {basis}{raised}")
-    noun = "image" if result["task"] == "classification" else "sentence pair"
-    console.write(
-        f"on the {result['split']} split of {result['data']}"
-        f" ({console.count(result['examples'], noun)}, {console.duration(result['seconds'])})"
-    )
+    console.write(f"on the {result['split']} split of {result['data']} ({console.extent(result)})")
     if result["signature"] is not None:
         console.write(f"signature {result['signature']}")
     for name, signature in result["comparisons"][0].get("signatures", {}).items():

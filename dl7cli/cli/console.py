@@ -137,6 +137,12 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def extent(result: Mapping[str, Any]) -> str:
+    """Return how much was read for a result, and how long it took: `1,000 sentence pairs, 3m`."""
+    noun = "image" if result["task"] == "classification" else "sentence pair"
+    return f"{count(result['examples'], noun)}, {duration(result['seconds'])}"
+
+
 def duration(seconds: float) -> str:
     """Return a time to about two digits: `45s`, `18m`, `2h 05m`."""
     if seconds < 90:

@@ -113,11 +113,8 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         console.document(result)
         return
     score = console.score(result["primary"], result["scores"][result["primary"]])
-    noun = "image" if result["task"] == "classification" else "sentence pair"
-    console.write(
-        f"{'by beam' if 'beams' in result else score} on the {result['split']} split of {result['data']}"
-        f" ({console.count(result['examples'], noun)}, {console.duration(result['seconds'])})"
-    )
+    told = "by beam" if "beams" in result else score
+    console.write(f"{told} on the {result['split']} split of {result['data']} ({console.extent(result)})")
     if result["signature"] is not None:
         console.write(f"signature {result['signature']}")
     if "beams" in result:

@@ -140,10 +140,9 @@ def print_summary(summed: dict[str, Any], as_json: bool) -> None:
         ],
     )
     score = console.score(primary, summed["scores"][primary])
-    noun = "image" if summed["task"] == "classification" else "sentence pair"
     console.write(
         f"{score} on the {summed['split']} split of {summed['data']}: mean of {console.count(len(runs), 'run')}"
-        f" ({console.count(summed['examples'], noun)}, {console.duration(summed['seconds'])})"
+        f" ({console.extent(summed)})"
     )
     if summed["signature"] is not None:
         console.write(f"signature {summed['signature']}")

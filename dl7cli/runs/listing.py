@@ -5,7 +5,8 @@ from typing import Any
 
 from dl7cli.errors import UserError
 from dl7cli.runs.folder import Run, all_runs, file_time, is_locked, read_recipe, usable
-from dl7cli.runs.records import RESULT, evaluations, metrics, read_document
+from dl7cli.runs.records import evaluations, metrics
+from dl7cli.runs.records import result as result_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def _summary(run: Run) -> Summary:
     except UserError:
         recipe = None
     closed = [record for record in metrics(run) if "scores" in record]
-    result = read_document(run.folder / RESULT)
+    result = result_of(run)
     named = (record.get("primary") for record in [*closed, result or {}])
     primary = next((name for name in named if isinstance(name, str)), None)
     scores = [value for record in closed if (value := _score(record, primary)) is not None]

@@ -16,7 +16,7 @@ from dl7cli import __version__, files
 from dl7cli.errors import UserError
 from dl7cli.runs.folder import Run, cannot_write, no_link, reason
 
-RESULT = "result.json"
+_RESULT = "result.json"
 _ENVIRONMENT = "environment.json"
 _METRICS = "metrics.jsonl"
 _EVALUATIONS = "evaluations.jsonl"
@@ -101,12 +101,12 @@ def evaluations(run: Run) -> list[dict[str, Any]]:
 
 def write_result(run: Run, record: dict[str, Any]) -> None:
     """Write `result.json`, which marks the run as finished. Raises as `append_metrics`."""
-    _replace(run.folder / RESULT, _pretty(record))
+    _replace(run.folder / _RESULT, _pretty(record))
 
 
 def result(run: Run) -> dict[str, Any] | None:
     """What `write_result` wrote; None where the run is not finished."""
-    return read_document(run.folder / RESULT)
+    return _document(run.folder / _RESULT)
 
 
 def write_environment(run: Run, extra: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ def write_environment(run: Run, extra: dict[str, Any]) -> None:
         "cores": os.cpu_count(),
         **extra,
     }
-    before = read_document(run.folder / _ENVIRONMENT)
+    before = _document(run.folder / _ENVIRONMENT)
     if before is not None:
         document["earlier"] = [*before.pop("earlier", []), before]
     _replace(run.folder / _ENVIRONMENT, _pretty(document))
@@ -139,7 +139,7 @@ def amend_environment(run: Run, changes: dict[str, Any]) -> None:
 def environment(run: Run) -> dict[str, Any]:
     """What `write_environment` wrote last; empty where it never did. Raises UserError where that is damaged."""
     path = run.folder / _ENVIRONMENT
-    found = read_document(path)
+    found = _document(path)
     if found is None and os.path.lexists(path):
         hint = "it says what the run began with: put back a copy, or remove it and give `--precision` yourself"
         raise UserError(f"`{path}` is damaged", hint)
@@ -205,7 +205,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return [record for line in lines if (record := _parsed(line)) is not None]
 
 
-def read_document(path: Path) -> dict[str, Any] | None:
+def _document(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is none."""
     try:
         return _parsed(_content(path))
