@@ -42,6 +42,10 @@ class Workers:
     memory: Path | None = None
     """A folder of this node that stays while workers come and go."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Workers":
+        """Itself: a copy of a model that knows its workers knows the same ones."""
+        return self
+
     @property
     def first(self) -> bool:
         return self.rank == 0

@@ -116,7 +116,7 @@ def test_accuracy_is_the_share_of_images_whose_greatest_score_is_their_label(bui
 def test_evaluation_does_not_depend_on_its_batches(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     task = build("resnet")
     whole = task.evaluate("train")
-    monkeypatch.setattr(classification, "EVALUATION_BATCH", 3)
+    monkeypatch.setitem(classification.EVALUATION_BATCH, "cpu", 3)
     parts = task.evaluate("train")
     assert parts.values == whole.values
     assert parts.details["confusion"] == whole.details["confusion"]
@@ -130,7 +130,7 @@ def test_scores_are_the_mean_over_an_image_and_its_mirror_image(build: Callable[
         for batch in plain.batches(0):  # so that running statistics are not those of the start
             task.model.train()(batch.images)
     images = torch.tensor(plain._splits()["test"].images)
-    found = both._scores(images)
+    found = both._scores(both.model, images)
     model = copy.deepcopy(plain.model).double().eval()
     for number, image in enumerate(images.numpy()):
         passes = []
@@ -140,9 +140,9 @@ def test_scores_are_the_mean_over_an_image_and_its_mirror_image(build: Callable[
                 passes.append(model(torch.tensor(values).permute(2, 0, 1)[None])[0])
         assert (passes[0] - passes[1]).abs().max() > 1e-3, "a mirror image has scores of its own"
         assert (found[number] - (passes[0] + passes[1]) / 2).abs().max() < 1e-5
-    assert torch.equal(both._scores(images.flip(2)), found)
+    assert torch.equal(both._scores(both.model, images.flip(2)), found)
     assert [task.evaluate("test").details["flip"] for task in (plain, both)] == [False, True], "a score says so"
-    assert not torch.equal(plain._scores(images.flip(2)), plain._scores(images))
+    assert not torch.equal(plain._scores(plain.model, images.flip(2)), plain._scores(plain.model, images))
 
 
 def test_validation_test_and_classifying_all_see_mirror_images(

@@ -150,7 +150,7 @@ class Recording(Workers):
 def test_every_image_is_evaluated_once_whatever_the_remainder(
     count: int, build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(classification, "EVALUATION_BATCH", 2)
+    monkeypatch.setitem(classification.EVALUATION_BATCH, "cpu", 2)
     seen = []
     monkeypatch.setattr(
         metrics, "classification", lambda logits, labels, classes: seen.append(logits) or Scores("accuracy", {}, 7)

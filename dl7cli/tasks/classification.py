@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from dl7cli import metrics
@@ -22,12 +22,14 @@ from dl7cli.device import Runtime, evaluation_mode
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
 from dl7cli.models.fast_resnet import FastResNet, smallest_image
+from dl7cli.models.folding import folded
 from dl7cli.models.normalisation import share_statistics
 from dl7cli.models.resnet import ResNet
 from dl7cli.recipe import ClassificationRecipe, FastResNetModel, ResNetModel
 from dl7cli.tasks.checking import ImageAssets, built, check_assets
 
-EVALUATION_BATCH = 500
+EVALUATION_BATCH = {"cpu": 100, "cuda": 500, "mps": 500}
+"""Images scored at once, by device: on a CPU what a layer gives should stay in the cache for the next."""
 WHITENING_IMAGES = 5000
 _STEM_SIZE = 64
 """Smallest side of an image that the `imagenet` stem, which makes it a quarter, is for."""
@@ -308,8 +310,10 @@ class Classification:
         images, labels = self._resident(split)
         workers = self.runtime.workers
         logits = torch.zeros(len(labels), len(self.assets["classes"]), device=images.device)
-        for at in range(EVALUATION_BATCH * workers.rank, len(labels), EVALUATION_BATCH * workers.count):
-            logits[at : at + EVALUATION_BATCH] = self._scores(images[at : at + EVALUATION_BATCH])
+        model = folded(self.model)
+        size = EVALUATION_BATCH.get(images.device.type, 100)
+        for at in range(size * workers.rank, len(labels), size * workers.count):
+            logits[at : at + size] = self._scores(model, images[at : at + size])
         # Each row is one worker's, and zero on all others.
         return workers.add(logits)
 
@@ -341,8 +345,9 @@ class Classification:
                 hint=next((error.hint for error in refused if error.hint is not None), None),
             )
         answers = []
+        model = folded(self.model)
         for image in images:
-            probabilities = self._scores(image.to(self.runtime.device))[0].softmax(dim=0)
+            probabilities = self._scores(model, image.to(self.runtime.device))[0].softmax(dim=0)
             best = probabilities.topk(min(top, len(probabilities)))
             answers.append(
                 [
@@ -352,15 +357,15 @@ class Classification:
             )
         return answers
 
-    def _scores(self, images: Tensor) -> Tensor:
+    def _scores(self, model: nn.Module, images: Tensor) -> Tensor:
         """images (N, H, W, 3) uint8 → logits (N, classes) float32, averaged over the views of `evaluation`."""
-        with evaluation_mode(self.model), self.runtime.autocast():
+        with evaluation_mode(model), self.runtime.autocast():
             views = [self._normalise(images)]
             if self.recipe.evaluation.shift:
                 views.extend(augmentation.shifted(views[0], self.recipe.evaluation.shift))
             if self.recipe.evaluation.flip:
                 views.extend([view.flip(3) for view in views])
-            return torch.stack([self.model(view).float() for view in views]).mean(dim=0)
+            return torch.stack([model(view).float() for view in views]).mean(dim=0)
 
     def _read(self, image_size: int | None) -> tuple[dict[str, ImageSet], tuple[str, ...]]:
         """The splits, validation among them, and the class names."""
