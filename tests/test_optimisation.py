@@ -17,7 +17,15 @@ from dl7cli.models.resnet import ResNet
 from dl7cli.recipe import Optim, resolve
 from dl7cli.runs import Run
 from dl7cli.training.loop import Trainer, fit
-from dl7cli.training.optimisation import WeightAverage, build_optimiser, learning_rate, orthogonalise, swapped
+from dl7cli.training.optimisation import (
+    WeightAverage,
+    build_optimiser,
+    learning_rate,
+    optimiser_tensors,
+    orthogonalise,
+    restore_optimiser,
+    swapped,
+)
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # Jordan et al. 2024
@@ -211,3 +219,99 @@ def test_what_is_validated_and_kept_is_the_average(kind: str, tiny: dict[str, Pa
     used = tasks.load(Run(tmp_path / "run").last, runtime=CPU)
     assert all((value - means[-1][name]).abs().max() < 1e-5 for name, value in used.model.state_dict().items())
     assert used.validate().score == pytest.approx(scores[-1])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [  # of ten steps the first two rise; of the other eight the first is at the top
+        ("constant", [1, 2, 2, 2, 2, 2, 2, 2, 2, 2]),
+        ("linear", [1, 2, 2, 1.75, 1.5, 1.25, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [1, 2, 2, *(1 + math.cos(math.radians(angle)) for angle in np.arange(22.5, 180, 22.5))]),
+    ],
+)
+def test_the_rate_rises_and_falls(schedule: str, rates: list[float]) -> None:
+    found = [learning_rate(optim(schedule=schedule), step, 10) for step in range(10)]
+    assert found == pytest.approx(rates, abs=1e-12)
+    backwards = [learning_rate(optim(schedule=schedule), step, 10) for step in reversed(range(10))]
+    assert backwards[::-1] == found, "a function of the step alone"
+
+
+def test_the_rate_at_the_edges() -> None:
+    assert learning_rate(optim(warmup=0.0), 0, 10) == 2, "no rise"
+    assert [learning_rate(optim(warmup=0.99), step, 3) for step in range(3)] == pytest.approx([2 / 3, 4 / 3, 2])
+    assert learning_rate(optim(), 0, 1) == 2, "a single step"
+    for schedule in ("linear", "cosine"):
+        assert 0 < learning_rate(optim(schedule=schedule), 9999, 10_000) < 1e-3, "it ends beside zero"
+
+
+def test_weight_decay_spares_vectors() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2), nn.Embedding(5, 2))
+    for name in ("sgd", "adamw"):
+        before = {key: value.clone() for key, value in model.named_parameters()}
+        optimiser = build_optimiser(model, optim(name=name, learning_rate=0.5, weight_decay=0.1, momentum=0.0))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+        for key, value in model.named_parameters():
+            factor = 0.95 if value.ndim > 1 else 1
+            assert torch.allclose(value, factor * before[key]), (name, key)
+
+
+def trajectory(name: str, changes: dict[str, float]) -> list[float]:
+    """A weight from 1 on after each of five steps down the slope of sin."""
+    weight = nn.Parameter(torch.tensor([[1.0]], dtype=torch.float64))
+    module = nn.Module()
+    module.register_parameter("weight", weight)
+    optimiser = build_optimiser(module, optim(name=name, learning_rate=0.1, **changes))
+    places = []
+    for _ in range(5):
+        weight.grad = weight.detach().cos()
+        optimiser.step()
+        places.append(weight.item())
+    return places
+
+
+def test_sgd_is_with_nesterov_momentum() -> None:
+    for momentum in (0.9, 0.0):
+        weight, speed, places = 1.0, 0.0, []
+        for _ in range(5):
+            gradient = math.cos(weight) + 0.01 * weight
+            speed = momentum * speed + gradient
+            weight -= 0.1 * (gradient + momentum * speed)
+            places.append(weight)
+        assert trajectory("sgd", {"momentum": momentum, "weight_decay": 0.01}) == pytest.approx(places, rel=1e-12)
+
+
+def test_adamw_is_with_decoupled_decay() -> None:
+    weight, first, second, places = 1.0, 0.0, 0.0, []
+    for step in range(1, 6):
+        gradient = math.cos(weight)
+        weight -= 0.1 * 0.01 * weight
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.98 * second + 0.02 * gradient**2
+        weight -= 0.1 * first / (1 - 0.9**step) / (math.sqrt(second / (1 - 0.98**step)) + 1e-8)
+        places.append(weight)
+    assert trajectory("adamw", {"momentum": 0.9, "weight_decay": 0.01}) == pytest.approx(places, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_optimisers_tensors_go_where_the_parameters_are(name: str) -> None:
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimiser = build_optimiser(model, optim(name=name))
+    model(torch.ones(1, 3, 8, 8)).sum().backward()
+    optimiser.step()
+    tensors = {
+        key: value.clone(memory_format=torch.contiguous_format) for key, value in optimiser_tensors(optimiser).items()
+    }
+    assert {key.split(".")[2] for key in tensors} == (
+        {"momentum_buffer"} if name == "sgd" else {"step", "exp_avg", "exp_avg_sq"}
+    )
+    for device in ("cpu", "meta"):
+        other = nn.Conv2d(3, 4, 3, device=device).to(memory_format=torch.channels_last)
+        follower = torch.optim.AdamW([other.weight, other.bias])
+        restore_optimiser(follower, {**tensors, "random.cpu": torch.zeros(1)})
+        for parameter in other.parameters():
+            assert follower.state[parameter].keys() == {key.split(".")[2] for key in tensors}
+            for value in follower.state[parameter].values():
+                assert value.device.type == device
+                assert value.ndim == 0 or value.stride() == parameter.stride()

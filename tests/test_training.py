@@ -1,4 +1,4 @@
-"""Training: the rate of each step, the optimisers, what is saved as best, what is written, and what stops it."""
+"""Training: the rate of each step, what is saved as best, what is written, and what stops it."""
 
 import json
 import math
@@ -12,20 +12,20 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dl7cli import checkpoint, runs, tasks, training
 from dl7cli.checkpoint import Progress
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
-from dl7cli.recipe import Optim, resolve, shipped
+from dl7cli.recipe import resolve, shipped
 from dl7cli.runs import Run
 from dl7cli.tasks.classification import Classification
 from dl7cli.tasks.translation import Translation
 from dl7cli.training import session
 from dl7cli.training.loop import Report, Trainer, check_finite, fit
-from dl7cli.training.optimisation import build_optimiser, learning_rate, optimiser_tensors, restore_optimiser
+from dl7cli.training.optimisation import learning_rate
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
 KINDS = ("resnet", "seq2seq")
@@ -72,36 +72,6 @@ def train(tiny: dict[str, Path]) -> Callable[..., tuple[Run, dict[str, Any], Hea
     return run
 
 
-# The learning rate
-
-
-def optim(**changes: Any) -> Optim:
-    return Optim.model_validate({"name": "sgd", "learning_rate": 2.0, "warmup": 0.2, **changes})
-
-
-@pytest.mark.parametrize(
-    ("schedule", "rates"),
-    [  # of ten steps the first two rise; of the other eight the first is at the top
-        ("constant", [1, 2, 2, 2, 2, 2, 2, 2, 2, 2]),
-        ("linear", [1, 2, 2, 1.75, 1.5, 1.25, 1, 0.75, 0.5, 0.25]),
-        ("cosine", [1, 2, 2, *(1 + math.cos(math.radians(angle)) for angle in np.arange(22.5, 180, 22.5))]),
-    ],
-)
-def test_the_rate_rises_and_falls(schedule: str, rates: list[float]) -> None:
-    found = [learning_rate(optim(schedule=schedule), step, 10) for step in range(10)]
-    assert found == pytest.approx(rates, abs=1e-12)
-    backwards = [learning_rate(optim(schedule=schedule), step, 10) for step in reversed(range(10))]
-    assert backwards[::-1] == found, "a function of the step alone"
-
-
-def test_the_rate_at_the_edges() -> None:
-    assert learning_rate(optim(warmup=0.0), 0, 10) == 2, "no rise"
-    assert [learning_rate(optim(warmup=0.99), step, 3) for step in range(3)] == pytest.approx([2 / 3, 4 / 3, 2])
-    assert learning_rate(optim(), 0, 1) == 2, "a single step"
-    for schedule in ("linear", "cosine"):
-        assert 0 < learning_rate(optim(schedule=schedule), 9999, 10_000) < 1e-3, "it ends beside zero"
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_step_has_its_rate(kind: str, tiny: dict[str, Path]) -> None:
     task = tasks.build(resolve(str(tiny[kind])).recipe, runtime=CPU)
@@ -115,82 +85,6 @@ def test_every_step_has_its_rate(kind: str, tiny: dict[str, Path]) -> None:
             assert [group["lr"] for group in trainer.optimiser.param_groups] == [expected] * 2
             seen.append(report.progress.step)
     assert seen == list(range(1, steps + 1))
-
-
-# The optimisers
-
-
-def test_weight_decay_spares_vectors() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2), nn.Embedding(5, 2))
-    for name in ("sgd", "adamw"):
-        before = {key: value.clone() for key, value in model.named_parameters()}
-        optimiser = build_optimiser(model, optim(name=name, learning_rate=0.5, weight_decay=0.1, momentum=0.0))
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimiser.step()
-        for key, value in model.named_parameters():
-            factor = 0.95 if value.ndim > 1 else 1
-            assert torch.allclose(value, factor * before[key]), (name, key)
-
-
-def trajectory(name: str, changes: dict[str, float]) -> list[float]:
-    """A weight from 1 on after each of five steps down the slope of sin."""
-    weight = nn.Parameter(torch.tensor([[1.0]], dtype=torch.float64))
-    module = nn.Module()
-    module.register_parameter("weight", weight)
-    optimiser = build_optimiser(module, optim(name=name, learning_rate=0.1, **changes))
-    places = []
-    for _ in range(5):
-        weight.grad = weight.detach().cos()
-        optimiser.step()
-        places.append(weight.item())
-    return places
-
-
-def test_sgd_is_with_nesterov_momentum() -> None:
-    for momentum in (0.9, 0.0):
-        weight, speed, places = 1.0, 0.0, []
-        for _ in range(5):
-            gradient = math.cos(weight) + 0.01 * weight
-            speed = momentum * speed + gradient
-            weight -= 0.1 * (gradient + momentum * speed)
-            places.append(weight)
-        assert trajectory("sgd", {"momentum": momentum, "weight_decay": 0.01}) == pytest.approx(places, rel=1e-12)
-
-
-def test_adamw_is_with_decoupled_decay() -> None:
-    weight, first, second, places = 1.0, 0.0, 0.0, []
-    for step in range(1, 6):
-        gradient = math.cos(weight)
-        weight -= 0.1 * 0.01 * weight
-        first = 0.9 * first + 0.1 * gradient
-        second = 0.98 * second + 0.02 * gradient**2
-        weight -= 0.1 * first / (1 - 0.9**step) / (math.sqrt(second / (1 - 0.98**step)) + 1e-8)
-        places.append(weight)
-    assert trajectory("adamw", {"momentum": 0.9, "weight_decay": 0.01}) == pytest.approx(places, rel=1e-9)
-
-
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_the_optimisers_tensors_go_where_the_parameters_are(name: str) -> None:
-    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    optimiser = build_optimiser(model, optim(name=name))
-    model(torch.ones(1, 3, 8, 8)).sum().backward()
-    optimiser.step()
-    tensors = {
-        key: value.clone(memory_format=torch.contiguous_format) for key, value in optimiser_tensors(optimiser).items()
-    }
-    assert {key.split(".")[2] for key in tensors} == (
-        {"momentum_buffer"} if name == "sgd" else {"step", "exp_avg", "exp_avg_sq"}
-    )
-    for device in ("cpu", "meta"):
-        other = nn.Conv2d(3, 4, 3, device=device).to(memory_format=torch.channels_last)
-        follower = torch.optim.AdamW([other.weight, other.bias])
-        restore_optimiser(follower, {**tensors, "random.cpu": torch.zeros(1)})
-        for parameter in other.parameters():
-            assert follower.state[parameter].keys() == {key.split(".")[2] for key in tensors}
-            for value in follower.state[parameter].values():
-                assert value.device.type == device
-                assert value.ndim == 0 or value.stride() == parameter.stride()
 
 
 @pytest.mark.parametrize(("clip", "overrides"), [(True, ["optim.clip_norm=0.01"]), (False, [])])

@@ -4,12 +4,10 @@ A source is a string: `builtin:shapes`, a path, or a hub id such as `uoft-cs/cif
 folder has several configurations, one is chosen after a colon: `wmt/wmt14:de-en`.
 """
 
-import codecs
 import contextlib
 import errno
 import hashlib
 import http.client
-import json
 import logging
 import os
 import re
@@ -25,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dl7cli.data.damage import damage, emptiness
 from dl7cli.data.refusing import refuse_endless, refuse_remote
 from dl7cli.errors import UserError
 
@@ -424,7 +423,7 @@ def _load_error(source: str, error: Exception) -> UserError:
         place = local_path(source)
         files = sorted([place] if place.is_file() else files_below(place))
         tables = [file for file in files if file.suffix in (*_TABLE_SUFFIXES, ".tsv")]
-        for find in (_damage, _emptiness):
+        for find in (damage, emptiness):
             for file in tables:
                 if found := find(file):
                     return UserError(f"`{file}` cannot be read: {found}", hint="fetch or write the file again")
@@ -433,50 +432,6 @@ def _load_error(source: str, error: Exception) -> UserError:
         hint = f"look into {_listed(map(str, meant[:10]))}{more}" if meant else None
         return UserError(f"`{source}` cannot be loaded: {lines[0]}", hint=hint)
     return UserError(f"`{source}` cannot be loaded: {lines[0]}")
-
-
-def _damage(file: Path) -> str | None:
-    """Read a table through; return what is wrong with it, if that can be found out."""
-    import pandas  # type: ignore[import-untyped]
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        if file.suffix == ".parquet":
-            for _ in pyarrow.parquet.ParquetFile(file).iter_batches(256):
-                pass
-        elif file.suffix != ".arrow":
-            if file.stat().st_size == 0:
-                return "it is empty"
-            with file.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if found := _line_damage(line.removeprefix(codecs.BOM_UTF8), file.suffix == ".jsonl"):
-                        return f"line {number} {found}"
-            if file.suffix == ".csv":
-                for _ in pandas.read_csv(file, chunksize=10_000):
-                    pass
-    except (pyarrow.ArrowException, OSError, pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
-        return str(error).splitlines()[0]
-    return None
-
-
-def _line_damage(line: bytes, is_json: bool) -> str | None:
-    try:
-        text = line.decode("utf-8")
-        if is_json and text.strip():
-            json.loads(text)
-    except UnicodeDecodeError as error:
-        return f"is not UTF-8 (byte 0x{line[error.start]:02x})"
-    except (ValueError, RecursionError) as error:
-        return f"is not JSON: {error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__}"
-    return None
-
-
-def _emptiness(file: Path) -> str | None:
-    """Say of a parquet file without rows that it has none."""
-    import pyarrow.parquet
-
-    return "it has no rows" if file.suffix == ".parquet" and not pyarrow.parquet.read_metadata(file).num_rows else None
 
 
 def _listed(names: Iterable[str]) -> str:
