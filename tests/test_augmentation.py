@@ -206,10 +206,10 @@ def test_the_weights_of_mixing_are_beta(tiny: dict[str, Path]) -> None:
 def test_scores_are_averaged_with_those_of_the_mirror_image(tiny: dict[str, Path]) -> None:
     plain, both = build(tiny), build(tiny, "evaluation.flip=true")
     shown = images(4, 8, 8)
-    mean = (plain._scores(plain.model, shown) + plain._scores(plain.model, shown.flip(2))) / 2
-    assert torch.allclose(both._scores(both.model, shown), mean, atol=1e-6)
-    assert torch.allclose(both._scores(both.model, shown), both._scores(both.model, shown.flip(2)), atol=1e-6)
-    assert not torch.allclose(plain._scores(plain.model, shown), mean, atol=1e-3)
+    mean = (plain._scorer()(shown) + plain._scorer()(shown.flip(2))) / 2
+    assert torch.allclose(both._scorer()(shown), mean, atol=1e-6)
+    assert torch.allclose(both._scorer()(shown), both._scorer()(shown.flip(2)), atol=1e-6)
+    assert not torch.allclose(plain._scorer()(shown), mean, atol=1e-3)
 
 
 def test_an_unknown_way_to_flip_is_refused(tiny: dict[str, Path]) -> None:

@@ -130,7 +130,7 @@ def test_scores_are_the_mean_over_an_image_and_its_mirror_image(build: Callable[
         for batch in plain.batches(0):  # so that running statistics are not those of the start
             task.model.train()(batch.images)
     images = torch.tensor(plain._splits()["test"].images)
-    found = both._scores(both.model, images)
+    found = both._scorer()(images)
     model = copy.deepcopy(plain.model).double().eval()
     for number, image in enumerate(images.numpy()):
         passes = []
@@ -140,9 +140,9 @@ def test_scores_are_the_mean_over_an_image_and_its_mirror_image(build: Callable[
                 passes.append(model(torch.tensor(values).permute(2, 0, 1)[None])[0])
         assert (passes[0] - passes[1]).abs().max() > 1e-3, "a mirror image has scores of its own"
         assert (found[number] - (passes[0] + passes[1]) / 2).abs().max() < 1e-5
-    assert torch.equal(both._scores(both.model, images.flip(2)), found)
+    assert torch.equal(both._scorer()(images.flip(2)), found)
     assert [task.evaluate("test").details["flip"] for task in (plain, both)] == [False, True], "a score says so"
-    assert not torch.equal(plain._scores(plain.model, images.flip(2)), plain._scores(plain.model, images))
+    assert not torch.equal(plain._scorer()(images.flip(2)), plain._scorer()(images))
 
 
 def test_validation_test_and_classifying_all_see_mirror_images(
@@ -222,7 +222,7 @@ def test_all_files_are_read_before_any_is_scored(
     task = build("resnet")
     good = next((tiny["resnet"].parent / "images" / "test").rglob("*.png"))
     (tmp_path / "text.png").write_text("no image", encoding="utf-8")
-    monkeypatch.setattr(task, "_scores", None)
+    monkeypatch.setattr(task, "_scorer", None)
     with pytest.raises(UserError, match=r"^`.*text\.png` is not an image that can be read$") as one:
         task.classify([good, tmp_path / "text.png", good], 3)
     assert one.value.hint is not None

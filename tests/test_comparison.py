@@ -58,7 +58,8 @@ def right(folder: Path, split: str) -> list[bool]:
     task = tasks.load(folder, runtime=CPU)
     assert isinstance(task, Classification)
     images, labels = task._resident(split)
-    return [int(task._scores(task.model, images[at : at + 1]).argmax()) == int(labels[at]) for at in range(len(labels))]
+    scores = task._scorer()
+    return [int(scores(images[at : at + 1]).argmax()) == int(labels[at]) for at in range(len(labels))]
 
 
 def test_classifiers_by_mcnemar_on_the_same_images(work: Path) -> None:

@@ -91,7 +91,7 @@ def test_scores_are_averaged_over_shifts(tiny: dict[str, Path], tmp_path: Path) 
     with torch.inference_mode():
         task.model.eval()
         expected = sum(task.model(torch.from_numpy(view)).numpy() for view in views) / 6
-    assert np.abs(task._scores(task.model, shown).numpy() - expected).max() < 1e-5
+    assert np.abs(task._scorer()(shown).numpy() - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dl7cli.models.normalisation import share_statistics
 from dl7cli.models.resnet import ResNet
 
 BOTTLENECK = {"depth": 11, "block": "bottleneck"}
-WITHOUT_ANY = [
+FOLDED_WHOLLY = [
     {"depth": 8},
     {"depth": 8, "residual": False},
     {"depth": 8, "shortcut": "B", "survival": 0.5, "dropout": 0.3},
@@ -26,7 +26,7 @@ WITHOUT_ANY = [
     {"depth": 18, "stages": 4, "width": 8, "shortcut": "B", "stem": "imagenet"},
     *({"depth": 8, "activation": name} for name in NAMES),
 ]
-WITH_SOME = [
+FOLDED_IN_PART = [
     ({"depth": 8, "preactivation": True}, 3 + 1),  # the first of each block, and the last of all
     ({**BOTTLENECK, "preactivation": True, "shortcut": "B", "checkpointing": True}, 3 + 1),
     ({"depth": 8, "preactivation": True, "activation": "maxout"}, 3 + 1),
@@ -60,11 +60,13 @@ def solo_group() -> Iterator[distributed.ProcessGroup]:
         distributed.destroy_process_group()
 
 
-def left(model: nn.Module) -> int:
+def normalisations_left(model: nn.Module) -> int:
     return sum(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
 
 
-@pytest.mark.parametrize(("options", "layers"), [*((options, 0) for options in WITHOUT_ANY), *WITH_SOME], ids=str)
+@pytest.mark.parametrize(
+    ("options", "layers"), [*((options, 0) for options in FOLDED_WHOLLY), *FOLDED_IN_PART], ids=str
+)
 def test_a_folded_network_gives_the_same(options: dict[str, Any], layers: int) -> None:
     check(ResNet(**options), layers)
 
@@ -89,7 +91,7 @@ def check_trained(model: nn.Module, layers: int) -> None:
     """The same scores, so many layers of normalisation left, and the model as it was."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     copy = folded(model)
-    assert left(copy) == layers
+    assert normalisations_left(copy) == layers
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)

@@ -84,9 +84,9 @@ def test_a_translator_learns_lines_by_heart(pairs: Path, precision: str) -> None
 @pytest.mark.parametrize(("name", "least"), [("resnet", 0.95), ("seq2seq", 85.0)])
 def test_the_default_recipe_learns_the_built_in_set(name: str, least: float) -> None:
     """What `make demo` trains: accuracy above 95 %, BLEU above 85, on test sentences that training has not seen."""
-    recipe = resolve(name).fallback
-    assert recipe is not None
-    task = tasks.build(recipe, runtime=choose())
+    fallback = resolve(name).fallback
+    assert fallback is not None
+    task = tasks.build(fallback(), runtime=choose())
     for _ in fit(task, Trainer.of(task), start=Progress()):
         pass
     assert task.evaluate("test").score > least

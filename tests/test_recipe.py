@@ -19,7 +19,7 @@ def test_every_shipped_recipe_loads_with_its_fallback_and_says_what_it_is(name: 
     assert resolved.recipe.name == name
     if name in ("resnet", "seq2seq"):
         assert resolved.fallback is not None
-        assert resolved.fallback.data.source.startswith("builtin:")
+        assert resolved.fallback().data.source.startswith("builtin:")
     else:
         assert resolved.fallback is None, "what reproduces a paper's figure does so on the paper's data alone"
     header = recipe.header(name)
@@ -66,15 +66,36 @@ def test_there_is_a_fallback_only_where_the_data_was_not_asked_for() -> None:
 
 def test_the_fallback_is_the_same_recipe_as_asking_for_the_built_in_set() -> None:
     for name in ("resnet", "seq2seq"):
-        stand_in = recipe.resolve(name, ["training.seed=7"]).fallback
-        assert stand_in is not None
+        stand_in = standing_in(name, "training.seed=7")
         assert recipe.resolve(name, ["training.seed=7"], data=stand_in.data.source).recipe == stand_in
 
 
 def test_overrides_win_over_the_fallback() -> None:
-    stand_in = recipe.resolve("seq2seq", ["training.epochs=17"]).fallback
-    assert stand_in is not None
-    assert stand_in.training.epochs == 17
+    assert standing_in("seq2seq", "training.epochs=17").training.epochs == 17
+
+
+def test_overrides_that_only_the_fallback_does_not_take_are_told_where_it_is_used() -> None:
+    """The built-in set's model has an encoder of other width, which dot products would have to fit."""
+    resolved = recipe.resolve("seq2seq", ["model.attention=dot", "model.decoder_width=512"])
+    assert resolved.recipe.model.decoder_width == 512  # type: ignore[union-attr]
+    assert resolved.fallback is not None
+    with pytest.raises(UserError, match=r"recipe `seq2seq` with its keys for `builtin:phrases` has one mistake"):
+        resolved.fallback()
+
+
+def test_a_mistake_in_a_files_fallback_is_told_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        recipe.to_toml(recipe.resolve("resnet").recipe) + '[fallback]\n"model.dept" = 8\n"data.source" = "x"\n'
+    )
+    with pytest.raises(UserError, match=r"model\.dept"):
+        recipe.resolve(str(file))
+
+
+def standing_in(name: str, *overrides: str) -> recipe.Recipe:
+    fallback = recipe.resolve(name, overrides).fallback
+    assert fallback is not None
+    return fallback()
 
 
 def test_all_mistakes_are_reported_at_once_with_their_keys() -> None:

@@ -96,8 +96,9 @@ def known() -> dict[str, str]:
     """The sources that shipped recipes name, with the task they are for."""
     from dl7cli import recipe as recipes
 
-    resolved = [recipe for name in recipes.shipped() for recipe in recipes.resolve(name) if recipe is not None]
-    return {recipe.data.source: recipe.task for recipe in resolved}
+    resolved = [recipes.resolve(name) for name in recipes.shipped()]
+    both = [one.recipe for one in resolved] + [one.fallback() for one in resolved if one.fallback is not None]
+    return {recipe.data.source: recipe.task for recipe in both}
 
 
 def _read(source: str, task: str | None, overrides: list[str], offline: bool) -> "Images | Pairs":

@@ -40,7 +40,7 @@ def show(
     resolved = recipes.resolve(name, overrides or [], data=data, seed=seed)
     header = recipes.header(name)
     if as_json:
-        fallback = recipes.to_document(resolved.fallback) if resolved.fallback else None
+        fallback = recipes.to_document(resolved.fallback()) if resolved.fallback else None
         console.document({"header": header, "recipe": recipes.to_document(resolved.recipe), "fallback": fallback})
         return
     for line in [

@@ -241,13 +241,14 @@ def choose(
     source = resolved.recipe.data.source
     if sources.available(source, offline=offline):
         return resolved.recipe
+    fallback = resolved.fallback()
     doing, wanted = ("training", "scores") if command == "train" else ("timing steps", "times")
     console.note(
         f"the data {source} is neither on disk nor {'looked for, being offline' if offline else 'reachable'}:"
-        f" {doing} on the built-in set {resolved.fallback.data.source} instead\n"
+        f" {doing} on the built-in set {fallback.data.source} instead\n"
         f"  for {wanted} on the real data: dl7 {command} {name} --data FOLDER"
     )
-    return resolved.fallback
+    return fallback
 
 
 def _next_commands(result: dict[str, Any]) -> str:

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dl7cli.models.folding import Normalised
+from dl7cli.models.folding import Foldable
 
 _PATCH = 2
 _PATCH_VALUES = 3 * _PATCH**2
 
 
-class _Stage(Normalised):
+class _Stage(Foldable):
     """Convolution, maximum of 2x2, normalisation, GELU; and x + F(x), F being convolution, normalisation, GELU."""
 
     def __init__(self, width_in: int, width: int) -> None:
@@ -36,8 +36,8 @@ class _Stage(Normalised):
         self.convolution2 = _identity_convolution(width, width)
         self.normalisation2 = _Normalisation(width)
 
-    def normalisations(self) -> dict[str, str]:
-        """As `Normalised` says; the scale is 1 over the deviation, so the maximum may be between."""
+    def foldable(self) -> dict[str, str]:
+        """As `Foldable` says; the scale is 1 over the deviation, so the maximum may be between."""
         return {"convolution1": "normalisation1", "convolution2": "normalisation2"}
 
     def forward(self, x: Tensor) -> Tensor:

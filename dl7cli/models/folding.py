@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
-class Normalised(nn.Module):
+class Foldable(nn.Module):
     """A module with convolutions whose outputs go to batch normalisation, at once or through a maximum."""
 
-    def normalisations(self) -> Mapping[str, str]:
+    def foldable(self) -> Mapping[str, str]:
         """The names of those convolutions, each with that of its normalisation.
 
         A maximum may be between them only where the scale is positive, as the order of the two is then the same.
@@ -19,15 +19,15 @@ class Normalised(nn.Module):
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """A copy for evaluation in which convolutions do what `Normalised` says is done to their outputs.
+    """A copy for evaluation in which convolutions do what `Foldable` says is done to their outputs.
 
     With running statistics normalisation is a scale and a shift for each channel (Jacob et al. 2018, arXiv 1712.05877,
     eq. 14). The outputs are the same but for rounding, and go through memory once less.
     """
     model = copy.deepcopy(model).eval()
     for module in model.modules():
-        if isinstance(module, Normalised):
-            for convolution, normalisation in module.normalisations().items():
+        if isinstance(module, Foldable):
+            for convolution, normalisation in module.foldable().items():
                 fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, normalisation))
                 setattr(module, convolution, fused)
                 setattr(module, normalisation, nn.Identity())

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dl7cli.models import activations
 from dl7cli.models.activations import Activation
-from dl7cli.models.folding import Normalised
+from dl7cli.models.folding import Foldable
 
 BlockKind = Literal["basic", "bottleneck"]
 # He et al. 2015, table 1, by depth.
@@ -55,7 +55,7 @@ class Options:
     activation: Activation = Activation()  # noqa: RUF009 - a NamedTuple never changes
 
 
-class Block(Normalised):
+class Block(Foldable):
     """f(x + F(x)), or with pre-activation x + F(x); (B, width_in, H, W) to (B, width, H/stride, W/stride).
 
     F is two 3x3 convolutions, or a 1x1, a 3x3 and a 1x1 one (He et al. 2015, figure 5; the 3x3 has the stride, as in
@@ -118,13 +118,23 @@ class Block(Normalised):
         if pre and options.activation.name == "maxout":
             _spread(self.normalisation1, k)
 
-    def normalisations(self) -> dict[str, str]:
-        """As `Normalised` says; with pre-activation the first one and a sum have no convolution before."""
+    def foldable(self) -> dict[str, str]:
+        """As `Foldable` says.
+
+        With pre-activation the first normalisation of a block is of what the shortcut needs as it is, and the last
+        convolution goes to the sum.
+        """
         if self.preactivation:
             pairs = {"convolution1": "normalisation2"}
-            return {**pairs, "convolution2": "normalisation3"} if self.bottleneck else pairs
-        pairs = {f"convolution{number}": f"normalisation{number}" for number in range(1, 3 + self.bottleneck)}
-        return pairs if self.projection is None else {**pairs, "projection": "projection_normalisation"}
+            if self.bottleneck:
+                pairs["convolution2"] = "normalisation3"
+            return pairs
+        pairs = {"convolution1": "normalisation1", "convolution2": "normalisation2"}
+        if self.bottleneck:
+            pairs["convolution3"] = "normalisation3"
+        if self.projection is not None:
+            pairs["projection"] = "projection_normalisation"
+        return pairs
 
     def forward(self, x: Tensor) -> Tensor:
         # Drawn on the CPU: no device has to be waited for.
@@ -234,7 +244,7 @@ class Stage(NamedTuple):
     """Channels between its convolutions."""
 
 
-class ResNet(Normalised):
+class ResNet(Foldable):
     """Images (B, 3, H, W), normalised, to class scores (B, classes) before the softmax.
 
     - `depth` layers with weights: see `blocks_per_stage`. `width` channels after the stem and in the first stage, whose
@@ -329,8 +339,8 @@ class ResNet(Normalised):
                 fan_out = module.out_channels // module.groups * module.weight[0, 0].numel()
                 nn.init.normal_(module.weight, std=chosen.gain / math.sqrt(fan_out))
 
-    def normalisations(self) -> dict[str, str]:
-        """As `Normalised` says, of the stem."""
+    def foldable(self) -> dict[str, str]:
+        """As `Foldable` says, of the stem."""
         return {} if self.preactivation else {"convolution": "normalisation"}
 
     def forward(self, images: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -34,8 +35,10 @@ DEEPEST = 8
 
 class Resolved(NamedTuple):
     recipe: Recipe
-    fallback: Recipe | None
-    """The same recipe on the built-in set, where the data was not asked for by name and the file names such a set."""
+    fallback: Callable[[], Recipe] | None
+    """Gives the same recipe on the built-in set, where the data was not asked for by name and the file names such a
+    set. Raises UserError where the overrides do not go with the smaller model there.
+    """
 
 
 def resolve(name: str, overrides: Sequence[str] = (), *, data: str | None = None, seed: int | None = None) -> Resolved:
@@ -68,8 +71,10 @@ def resolve(name: str, overrides: Sequence[str] = (), *, data: str | None = None
     asked = any(path == ["data", "source"] for path, _ in changes)
     if built_in is None or asked:
         return Resolved(recipe, None)
-    other = _changed(document, [*standing_in, *changes], [])
-    return Resolved(recipe, from_document(other, origin=f"recipe `{name}`"))
+    small = f"recipe `{name}` with its keys for `{built_in}`"
+    # A mistake of the file is told at once, one of the overrides only where the built-in set does stand in.
+    from_document(_changed(document, standing_in, []), origin=small)
+    return Resolved(recipe, partial(from_document, _changed(document, [*standing_in, *changes], []), origin=small))
 
 
 def from_document(document: dict[str, Any], mistakes: Iterable[str] = (), *, origin: str) -> Recipe:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from dl7cli import metrics
@@ -18,7 +18,7 @@ from dl7cli.data import augmentation
 from dl7cli.data.images import ImageSet, read_image_file, read_images, statistics
 from dl7cli.data.sources import Progress, silent
 from dl7cli.data.transfer import moved
-from dl7cli.device import Runtime, evaluation_mode
+from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
 from dl7cli.models.fast_resnet import FastResNet, smallest_image
@@ -29,7 +29,7 @@ from dl7cli.recipe import ClassificationRecipe, FastResNetModel, ResNetModel
 from dl7cli.tasks.checking import ImageAssets, built, check_assets
 
 EVALUATION_BATCH = {"cpu": 100, "cuda": 500, "mps": 500}
-"""Images scored at once, by device: on a CPU what a layer gives should stay in the cache for the next."""
+"""Images scored at once, by device: on a CPU so few that what a layer of ResNet-20 gives stays in the cache."""
 WHITENING_IMAGES = 5000
 _STEM_SIZE = 64
 """Smallest side of an image that the `imagenet` stem, which makes it a quarter, is for."""
@@ -310,10 +310,10 @@ class Classification:
         images, labels = self._resident(split)
         workers = self.runtime.workers
         logits = torch.zeros(len(labels), len(self.assets["classes"]), device=images.device)
-        model = folded(self.model)
-        size = EVALUATION_BATCH.get(images.device.type, 100)
+        scores = self._scorer()
+        size = EVALUATION_BATCH[images.device.type]
         for at in range(size * workers.rank, len(labels), size * workers.count):
-            logits[at : at + size] = self._scores(model, images[at : at + size])
+            logits[at : at + size] = scores(images[at : at + size])
         # Each row is one worker's, and zero on all others.
         return workers.add(logits)
 
@@ -345,9 +345,9 @@ class Classification:
                 hint=next((error.hint for error in refused if error.hint is not None), None),
             )
         answers = []
-        model = folded(self.model)
+        scores = self._scorer()
         for image in images:
-            probabilities = self._scores(model, image.to(self.runtime.device))[0].softmax(dim=0)
+            probabilities = scores(image.to(self.runtime.device))[0].softmax(dim=0)
             best = probabilities.topk(min(top, len(probabilities)))
             answers.append(
                 [
@@ -357,15 +357,22 @@ class Classification:
             )
         return answers
 
-    def _scores(self, model: nn.Module, images: Tensor) -> Tensor:
-        """images (N, H, W, 3) uint8 → logits (N, classes) float32, averaged over the views of `evaluation`."""
-        with evaluation_mode(model), self.runtime.autocast():
-            views = [self._normalise(images)]
-            if self.recipe.evaluation.shift:
-                views.extend(augmentation.shifted(views[0], self.recipe.evaluation.shift))
-            if self.recipe.evaluation.flip:
-                views.extend([view.flip(3) for view in views])
-            return torch.stack([model(view).float() for view in views]).mean(dim=0)
+    def _scorer(self) -> Callable[[Tensor], Tensor]:
+        """Gives, by the weights as they are now, of images (N, H, W, 3) uint8 the logits (N, classes) float32, averaged
+        over the views of `evaluation`.
+        """
+        model, evaluation = folded(self.model), self.recipe.evaluation
+
+        def scores(images: Tensor) -> Tensor:
+            with torch.inference_mode(), self.runtime.autocast():
+                views = [self._normalise(images)]
+                if evaluation.shift:
+                    views.extend(augmentation.shifted(views[0], evaluation.shift))
+                if evaluation.flip:
+                    views.extend([view.flip(3) for view in views])
+                return torch.stack([model(view).float() for view in views]).mean(dim=0)
+
+        return scores
 
     def _read(self, image_size: int | None) -> tuple[dict[str, ImageSet], tuple[str, ...]]:
         """The splits, validation among them, and the class names."""
