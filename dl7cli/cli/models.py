@@ -43,11 +43,11 @@ def models(as_json: options.Json = False) -> None:
 
 
 def _of_recipe(recipe: "Recipe") -> dict[str, Any]:
-    import torch
     from torch import nn
 
     from dl7cli.models.architectures import multiply_adds
     from dl7cli.models.fast_resnet import FastResNet
+    from dl7cli.models.outline import outline
     from dl7cli.recipe import ClassificationRecipe, ResNetModel
     from dl7cli.tasks.translation import translator
 
@@ -55,11 +55,11 @@ def _of_recipe(recipe: "Recipe") -> dict[str, Any]:
     if isinstance(recipe, ClassificationRecipe):
         if isinstance(recipe.model, ResNetModel):
             return _of_options(recipe.model.kind, {"depth": recipe.model.depth, **keys}, recipe.name)
-        with torch.device("meta"):
+        with outline():
             model: nn.Module = FastResNet(_CLASSES, recipe.model.widths)
             operations: int | None = multiply_adds(model, _IMAGE_SIZE["cifar"])
     else:
-        with torch.device("meta"):
+        with outline():
             model = translator(recipe.model, recipe.data.vocabulary_size, recipe.data.vocabulary_size)
         operations = None
     return {

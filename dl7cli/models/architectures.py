@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dl7cli.models.outline import outline
 from dl7cli.models.resnet import ResNet
 
 _BOTTLENECK = {"block": "bottleneck"}
@@ -82,6 +83,6 @@ def cost(options: dict[str, Any], *, classes: int, image_size: int) -> tuple[int
 
 
 def _counted(options: dict[str, Any], classes: int, image_size: int) -> tuple[int, int]:
-    with torch.device("meta"):
+    with outline():
         model = ResNet(classes=classes, **options)
     return sum(parameter.numel() for parameter in model.parameters()), multiply_adds(model, image_size)

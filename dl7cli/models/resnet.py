@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from dl7cli.models import activations
 from dl7cli.models.activations import Activation
 from dl7cli.models.folding import Foldable
+from dl7cli.models.outline import outline
 
 BlockKind = Literal["basic", "bottleneck"]
 # He et al. 2015, table 1, by depth.
@@ -407,7 +408,7 @@ def _parameters(
     def size(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
-    with torch.device("meta"):
+    with outline():
         activated = plan[-1].width if options.preactivation else first
         total = size(_first_convolution(first, options, stem)) + 2 * options.activation.inputs * activated
         total += size(options.activation.module(activated)) + (plan[-1].width + 1) * classes

@@ -4,12 +4,12 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from dl7cli.device import seed_everything
 from dl7cli.errors import UserError
+from dl7cli.models.outline import outline
 
 _HINT = "it was changed by hand or made by another version of dl7: train again"
 Network = TypeVar("Network", bound=nn.Module)
@@ -57,7 +57,7 @@ def built(make: Callable[[], Network], seed: int, weights: Mapping[str, Tensor] 
     Raises UserError where the `weights` it is to be given are others, or, without any, where the machine has not the
     memory for them.
     """
-    with torch.device("meta"):
+    with outline():
         empty = make().state_dict()
     if weights is None:
         _refuse_larger_than_memory(empty)
