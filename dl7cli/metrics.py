@@ -139,17 +139,18 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int) -
     return float(gaps.abs().sum()) / len(confidence)
 
 
-def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> Scores:
+def bleu(hypotheses: Sequence[str], references: Sequence[str], *, cased: bool = True) -> Scores:
     """Give the BLEU of a corpus, 0 to 100, as the `sacrebleu` command computes it (Post 2018).
 
-    Cased, tokenised by sacrebleu itself (13a), one reference for each hypothesis. Both are plain text: the
-    pieces of a vocabulary have to be joined before. Raises ValueError for unequal numbers and when there is
-    nothing to score.
+    Tokenised by sacrebleu itself (13a), one reference for each hypothesis; as `bleu`, or not `cased` as
+    `bleu_lowercase`. Both are plain text: the pieces of a vocabulary have to be joined before. Raises ValueError for
+    unequal numbers and when there is nothing to score.
     """
     from sacrebleu.metrics.bleu import BLEU
 
-    score, signature = _corpus(BLEU(), hypotheses, references)
-    return Scores("bleu", {"bleu": score.score}, len(hypotheses), signature)
+    name = "bleu" if cased else "bleu_lowercase"
+    score, signature = _corpus(BLEU(lowercase=not cased), hypotheses, references)
+    return Scores(name, {name: score.score}, len(hypotheses), signature)
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Scores:

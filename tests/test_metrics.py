@@ -94,6 +94,10 @@ def test_bleu_is_cased_and_signed() -> None:
     assert scores.signature is not None
     assert "case:mixed" in scores.signature
     assert "tok:13a" in scores.signature
+    caseless = bleu(["das ist ein Haus ."], ["Das ist ein Haus ."], cased=False)
+    assert caseless.values == {"bleu_lowercase": pytest.approx(100)}
+    assert caseless.signature is not None
+    assert "case:lc" in caseless.signature
 
 
 def test_bleu_of_unequal_numbers_or_of_nothing() -> None:
