@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -246,6 +248,17 @@ def test_evaluation_is_a_mode_that_passes() -> None:
             raise ZeroDivisionError
         assert model.training is before
     assert torch.equal(model[1].running_mean, mean)
+
+
+@pytest.mark.parametrize(("own", "kept"), [(None, "256"), ("7", "7")])
+def test_prepared_kernels_are_bounded_unless_the_user_says_otherwise(own: str | None, kept: str) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    environment = {key: value for key, value in os.environ.items() if key != name}
+    if own is not None:
+        environment[name] = own
+    code = f"import os, dl7cli.device; print(os.environ['{name}'])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == kept + "\n"
 
 
 def test_the_peak_of_memory_is_in_bytes() -> None:
