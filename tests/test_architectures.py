@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from dl7cli.models.architectures import ARCHITECTURES, cost, multiply_adds
-from dl7cli.models.resnet import Block, SqueezeExcitation, blocks_per_stage
+from dl7cli.models.blocks import Block, SqueezeExcitation
+from dl7cli.models.resnet import blocks_per_stage
 from dl7cli.recipe import ResNetModel
 
 

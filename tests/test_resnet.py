@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from dl7cli.models.activations import NAMES, Activation
 from dl7cli.models.architectures import ARCHITECTURES, multiply_adds
-from dl7cli.models.resnet import Block, Options, ResNet, SqueezeExcitation
+from dl7cli.models.blocks import Block, Options, SqueezeExcitation
+from dl7cli.models.resnet import ResNet
 
 
 @pytest.mark.parametrize(
