@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 
+from dl7cli.models.outline import outline
 from dl7cli.models.resnet import ResNet
 
 IMAGENET: dict[str, Any] = {"classes": 1000, "stages": 4, "width": 64, "shortcut": "B", "stem": "imagenet"}
@@ -12,7 +12,7 @@ IMAGENET: dict[str, Any] = {"classes": 1000, "stages": 4, "width": 64, "shortcut
 
 def on_meta(**options: Any) -> ResNet:
     """A network without values."""
-    with torch.device("meta"):
+    with outline():
         return ResNet(**options)
 
 

@@ -223,7 +223,10 @@ def spread(normalisation: nn.BatchNorm2d, k: int) -> None:
 
     Were they alike, they would get the same gradient and stay alike.
     """
+    slopes = [1 - copy / (k - 1) for copy in range(k)]
     with torch.no_grad():
-        slopes = torch.linspace(1, 0, k).repeat_interleave(normalisation.num_features // k)
-        normalisation.weight.copy_(slopes)
-        normalisation.bias.copy_(slopes * (1 - slopes) / 2)
+        for values, starts in (
+            (normalisation.weight, slopes),
+            (normalisation.bias, [slope * (1 - slope) / 2 for slope in slopes]),
+        ):
+            values.copy_(torch.tensor(starts).repeat_interleave(len(values) // k))

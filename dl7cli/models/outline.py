@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def outline() -> Iterator[None]:
-    """Let what is built meanwhile have no values, and take neither memory nor time for them."""
+    """Let what is built meanwhile have no values, and building it take neither memory nor time for them."""
     with torch.device("meta"), _Undrawn():
         yield
 

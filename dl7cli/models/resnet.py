@@ -13,8 +13,7 @@ stage halves rows and columns and doubles the channels. With three stages and th
     depth        20     32     44     56     110    1202
     parameters   0.27M  0.46M  0.66M  0.85M  1.7M   19.4M     (the paper's table 6, ten classes)
 
-`architectures` has the options of the published networks. Letters in shapes: B images, C channels, H and W rows and
-columns, k inputs of the activation for each of its outputs (1 but for Maxout and GLU).
+`architectures` has the options of the published networks. Letters in shapes: B images, H and W rows and columns.
 """
 
 import contextlib
