@@ -153,12 +153,16 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str], *, cased: bool = 
     return Scores(name, {name: score.score}, len(hypotheses), signature)
 
 
-def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Scores:
-    """Give the chrF2 of a corpus, 0 to 100 (Popović 2015), as the `sacrebleu` command computes it. Raises as `bleu`."""
+def chrf(hypotheses: Sequence[str], references: Sequence[str], *, cased: bool = True) -> Scores:
+    """Give the chrF2 of a corpus, 0 to 100 (Popović 2015), as the `sacrebleu` command computes it. Raises as `bleu`.
+
+    It is `chrf`, or not `cased` `chrf_lowercase`.
+    """
     from sacrebleu.metrics.chrf import CHRF
 
-    score, signature = _corpus(CHRF(), hypotheses, references)
-    return Scores("chrf", {"chrf": score.score}, len(hypotheses), signature)
+    name = "chrf" if cased else "chrf_lowercase"
+    score, signature = _corpus(CHRF(lowercase=not cased), hypotheses, references)
+    return Scores(name, {name: score.score}, len(hypotheses), signature)
 
 
 def translation(

@@ -369,6 +369,13 @@ def test_lower_case_is_read_and_written_and_the_references_stay(
     assert task.evaluate("test") == metrics.translation(sources, texts, references)
     pairs[:] = [(source, text) for (source, _), text in zip(pairs, texts, strict=True)]
     assert task.evaluate("test").score == pytest.approx(100)
+    greedy = [line.text for line in task.translate(sources, task.recipe.decoding.updated(beam=1))]
+    assert any(text != text.upper() for text in greedy), "with case the score would be another"
+    task.pairs.splits["validation"][:] = zip(sources, map(str.upper, greedy), strict=True)
+    assert task.validate().values == {"bleu_lowercase": pytest.approx(100)}
+    training = task.recipe.training.model_copy(update={"select": "chrf"})
+    task.recipe = task.recipe.model_copy(update={"training": training})
+    assert task.validate().values == {"chrf_lowercase": pytest.approx(100)}
     assert task.score([("A B", "C d")]) == task.score([("a b", "c D")])
     cased = build(data=str(capitals))
     assert cased.pairs.source_vocabulary.encode("A") != cased.pairs.source_vocabulary.encode("a")

@@ -335,15 +335,6 @@ def test_bleu_is_of_the_translations(build: Callable[..., Any]) -> None:
     assert task.evaluate("test").score == pytest.approx(100)
 
 
-def test_a_model_of_lower_case_is_chosen_without_case(build: Callable[..., Any]) -> None:
-    task = confident(build("seq2seq", "data.lowercase=true"))
-    pairs = task.pairs.splits["validation"]
-    greedy = task.recipe.decoding.updated(beam=1)
-    texts = [line.text for line in task.translate([source for source, _ in pairs], greedy)]
-    pairs[:] = [(source, text.upper()) for (source, _), text in zip(pairs, texts, strict=True)]
-    assert task.validate().values == {"bleu_lowercase": pytest.approx(100)}
-
-
 def test_text_is_translated_without_the_data_and_scored_on_other_data(tiny: dict[str, Path], tmp_path: Path) -> None:
     data = tmp_path / "pairs"
     shutil.copytree(tiny["seq2seq"].parent / "pairs", data)

@@ -44,12 +44,13 @@ def average(
         console.document(result)
         return
     primary, best = result["primary"], result["best"]
+    chosen = best["scores"].get(primary)  # an earlier dl7 may have chosen by another score
     epochs = ", ".join(map(str, result["epochs"]))
     console.table(
         ("CHECKPOINT", "EPOCHS", "VALIDATION"),
         [
             (result["checkpoint"], epochs, console.score(primary, result["scores"][primary])),
-            (best["checkpoint"], best["epoch"], console.score(primary, best["scores"][primary])),
+            (best["checkpoint"], best["epoch"], console.score(primary, chosen) if chosen is not None else "-"),
         ],
     )
     console.note(f"next: dl7 eval {shlex.quote(result['checkpoint'])}")

@@ -153,5 +153,10 @@ def duration(seconds: float) -> str:
 
 def score(primary: str, value: float) -> str:
     """Return a score with its name: `accuracy 0.9151`, `BLEU 38.31`, `log-likelihood -1.4022`."""
-    name = {"bleu": "BLEU", "bleu_lowercase": "BLEU without case", "chrf": "chrF"}.get(primary)
+    name = {
+        "bleu": "BLEU",
+        "bleu_lowercase": "BLEU without case",
+        "chrf": "chrF",
+        "chrf_lowercase": "chrF without case",
+    }.get(primary)
     return f"{primary.replace('_', '-')} {value:.4f}" if name is None else f"{name} {value:.2f}"

@@ -205,7 +205,8 @@ class PairTraining(Training):
     select: Literal["bleu", "chrf", "loss"] = "bleu"
     """What the best epoch is chosen by: BLEU or chrF of greedy translations, or the least cross-entropy of a subword.
 
-    All are of the validation split; the cross-entropy is without label smoothing.
+    All are of the validation split; BLEU and chrF without case with `data.lowercase`, the cross-entropy without label
+    smoothing.
     """
 
 

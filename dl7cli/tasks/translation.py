@@ -185,8 +185,8 @@ class Translation:
     def validate(self) -> Scores:
         """The score by which the best epoch is chosen, as `training.select` has it, and no more.
 
-        Translations are greedy, as a beam would cost five times as much each epoch. BLEU is without case where the
-        model writes lower case alone. The loss is turned round, so that higher is better: `log_likelihood`, the mean
+        Translations are greedy, as a beam would cost five times as much each epoch; scored without case where the model
+        writes lower case alone. The loss is turned round, so that higher is better: `log_likelihood`, the mean
         log-probability of a target subword, eos included.
         """
         select = self.recipe.training.select
@@ -203,9 +203,8 @@ class Translation:
             return Scores("log_likelihood", {"log_likelihood": mean}, len(scored))
         texts = self.translations("validation", self.recipe.decoding.updated(method="beam", beam=1))
         references = [target for _, target in self.pairs.split("validation")]
-        if select == "chrf":
-            return chrf(texts, references)
-        return bleu(texts, references, cased=not self.recipe.data.lowercase)
+        score = bleu if select == "bleu" else chrf
+        return score(texts, references, cased=not self.recipe.data.lowercase)
 
     def evaluate(self, split: str, decoding: Decoding | None = None) -> Scores:
         """What `judge` says of a split's translations. Raises UserError where the data has no such split."""
