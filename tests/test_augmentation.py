@@ -26,17 +26,20 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.parametrize("fill", [FILL, None])
 @pytest.mark.parametrize("padding", [0, 1, 3])
-def test_images_are_shifted_and_mirrored_one_by_one(padding: int) -> None:
+def test_images_are_shifted_and_mirrored_one_by_one(padding: int, fill: torch.Tensor | None) -> None:
     plain, mirrored = images(40), torch.rand(40, generator=generator(2)) < 0.5
-    changed = augmentation.shift_and_flip(plain, generator(5), padding=padding, mirrored=mirrored, fill=FILL)
+    changed = augmentation.shift_and_flip(plain, generator(5), padding=padding, mirrored=mirrored, fill=fill)
     draws = generator(5)
     down = torch.randint(2 * padding + 1, (40, 1), generator=draws).flatten().tolist()
     right = torch.randint(2 * padding + 1, (40, 1), generator=draws).flatten().tolist()
     for number in range(40):
-        canvas = np.empty((6 + 2 * padding, 6 + 2 * padding, 3), np.uint8)
-        canvas[:] = (1, 2, 3)
-        canvas[padding : padding + 6, padding : padding + 6] = plain[number].numpy()
+        canvas = np.pad(plain[number].numpy(), ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
+        if fill is not None:
+            inside = canvas[padding : padding + 6, padding : padding + 6].copy()
+            canvas[:] = (1, 2, 3)
+            canvas[padding : padding + 6, padding : padding + 6] = inside
         cut = canvas[down[number] : down[number] + 6, right[number] : right[number] + 6]
         assert np.array_equal(changed[number].numpy(), cut[:, ::-1] if mirrored[number] else cut)
     if padding:

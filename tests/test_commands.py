@@ -117,6 +117,16 @@ def result_of(confusion: list[list[int]], names: list[str]) -> dict[str, Any]:
     }
 
 
+def test_views_are_counted_as_they_are_weighted(capsys: pytest.CaptureFixture[str]) -> None:
+    from dl7cli.cli.evaluate import print_result
+
+    result = result_of([[1, 0], [0, 1]], ["cat", "dog"])
+    result["details"]["shift"] = 1
+    print_result(result, as_json=False)
+    said = capsys.readouterr().out.splitlines()[2]
+    assert said == "scores are the weighted mean of 6 views of each image (evaluation.flip, evaluation.shift)"
+
+
 def test_classes_are_a_table_that_wide_characters_do_not_disturb(capsys: pytest.CaptureFixture[str]) -> None:
     from dl7cli.cli.evaluate import print_result
 

@@ -25,6 +25,27 @@ def test_parameters_are_those_counted_by_hand() -> None:
     assert learned == 24 + stages - 2 * (64 + 256 + 256) + 10 * 256, "neither whitening nor scales are learned"
 
 
+def test_the_classifier_learns_as_jordan_has_it() -> None:
+    """Scores W·x / C, W of unit variance, and a rate for W of 0.67 where the shifts have 0.053."""
+    model = FastResNet(10, (8, 16)).double()
+    assert FastResNet(1000, (8, 1000)).classifier.weight.std().item() == pytest.approx(0.281, abs=0.001)
+    features: list[torch.Tensor] = []
+    model.stages.register_forward_hook(lambda _, __, x: features.append(x.detach().amax(dim=(2, 3))))
+    images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    model.eval()
+    scores = model(images)
+    weight = (model.classifier.weight.detach() * (0.67 / 0.053) ** 0.5).requires_grad_()
+    expected = features[0] @ weight.T / 16
+    assert torch.allclose(scores, expected)
+    wanted = torch.randn_like(scores)
+    (scores * wanted).sum().backward()
+    (expected * wanted).sum().backward()
+    with torch.no_grad():
+        assert weight.grad is not None
+        model.classifier.weight -= 0.053 * model.classifier.weight.grad
+        assert torch.allclose(model(images), features[0] @ (weight - 0.67 * weight.grad).T / 16)
+
+
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 24), (17, 33)])
 def test_images_of_any_size_get_scores(height: int, width: int) -> None:
     assert FastResNet(7, (8, 16)).eval()(torch.randn(2, 3, height, width)).shape == (2, 7)
@@ -88,9 +109,11 @@ def test_scores_are_averaged_over_shifts(tiny: dict[str, Path], tmp_path: Path) 
     padded = np.pad(images, ((0, 0), (0, 0), (2, 2), (2, 2)), mode="reflect")
     views = [images, padded[:, :, :8, :8], padded[:, :, 4:, 4:]]
     views += [view[..., ::-1].copy() for view in views]
+    weights = [1 / 4, 1 / 8, 1 / 8] * 2
     with torch.inference_mode():
         task.model.eval()
-        expected = sum(task.model(torch.from_numpy(view)).numpy() for view in views) / 6
+        scores = [task.model(torch.from_numpy(view)).numpy() for view in views]
+        expected = sum(weight * one for weight, one in zip(weights, scores, strict=True))
     assert np.abs(task._scorer()(shown).numpy() - expected).max() < 1e-5
 
 
@@ -99,14 +122,15 @@ def test_scores_are_averaged_over_shifts(tiny: dict[str, Path], tmp_path: Path) 
     [
         ("training.small_size=17", "`training.small_size` is 17, and the images"),
         ("evaluation.shift=8", "`evaluation.shift` is 8, and the images"),
-        ("model.widths=[8, 8, 8]", "a fast_resnet cannot take images of 8 pixels"),
+        ("data.crop_padding=8 data.crop_fill=reflect", "`data.crop_padding` is 8, and the images"),
+        ("model.widths=[8,8,8]", "a fast_resnet cannot take images of 8 pixels"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_before_training(
     change: str, said: str, tiny: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=said):
-        fast(tiny, tmp_path, change)
+        fast(tiny, tmp_path, *change.split())
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])

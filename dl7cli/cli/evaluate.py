@@ -173,7 +173,8 @@ def _print_classification(scores: dict[str, float], details: dict[str, Any]) -> 
     console.write(f"95 % interval {low:.4f} to {high:.4f} (Wilson)")
     views = (2 if details["flip"] else 1) * (3 if details["shift"] else 1)
     if views > 1:
-        console.write(f"scores are the mean of {views} views of each image (evaluation.flip, evaluation.shift)")
+        how = "weighted mean" if details["shift"] else "mean"
+        console.write(f"scores are the {how} of {views} views of each image (evaluation.flip, evaluation.shift)")
     parts = [f"top-5 accuracy {scores['top_5_accuracy']:.4f}"] if "top_5_accuracy" in scores else []
     parts.append(f"negative log-likelihood {_number(details['negative_log_likelihood'])}")
     parts.append(f"expected calibration error {_number(details['expected_calibration_error'])} (15 bins)")

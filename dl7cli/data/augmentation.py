@@ -14,24 +14,30 @@ from dl7cli.data.transfer import moved
 
 
 def shift_and_flip(
-    images: Tensor, generator: torch.Generator, *, padding: int, mirrored: Tensor, fill: Tensor
+    images: Tensor, generator: torch.Generator, *, padding: int, mirrored: Tensor, fill: Tensor | None
 ) -> Tensor:
     """Shift each image by up to `padding` pixels in both directions and mirror those of `mirrored` (B,), a CPU mask.
 
-    images (B, H, W, 3) uint8 → the same shape; what a shift uncovers gets the colour `fill` (3,). He et al. 2015, §4.2.
-    The random numbers come from `generator`, a CPU one, so that every device makes the same changes.
+    images (B, H, W, 3) uint8 → the same shape; what a shift uncovers gets the colour `fill` (3,) (He et al. 2015, §4.2)
+    or, without one, reflects the image at its outermost pixels; then `padding` must be less than either side. The
+    random numbers come from `generator`, a CPU one, so that every device makes the same changes.
     """
     count, height, width, _ = images.shape
     size = 2 * padding + 1
     down = torch.randint(size, (count, 1), generator=generator)
     right = torch.randint(size, (count, 1), generator=generator)
     columns = torch.arange(width)
-    rows = moved(down + torch.arange(height), images.device)
-    columns = moved(right + torch.where(mirrored[:, None], columns.flip(0), columns), images.device)
-    padded = fill.expand(count, height + 2 * padding, width + 2 * padding, 3).clone()
-    padded[:, padding : padding + height, padding : padding + width] = images
+    rows = down + torch.arange(height)
+    columns = right + torch.where(mirrored[:, None], columns.flip(0), columns)
+    if fill is None:
+        rows, columns = _reflected(rows - padding, height), _reflected(columns - padding, width)
+    else:
+        padded = fill.expand(count, height + 2 * padding, width + 2 * padding, 3).clone()
+        padded[:, padding : padding + height, padding : padding + width] = images
+        images = padded
     index = torch.arange(count, device=images.device)
-    return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    rows, columns = moved(rows, images.device), moved(columns, images.device)
+    return images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def cutout(images: Tensor, generator: torch.Generator, *, side: int, fill: Tensor) -> Tensor:
@@ -95,10 +101,15 @@ def shrink(images: Tensor, size: int) -> Tensor:
 
 
 def shifted(images: Tensor, pixels: int) -> list[Tensor]:
-    """images (B, 3, H, W) moved up left and down right by some pixels; what a shift uncovers mirrors the edge."""
+    """images (B, 3, H, W) moved up left and down right by some pixels; what a shift uncovers reflects the image."""
     height, width = images.shape[2:]
     padded = functional.pad(images, (pixels,) * 4, mode="reflect")
     return [padded[:, :, at : at + height, at : at + width] for at in (0, 2 * pixels)]
+
+
+def _reflected(index: Tensor, size: int) -> Tensor:
+    """Indices up to `size - 1` beyond either end → those of what a mirror on the outermost pixel shows."""
+    return size - 1 - (size - 1 - index.abs()).abs()
 
 
 def _rectangles(top: Tensor, left: Tensor, tall: Tensor, wide: Tensor, height: int, width: int) -> Tensor:

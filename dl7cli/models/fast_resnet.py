@@ -24,6 +24,8 @@ from dl7cli.models.folding import Foldable
 
 _PATCH = 2
 _PATCH_VALUES = 3 * _PATCH**2
+_CLASSIFIER_RATE = 0.67 / 0.053
+"""The classifier's learning rate over that of the shifts, in Jordan's airbench94_muon.py (cifar10-airbench, 2024)."""
 
 
 class _Stage(Foldable):
@@ -46,10 +48,10 @@ class _Stage(Foldable):
 
 
 class _Normalisation(nn.BatchNorm2d):
-    """Batch normalisation that learns a shift and no scale, with statistics of about the last three batches."""
+    """Batch normalisation that learns a shift and no scale."""
 
     def __init__(self, width: int) -> None:
-        super().__init__(width, momentum=0.4)
+        super().__init__(width)
         self.weight.requires_grad_(False)
 
 
@@ -68,12 +70,13 @@ class FastResNet(nn.Module):
             *(_Stage(width_in, width) for width_in, width in zip((2 * _PATCH_VALUES, *widths), widths, strict=False))
         )
         self.classifier = nn.Linear(widths[-1], classes, bias=False)
+        nn.init.normal_(self.classifier.weight, std=_CLASSIFIER_RATE**-0.5)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.stages(functional.gelu(self.whitening(images)))
-        # The classifier shares the rate of the shifts; its steps act on the scores by the square of this factor. As in
-        # Jordan's network, where rates of their own come to the same, it learns some thousand times slower than they.
-        scores: Tensor = 0.02 * self.classifier(x.amax(dim=(2, 3)))
+        # Jordan's weights have variance 1, and the channels divide. A factor of √r here and 1/√r in the weights gives
+        # the same scores, and at the rate of the shifts steps that are r times as large.
+        scores: Tensor = _CLASSIFIER_RATE**0.5 / x.shape[1] * self.classifier(x.amax(dim=(2, 3)))
         return scores
 
     @torch.no_grad()

@@ -20,6 +20,8 @@ class ImageData(Section):
     """Part of the training images kept for validation where the data has no such split."""
     crop_padding: Annotated[int, Field(ge=0, le=64)] = 4
     """Most pixels a training image is shifted in each direction."""
+    crop_fill: Literal["mean", "reflect"] = "mean"
+    """What a shift uncovers: the mean colour, or the image reflected at its outermost pixels (Jordan 2024)."""
     flip: Literal["none", "random", "alternating"] = "random"
     """How training images are mirrored; `alternating`: half of them in one epoch, the other half in the next."""
     cutout: Annotated[int, Field(ge=0, le=512)] = 0
@@ -156,7 +158,10 @@ class Evaluation(Section):
     flip: bool = False
     """Whether the scores of an image are averaged with those of its mirror image."""
     shift: Annotated[int, Field(ge=0, le=8)] = 0
-    """Pixels by which the image is also shifted, up left and down right, its scores being averaged with theirs."""
+    """Pixels by which the image is also shown shifted, up left and down right.
+
+    The mean of these two is half of its score (Jordan 2024, arXiv 2404.00498).
+    """
 
 
 class ClassificationRecipe(Section):

@@ -99,6 +99,11 @@ class Classification:
         for key, value, limit in (
             ("training.small_size", recipe.training.small_size or 0, assets["image_size"]),
             ("evaluation.shift", recipe.evaluation.shift, assets["image_size"] - 1),
+            (
+                "data.crop_padding",
+                recipe.data.crop_padding if recipe.data.crop_fill == "reflect" else 0,
+                assets["image_size"] - 1,
+            ),
         ):
             if value > limit:
                 raise UserError(
@@ -177,7 +182,8 @@ class Classification:
         data, training = self.recipe.data, self.recipe.training
         seed, size = training.seed, training.batch_size
         small_steps = training.small_part * self.steps(epoch) * training.epochs
-        fill = torch.tensor([round(255 * mean) for mean in self.assets["mean"]], dtype=torch.uint8, device=device)
+        mean = torch.tensor([round(255 * value) for value in self.assets["mean"]], dtype=torch.uint8, device=device)
+        fill = None if data.crop_fill == "reflect" else mean
         order = torch.randperm(len(labels), generator=_generator(seed, epoch + 1))
         coins = torch.rand(len(labels), generator=_generator(seed)) < 0.5
         for batch in range(start, self.steps(epoch)):
@@ -196,7 +202,7 @@ class Classification:
                 images[chosen], generator, padding=data.crop_padding, mirrored=mirrored, fill=fill
             )
             if data.cutout:
-                changed = augmentation.cutout(changed, generator, side=data.cutout, fill=fill)
+                changed = augmentation.cutout(changed, generator, side=data.cutout, fill=mean)
             if data.random_erasing:
                 changed = augmentation.random_erasing(changed, generator, probability=data.random_erasing)
             part = self.runtime.workers.part(count)
@@ -359,18 +365,21 @@ class Classification:
 
     def _scorer(self) -> Callable[[Tensor], Tensor]:
         """Gives, by the weights as they are now, of images (N, H, W, 3) uint8 the logits (N, classes) float32, averaged
-        over the views of `evaluation`.
+        over the views that `evaluation` says, with its weights.
         """
         model, evaluation = folded(self.model), self.recipe.evaluation
 
+        def with_mirror_image(view: Tensor) -> Tensor:
+            logits: Tensor = model(view).float()
+            return (logits + model(view.flip(3)).float()) / 2 if evaluation.flip else logits
+
         def scores(images: Tensor) -> Tensor:
             with torch.inference_mode(), self.runtime.autocast():
-                views = [self._normalise(images)]
-                if evaluation.shift:
-                    views.extend(augmentation.shifted(views[0], evaluation.shift))
-                if evaluation.flip:
-                    views.extend([view.flip(3) for view in views])
-                return torch.stack([model(view).float() for view in views]).mean(dim=0)
+                image = self._normalise(images)
+                if not evaluation.shift:
+                    return with_mirror_image(image)
+                one, other = map(with_mirror_image, augmentation.shifted(image, evaluation.shift))
+                return with_mirror_image(image) / 2 + (one + other) / 4
 
         return scores
 
