@@ -288,3 +288,16 @@ def test_the_command_shows_the_average_beside_the_best(trained: Callable[..., Ru
     assert document["primary"] in document["scores"]
     refused = CliRunner().invoke(app, ["average", "run", "--last", "0"])
     assert refused.exit_code == 2
+
+
+def test_a_best_epoch_chosen_by_another_score_has_none_to_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = {
+        **{"checkpoint": "run/average", "epochs": [2, 3], "primary": "bleu_lowercase"},
+        **{"scores": {"bleu_lowercase": 39.5}, "best": {"checkpoint": "run/best", "epoch": 3, "scores": {"bleu": 8.0}}},
+    }
+    monkeypatch.setattr(training, "average", lambda *_, **__: result)
+    shown = CliRunner().invoke(app, ["average", "run", "--device", "cpu"])
+    assert shown.exit_code == 0
+    _, own, best = shown.stdout.splitlines()
+    assert own.split() == ["run/average", "2,", "3", "BLEU", "without", "case", "39.50"]
+    assert best.split() == ["run/best", "3", "-"]
