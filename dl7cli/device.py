@@ -38,12 +38,19 @@ class Runtime:
     workers: Workers = ALONE
     deterministic: bool = False
     """Whether training again is to give the same bits on a GPU too; on a CPU it does anyway."""
+    search_precision: str = "fp32"
+    """In which translators search and score."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products and convolutions run in the precision chosen; weights and sums stay in float32."""
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.precision])
+        return self._autocast(self.precision)
+
+    def autocast_search(self) -> AbstractContextManager[Any]:
+        """As `autocast`, of translators that search and score."""
+        return self._autocast(self.search_precision)
+
+    def _autocast(self, precision: str) -> AbstractContextManager[Any]:
+        return nullcontext() if precision == "fp32" else torch.autocast(self.device.type, DTYPES[precision])
 
     @contextmanager
     def repeatable(self) -> Iterator[None]:
@@ -81,8 +88,12 @@ def choose(
     *,
     workers: Workers = ALONE,
     deterministic: bool = False,
+    searches: bool = False,
 ) -> Runtime:
     """Turn the flags into a device that exists and a precision it can do, for one of `workers`.
+
+    With `searches` a precision that is asked for is that of search and scores too, which are in float32 otherwise,
+    where near ties do not depend on what else is in the batch.
 
     Raises UserError for a device or precision that is not to be had, saying what was seen.
     """
@@ -96,16 +107,17 @@ def choose(
     if precision not in known:
         raise UserError(f"there is no precision `{precision}`", hint=f"choose one of {', '.join(known)}")
     fast = _bf16_hardware(chosen)
+    search_precision = precision if searches and precision != "auto" else "fp32"
     if precision == "auto":
         precision = "bf16" if fast else "fp32"
         why += f"; {precision} because {fast or 'this hardware has no fast bf16'}"
     elif precision == "fp16" and chosen.type == "cpu":
-        raise UserError("the CPU cannot train in fp16", hint="use `--precision bf16` or `--precision fp32`")
+        raise UserError("the CPU cannot compute in fp16", hint="use `--precision bf16` or `--precision fp32`")
     else:
         why += f"; {precision} as asked"
     if deterministic:
         why += "; deterministic as asked"
-    return Runtime(chosen, precision, _name(chosen), why, workers, deterministic)
+    return Runtime(chosen, precision, _name(chosen), why, workers, deterministic, search_precision)
 
 
 def for_workers(device: str, gpus: str | None, workers: int | None = None) -> list[str]:

@@ -110,6 +110,17 @@ def test_a_precision_asked_for_is_used(machine: Machine, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("precision", "searches", "expected"), [("auto", True, "fp32"), ("bf16", True, "bf16"), ("bf16", False, "fp32")]
+)
+def test_search_is_in_float32_but_where_it_is_asked_for(
+    machine: Machine, precision: str, searches: bool, expected: str
+) -> None:
+    machine.has(flags={"amx_bf16"})
+    runtime = choose("cpu", precision, searches=searches)
+    assert (runtime.precision, runtime.search_precision) == ("bf16", expected)
+
+
+@pytest.mark.parametrize(
     ("arguments", "gpus", "device_chosen"),
     [
         (("auto", "auto", "1"), [(8, 0), (8, 0)], "cuda:1"),
@@ -143,8 +154,8 @@ TWO = "cuda:0 (GPU 0), cuda:1 (GPU 1)"
         (("cuda:99999999999999999999",), 0, "there is no device `cuda:99999999999999999999`", "use `--device cpu`"),
         (("mps",), 0, "there is no device `mps` on this machine", "use `--device cpu`"),
         (("cpu", "fp8"), 0, "there is no precision `fp8`", "choose one of auto, fp32, bf16, fp16"),
-        (("cpu", "fp16"), 0, "the CPU cannot train in fp16", "use `--precision bf16` or `--precision fp32`"),
-        (("auto", "fp16"), 0, "the CPU cannot train in fp16", "use `--precision bf16` or `--precision fp32`"),
+        (("cpu", "fp16"), 0, "the CPU cannot compute in fp16", "use `--precision bf16` or `--precision fp32`"),
+        (("auto", "fp16"), 0, "the CPU cannot compute in fp16", "use `--precision bf16` or `--precision fp32`"),
         (("auto", "auto", "0"), 0, f"there is no device `cuda:0`; seen here: {NONE}", "use `--device cpu`"),
         (("auto", "auto", "2"), 2, f"there is no device `cuda:2`; seen here: {TWO}", "use `--device cpu`"),
         (("auto", "auto", "all"), 0, f"`--gpus all`: these are not all to be had; seen here: {NONE}", "give numbers"),

@@ -94,6 +94,15 @@ def test_several_beams_are_one_object_and_a_reading_each(train: Callable[..., An
         assert line["details"] == {name: value for name, value in own["details"].items() if name != "source_lengths"}
 
 
+def test_a_reading_says_in_what_precision_it_was_searched(train: Callable[..., Any]) -> None:
+    run, _, _ = train("seq2seq", "training.epochs=1")
+    for flags in ((), ("--precision", "bf16"), ("--precision", "fp32")):
+        dl7("eval", "run", *flags)
+    trained, *read = runs.evaluations(run)
+    assert [one["precision"] for one in read] == ["fp32", "bf16", "fp32"]
+    assert read[0]["scores"] == read[2]["scores"] == trained["scores"]
+
+
 def test_a_beam_that_is_given_is_searched_with_where_the_recipe_samples(train: Callable[..., Any]) -> None:
     train("seq2seq", "training.epochs=1", "decoding.method=sample", "decoding.temperature=9.0")
     task = tasks.load(Path("run", "best"), runtime=CPU)

@@ -292,6 +292,23 @@ def test_the_score_is_that_of_teacher_forcing(build: Callable[..., Any]) -> None
     assert [(line.text, line.score) for line in found] == [line.alternatives[0][:2] for line in found]
 
 
+def test_search_and_scores_are_in_the_precision_of_search_and_not_of_training(tiny: dict[str, Path]) -> None:
+    recipe = resolve(str(tiny["seq2seq"])).recipe
+    lines = [line for line in LINES if line.strip()]
+    pairs = [(line, "1 2 3") for line in lines]
+
+    def said(training: str, searching: str) -> tuple[list[float], list[float]]:
+        runtime = Runtime(torch.device("cpu"), training, "", "", search_precision=searching)
+        task = confident(tasks.build(recipe, runtime=runtime))
+        return [one.score for one in task.translate(lines)], [one.log_probability for one in task.score(pairs)]
+
+    exact, trained_otherwise, rough = said("fp32", "fp32"), said("bf16", "fp32"), said("fp32", "bf16")
+    assert trained_otherwise == exact
+    for found, expected in zip(rough, exact, strict=True):
+        assert found != expected
+        assert found == pytest.approx(expected, abs=1.0, rel=0.05)
+
+
 @pytest.mark.parametrize(
     "keys",
     [

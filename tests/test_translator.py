@@ -90,6 +90,26 @@ def test_step_by_step_or_in_pieces_is_the_whole_sequence(name: str) -> None:
 
 
 @every_model
+def test_steps_in_bfloat16_say_nearly_the_same(name: str) -> None:
+    net = model(name).float()
+    context, state = net.encode(SOURCE, LENGTHS)
+    with Runtime(torch.device("cpu"), "fp32", "", "", search_precision="bf16").autocast_search():
+        rough_context, rough_state = net.encode(SOURCE, LENGTHS)
+        whole, _ = net(SOURCE, LENGTHS, PREVIOUS)
+        together = net.logits(whole, context).float().log_softmax(dim=1).unflatten(0, PREVIOUS.shape)
+    furthest = 0.0
+    for step in range(PREVIOUS.size(1)):
+        exact, state, _ = net.step(PREVIOUS[:, step], context, state)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, rough_state, _ = net.step(PREVIOUS[:, step], rough_context, rough_state)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, exact, atol=0.15, rtol=0)
+        torch.testing.assert_close(found, together[:, step], atol=0.15, rtol=0)
+        furthest = max(furthest, (found - exact).abs().max().item())
+    assert furthest > 1e-4, "it was in float32 after all"
+
+
+@every_model
 def test_the_hypotheses_of_a_sentence_share_its_context(name: str) -> None:
     net = model(name)
     context, state = net.encode(SOURCE, LENGTHS)

@@ -24,7 +24,7 @@ def compare(
     beam: options.Beam = None,
     device: options.Device = "auto",
     gpus: options.Gpus = None,
-    precision: options.Precision = "auto",
+    precision: options.PrecisionOfScores = "auto",
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
@@ -45,7 +45,7 @@ def compare(
     from dl7cli import device as devices
     from dl7cli import training
 
-    runtime = devices.choose(device, precision, gpus)
+    runtime = devices.choose(device, precision, gpus, searches=True)
     with console.display() as display:
         result = training.compare(
             sides,

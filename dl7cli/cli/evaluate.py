@@ -39,7 +39,7 @@ def evaluate(
     ] = None,
     device: options.Device = "auto",
     gpus: options.Gpus = None,
-    precision: options.Precision = "auto",
+    precision: options.PrecisionOfScores = "auto",
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
@@ -57,7 +57,7 @@ def evaluate(
 
     if plot is not None:
         figures.refuse_unwritable(plot)
-    runtime = devices.choose(device, precision, gpus)
+    runtime = devices.choose(device, precision, gpus, searches=True)
     with contextlib.ExitStack() as stack, console.display() as display:
         stream = stack.enter_context(sentences.replacing(output)) if output is not None else None
 

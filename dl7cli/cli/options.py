@@ -29,7 +29,13 @@ Precision = Annotated[
 ]
 PrecisionOfSearch = Annotated[
     PrecisionName,
-    typer.Option("--precision", help="Of no effect here: search and scores are in fp32."),
+    typer.Option("--precision", help="Arithmetic; auto is fp32, in which near ties do not depend on the batch."),
+]
+PrecisionOfScores = Annotated[
+    PrecisionName,
+    typer.Option(
+        "--precision", help="Arithmetic; auto is fp32 for translators, for classifiers bf16 where the hardware has it."
+    ),
 ]
 Offline = Annotated[
     bool,

@@ -150,7 +150,7 @@ def load(
     from dl7cli.tasks.translation import Translation
 
     found = [runs.find(name, task="translation") for name in names or (None,)]
-    runtime = devices.choose(device, precision, gpus)
+    runtime = devices.choose(device, precision, gpus, searches=True)
     loaded = [tasks.load(folder, runtime=runtime, offline=offline) for _, folder in found]
     called = [runs.called(run, folder) for run, folder in found]
     first, *others = (task for task in loaded if isinstance(task, Translation))

@@ -1,6 +1,6 @@
 """How translators answer and score, one or several as an ensemble: the mean of their probabilities.
 
-In float32 whatever the training precision, so that near ties do not depend on the batch.
+In float32 whatever the training precision, so that near ties do not depend on the batch, unless autocast is on.
 """
 
 import math

@@ -259,16 +259,17 @@ class Translation:
         for begin in range(0, len(order), size):
             chosen = order[begin : begin + size]
             sentences = [encoded[at][:limit] for at in chosen]
-            found = search(
-                models,
-                *self.pairs.sources(sentences),
-                decoding,
-                subwords=[len(ids) for ids in sentences],
-                prefixes=[begun[at] for at in chosen],
-                numbers=[first_line + at for at in chosen],
-                n_best=n_best,
-                attention=attention,
-            )
+            with self.runtime.autocast_search():
+                found = search(
+                    models,
+                    *self.pairs.sources(sentences),
+                    decoding,
+                    subwords=[len(ids) for ids in sentences],
+                    prefixes=[begun[at] for at in chosen],
+                    numbers=[first_line + at for at in chosen],
+                    n_best=n_best,
+                    attention=attention,
+                )
             for at, ids, hypotheses in zip(chosen, sentences, found, strict=True):
                 tokens = self.pairs.source_tokens(ids)
                 candidates = [self._candidate(one, len(tokens)) for one in hypotheses]
@@ -292,7 +293,8 @@ class Translation:
         lengths = np.array([max(length, len(ids) + 1) for length, ids in zip(read, targets, strict=True)])
         for chosen in fill(np.argsort(lengths, kind="stable"), lengths, SUBWORDS_AT_ONCE) if pairs else []:
             batch = self.pairs.batch([(sources[at], targets[at]) for at in chosen])
-            values = teacher_forced(models, *batch[:5]).tolist()
+            with self.runtime.autocast_search():
+                values = teacher_forced(models, *batch[:5]).tolist()
             for at in chosen:
                 tokens = self.pairs.target_vocabulary.pieces([*targets[at], EOS])
                 own, values = values[: len(tokens)], values[len(tokens) :]

@@ -185,6 +185,7 @@ def _answers(one: _Contestant, split: str, beam: int | None) -> tuple[Scores, li
         if beam is not None:
             decoding = decoding.updated(method="beam", beam=beam)
             record["beam"] = beam
+        record["precision"] = one.task.runtime.search_precision
         answers = one.task.translations(split, decoding)
         scores = one.task.judge(split, answers)
     note_reading(one.run, {**result_of(one.run, one.task, split, scores, time.monotonic() - begin), **record})
