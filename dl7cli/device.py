@@ -1,5 +1,6 @@
 """Where a model runs: device, precision, threads; and the random state that goes with it."""
 
+import ctypes
 import os
 import platform
 import re
@@ -220,6 +221,16 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+def trim_heap() -> None:
+    """Give back to the system the main memory that was freed and that glibc keeps; nothing where there is no glibc.
+
+    Tensors of ever-changing shapes, as of translators, break the heap up: in time half of it is free, in pieces.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.system() == "Linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

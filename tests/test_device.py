@@ -2,9 +2,11 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -278,3 +280,19 @@ def test_the_peak_of_memory_is_in_bytes() -> None:
     block = torch.zeros(64_000_000, dtype=torch.uint8) + 1
     assert before < 64e9
     assert device.peak_memory_bytes(torch.device("cpu")) >= max(before, len(block))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's heap is trimmed")
+def test_freed_memory_in_pieces_goes_back_to_the_system() -> None:
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    device.trim_heap()
+    pieces = [bytes(50_000) for _ in range(2_000)]  # too small for maps of their own
+    kept = pieces[::20]
+    full = resident()
+    del pieces
+    device.trim_heap()
+    assert resident() < full - 80_000_000
+    assert len(kept) == 100

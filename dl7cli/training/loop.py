@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dl7cli.checkpoint import Progress
-from dl7cli.device import out_of_memory, random_state, release_memory, restore_random_state, seed_everything
+from dl7cli.device import out_of_memory, random_state, release_memory, restore_random_state, seed_everything, trim_heap
 from dl7cli.distributed import Lost
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
@@ -178,6 +178,7 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
         workers.copy_first(trainer.weights(task).values())
         with swapped(task.model, trainer.weights(task)):
             scores = task.validate()
+        trim_heap()
         progress = progress._replace(epoch=epoch + 1, batch=0)
         if progress.best is None or scores.score > progress.best:
             progress = progress._replace(best=scores.score, best_epoch=epoch + 1)
