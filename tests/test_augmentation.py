@@ -12,7 +12,8 @@ from dl7cli import tasks
 from dl7cli.data import augmentation
 from dl7cli.device import Runtime
 from dl7cli.recipe import resolve
-from dl7cli.tasks.classification import Classification, ImageBatch
+from dl7cli.tasks.classification import Classification
+from dl7cli.tasks.labelled_images import ImageBatch
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
 FILL = torch.tensor([1, 2, 3], dtype=torch.uint8)
@@ -132,8 +133,8 @@ def every(task: Classification, epoch: int) -> ImageBatch:
 
 def orientations(task: Classification, epoch: int) -> dict[bytes, bool]:
     """By image, whether it is mirrored in an epoch; none of the tiny ones is symmetric."""
-    plain = torch.from_numpy(np.array(task._splits()["train"].images))
-    normal = task._normalise(plain)
+    plain = torch.from_numpy(np.array(task.images.splits["train"].images))
+    normal = task.images.normalise(plain)
     found = {}
     for image in every(task, epoch).images:
         straight = [bool((image == other).all()) for other in normal]
@@ -146,7 +147,7 @@ def orientations(task: Classification, epoch: int) -> dict[bytes, bool]:
 def test_alternating_flips_show_both_sides_in_two_epochs(tiny: dict[str, Path]) -> None:
     task = build(tiny, "data.crop_padding=0", "data.flip=alternating")
     first, second, third = (orientations(task, epoch) for epoch in range(3))
-    assert len(first) == len(task._splits()["train"].labels)
+    assert len(first) == len(task.images.splits["train"].labels)
     assert all(second[number] != side for number, side in first.items())
     assert first == third
     assert {True, False} == set(first.values())
@@ -201,7 +202,7 @@ def test_the_weights_of_mixing_are_beta(tiny: dict[str, Path]) -> None:
     """Of Beta(a, a) the mean is 1/2 and the variance 1/(8a+4)."""
     task = build(tiny, "training.mixup=0.4")
     batch = ImageBatch(torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64), 1)
-    weights = np.array([task._mixed(batch, generator(seed)).weight for seed in range(4000)])
+    weights = np.array([task.images._mixed(batch, generator(seed)).weight for seed in range(4000)])
     assert abs(weights.mean() - 0.5) < 0.02
     assert abs(weights.var() - 1 / 7.2) < 0.01
 

@@ -98,7 +98,7 @@ def test_accuracy_is_the_share_of_images_whose_greatest_score_is_their_label(bui
     for _ in range(3):  # so that running statistics are not those of the start
         for batch in task.batches(0):
             task.model.train()(batch.images)
-    data = task._splits()["test"]
+    data = task.images.splits["test"]
     task.model.eval()
     right = 0
     for image, label in zip(data.images, data.labels, strict=True):
@@ -129,7 +129,7 @@ def test_scores_are_the_mean_over_an_image_and_its_mirror_image(build: Callable[
     for task in (plain, both):
         for batch in plain.batches(0):  # so that running statistics are not those of the start
             task.model.train()(batch.images)
-    images = torch.tensor(plain._splits()["test"].images)
+    images = torch.tensor(plain.images.splits["test"].images)
     found = both._scorer()(images)
     model = copy.deepcopy(plain.model).double().eval()
     for number, image in enumerate(images.numpy()):

@@ -57,7 +57,7 @@ def right(folder: Path, split: str) -> list[bool]:
     """Whether each image is classified right, one at a time."""
     task = tasks.load(folder, runtime=CPU)
     assert isinstance(task, Classification)
-    images, labels = task._resident(split)
+    images, labels = task.images.split(split)
     scores = task._scorer()
     return [int(scores(images[at : at + 1]).argmax()) == int(labels[at]) for at in range(len(labels))]
 

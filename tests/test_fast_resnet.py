@@ -84,9 +84,9 @@ def fast(tiny: dict[str, Path], tmp_path: Path, *overrides: str) -> Classificati
 
 def test_a_task_whitens_with_its_images(tiny: dict[str, Path], tmp_path: Path) -> None:
     task = fast(tiny, tmp_path)
-    images = torch.from_numpy(np.array(task._splits()["train"].images))
+    images = torch.from_numpy(np.array(task.images.splits["train"].images))
     expected = FastResNet(3, (8, 8))
-    expected.whiten(task._normalise(images))
+    expected.whiten(task.images.normalise(images))
     assert isinstance(task.model, FastResNet)
     assert torch.allclose(task.model.whitening.weight, expected.whitening.weight, atol=1e-5)
 
@@ -105,7 +105,7 @@ def test_images_are_small_in_the_first_part_of_training(tiny: dict[str, Path], t
 def test_scores_are_averaged_over_shifts(tiny: dict[str, Path], tmp_path: Path) -> None:
     shown = torch.randint(256, (4, 8, 8, 3), dtype=torch.uint8)
     task = fast(tiny, tmp_path, "evaluation.shift=2", "evaluation.flip=true")
-    images = task._normalise(shown).numpy()
+    images = task.images.normalise(shown).numpy()
     padded = np.pad(images, ((0, 0), (0, 0), (2, 2), (2, 2)), mode="reflect")
     views = [images, padded[:, :, :8, :8], padded[:, :, 4:, 4:]]
     views += [view[..., ::-1].copy() for view in views]

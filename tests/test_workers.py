@@ -75,10 +75,10 @@ def test_the_workers_images_are_those_of_one_process(
 ) -> None:
     task = build("resnet", *changes)
     alone = list(task.batches(1))
-    task.runtime = replace(task.runtime, workers=Workers(0, count))
+    task.images._workers = Workers(0, count)
     parts = []
     for rank in range(count):
-        task.runtime = replace(task.runtime, workers=Workers(rank, count))
+        task.images._workers = Workers(rank, count)
         parts.append(list(task.batches(1)))
     for batch, *shares in zip(alone, *parts, strict=True):
         assert [share.whole for share in shares] == [len(batch.labels)] * count

@@ -1,12 +1,10 @@
 """Image classification: where a recipe meets images, a residual network, cross-entropy and accuracy."""
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +13,8 @@ from torch.nn import functional
 
 from dl7cli import metrics
 from dl7cli.data import augmentation
-from dl7cli.data.images import ImageSet, read_image_file, read_images, statistics
+from dl7cli.data.images import read_image_file
 from dl7cli.data.sources import Progress, silent
-from dl7cli.data.transfer import moved
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
@@ -26,26 +23,14 @@ from dl7cli.models.folding import folded
 from dl7cli.models.normalisation import share_statistics
 from dl7cli.models.resnet import ResNet
 from dl7cli.recipe import ClassificationRecipe, FastResNetModel, ResNetModel
-from dl7cli.tasks.checking import ImageAssets, built, check_assets
+from dl7cli.tasks.checking import built
+from dl7cli.tasks.labelled_images import ImageBatch, LabelledImages
 
 EVALUATION_BATCH = {"cpu": 100, "cuda": 500, "mps": 500}
 """Images scored at once, by device: on a CPU so few that what a layer of ResNet-20 gives stays in the cache."""
 WHITENING_IMAGES = 5000
 _STEM_SIZE = 64
 """Smallest side of an image that the `imagenet` stem, which makes it a quarter, is for."""
-
-
-class ImageBatch(NamedTuple):
-    images: Tensor
-    """(B, 3, H, W) float32, normalised"""
-    labels: Tensor
-    """(B,) int64"""
-    whole: int
-    """Images of the whole batch, of which other workers may have the rest"""
-    other_labels: Tensor | None = None
-    """(B,) int64, of the images mixed into these, if any are"""
-    weight: float = 1.0
-    """How far `labels` count where there are others; these count for the rest"""
 
 
 class Classification:
@@ -68,62 +53,23 @@ class Classification:
         fresh = assets is None
         self.recipe = recipe
         self.runtime = runtime
-        self.notes: list[str] = []
-        self._offline = offline
-        self._progress = progress
-        self._data: dict[str, ImageSet] | None = None
-        self._on_device: dict[str, tuple[Tensor, Tensor]] = {}
+        self.images = LabelledImages(
+            recipe, assets, device=runtime.device, workers=runtime.workers, offline=offline, progress=progress
+        )
+        self.assets = assets = self.images.assets
+        self.notes = self.images.notes
         # Beside the model and not in its place: names of weights and evaluation are those of the plain module.
         self._compiled: Callable[[Tensor], Tensor] | None = None
-        if assets is None:
-            self._data, names = self._read(recipe.data.image_size)
-            images = self._data["train"].images
-            mean, deviation = statistics(images)
-            assets = {
-                "classes": list(names),
-                "mean": list(mean),
-                # A channel that never changes would be divided by zero.
-                "deviation": [max(value, 1e-3) for value in deviation],
-                "image_size": int(images.shape[1]),
-            }
-        check_assets(assets, ImageAssets)
-        self.assets = assets
         section = recipe.model
-        if isinstance(section, ResNetModel) and section.stem == "imagenet" and assets["image_size"] < _STEM_SIZE:
-            raise UserError(
-                f"`model.stem` is `imagenet`, for images of {_STEM_SIZE} pixels and more; "
-                f"those of `{recipe.data.source}` have {assets['image_size']}",
-                hint="`--set model.stem=cifar`, or `--set data.image_size=64`",
-            )
-        self._normalise = augmentation.Normalisation(assets["mean"], assets["deviation"], runtime.device)
-        for key, value, limit in (
-            ("training.small_size", recipe.training.small_size or 0, assets["image_size"]),
-            ("evaluation.shift", recipe.evaluation.shift, assets["image_size"] - 1),
-            (
-                "data.crop_padding",
-                recipe.data.crop_padding if recipe.data.crop_fill == "reflect" else 0,
-                assets["image_size"] - 1,
-            ),
-        ):
-            if value > limit:
-                raise UserError(
-                    f"`{key}` is {value}, and the images of `{recipe.data.source}` have {assets['image_size']} pixels",
-                    hint=f"`--set {key}={limit}` is the most there can be",
-                )
-        smallest = min(assets["image_size"], recipe.training.small_size or assets["image_size"])
-        if isinstance(section, FastResNetModel) and smallest < smallest_image(len(section.widths)):
-            raise UserError(
-                f"a fast_resnet cannot take images of {smallest} pixels",
-                hint=f"`data.image_size` and `training.small_size` from {smallest_image(len(section.widths))} on fit",
-            )
+        _refuse_size(recipe, assets["image_size"])
         classes = len(assets["classes"])
         model = built(lambda: _model(recipe.model, classes), recipe.training.seed, weights)
         if fresh and isinstance(model, FastResNet):
-            images = self._splits()["train"].images
+            images = self.images.splits["train"].images
             # From all over the set, which may be in the order of its classes.
             spread = np.linspace(0, len(images) - 1, min(len(images), WHITENING_IMAGES)).astype(int)
             some = torch.from_numpy(np.array(images[spread]))
-            model.whiten(self._normalise(some.to(runtime.device)).cpu())
+            model.whiten(self.images.normalise(some.to(runtime.device)).cpu())
         workers = runtime.workers
         if recipe.training.batch_size < workers.count:  # the first one's running statistics would be of nothing
             raise UserError(
@@ -152,16 +98,12 @@ class Classification:
 
     def splits(self) -> dict[str, int]:
         """Images in each split."""
-        return {name: len(split.labels) for name, split in self._splits().items()}
+        return {name: len(split.labels) for name, split in self.images.splits.items()}
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """Of what is trained and chosen on: the images and labels of the training and validation splits."""
-        digest = hashlib.sha256()
-        for split in ("train", "validation"):
-            digest.update(np.ascontiguousarray(self._splits()[split].images).data)
-            digest.update(np.ascontiguousarray(self._splits()[split].labels).data)
-        return digest.hexdigest()
+        """Of what is trained and chosen on."""
+        return self.images.digest
 
     def lay_out(self, memory_format: torch.memory_format) -> None:
         """Keep weights and training images in this order in memory, before anything is compiled."""
@@ -170,70 +112,11 @@ class Classification:
 
     def steps(self, epoch: int) -> int:
         """Batches of an epoch, counted from 0; the last one may be smaller."""
-        return -(-len(self._splits()["train"].labels) // self.recipe.training.batch_size)
+        return self.images.steps(epoch)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[ImageBatch]:
-        """The training batches of an epoch from number `start` on, the same for the same seed and epoch.
-
-        What is random is drawn for the whole batch, of which each worker gets its part.
-        """
-        images, labels = self._resident("train")
-        device = self.runtime.device
-        data, training = self.recipe.data, self.recipe.training
-        seed, size = training.seed, training.batch_size
-        small_steps = training.small_part * self.steps(epoch) * training.epochs
-        mean = torch.tensor([round(255 * value) for value in self.assets["mean"]], dtype=torch.uint8, device=device)
-        fill = None if data.crop_fill == "reflect" else mean
-        order = torch.randperm(len(labels), generator=_generator(seed, epoch + 1))
-        coins = torch.rand(len(labels), generator=_generator(seed)) < 0.5
-        for batch in range(start, self.steps(epoch)):
-            chosen = order[batch * size : (batch + 1) * size]
-            count = len(chosen)
-            generator = _generator(seed, epoch + 1, batch + 1)
-            match data.flip:
-                case "none":
-                    mirrored = torch.zeros(len(chosen), dtype=torch.bool)
-                case "random":
-                    mirrored = torch.rand(len(chosen), generator=generator) < 0.5
-                case "alternating":  # Jordan 2024, arXiv 2404.00498, §3.6: both sides of an image in any two epochs
-                    mirrored = coins[chosen] ^ (epoch % 2 == 1)
-            chosen = moved(chosen, device)
-            changed = augmentation.shift_and_flip(
-                images[chosen], generator, padding=data.crop_padding, mirrored=mirrored, fill=fill
-            )
-            if data.cutout:
-                changed = augmentation.cutout(changed, generator, side=data.cutout, fill=mean)
-            if data.random_erasing:
-                changed = augmentation.random_erasing(changed, generator, probability=data.random_erasing)
-            part = self.runtime.workers.part(count)
-            mixing = training.mixup or training.cutmix
-            if not mixing:  # with images that may be of other parts
-                changed, chosen = changed[part], chosen[part]
-            inputs = self._normalise(changed)
-            if training.small_size and epoch * self.steps(epoch) + batch < small_steps:
-                inputs = augmentation.shrink(inputs, training.small_size)
-            inputs = inputs.contiguous(memory_format=self._memory_format)
-            one = ImageBatch(inputs, labels[chosen], count)
-            if mixing:
-                one = self._mixed(one, generator)
-                assert one.other_labels is not None
-                inputs = one.images[part].contiguous(memory_format=self._memory_format)
-                one = one._replace(images=inputs, labels=one.labels[part], other_labels=one.other_labels[part])
-            yield one
-
-    def _mixed(self, batch: ImageBatch, generator: torch.Generator) -> ImageBatch:
-        """The whole batch, mixed with itself in another order as the recipe asks for it."""
-        training = self.recipe.training
-        cut = bool(training.cutmix) and not (training.mixup and torch.rand((), generator=generator) < 0.5)
-        draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-        concentration = training.cutmix if cut else training.mixup
-        weight = draws.beta(concentration, concentration)
-        order = moved(torch.randperm(len(batch.labels), generator=generator), batch.labels.device)
-        if cut:
-            images, weight = augmentation.cutmix(batch.images, order, weight, generator)
-        else:
-            images = augmentation.mixup(batch.images, order, weight)
-        return ImageBatch(images, batch.labels, batch.whole, batch.labels[order], weight)
+        """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
+        return self.images.batches(epoch, start, self._memory_format)
 
     def count(self, batch: ImageBatch) -> int:
         """Images of the whole batch: what its loss is divided by."""
@@ -253,8 +136,7 @@ class Classification:
     @property
     def whole_batch(self) -> int:
         """This worker's images of a training batch, but for an epoch's last one, which may be smaller."""
-        images = min(self.recipe.training.batch_size, len(self._splits()["train"].labels))
-        return len(range(images)[self.runtime.workers.part(images)])
+        return self.images.whole_batch
 
     def compile(self) -> None:
         """Compile the model for training on whole batches; the model and the random streams stay as they are.
@@ -313,7 +195,7 @@ class Classification:
 
     def logits(self, split: str) -> Tensor:
         """Of every image of a split, in the order of the data: (N, classes) float32. Raises as `evaluate`."""
-        images, labels = self._resident(split)
+        images, labels = self.images.split(split)
         workers = self.runtime.workers
         logits = torch.zeros(len(labels), len(self.assets["classes"]), device=images.device)
         scores = self._scorer()
@@ -330,7 +212,7 @@ class Classification:
 
     def labels(self, split: str) -> Tensor:
         """Of every image of a split, (N,) int64 on the device. Raises as `evaluate`."""
-        return self._resident(split)[1]
+        return self.images.split(split)[1]
 
     def classify(self, paths: Sequence[Path], top: int) -> list[list[tuple[str, float]]]:
         """For each image file the `top` most probable classes with their probabilities, best first.
@@ -375,7 +257,7 @@ class Classification:
 
         def scores(images: Tensor) -> Tensor:
             with torch.inference_mode(), self.runtime.autocast():
-                image = self._normalise(images)
+                image = self.images.normalise(images)
                 if not evaluation.shift:
                     return with_mirror_image(image)
                 one, other = map(with_mirror_image, augmentation.shifted(image, evaluation.shift))
@@ -383,51 +265,33 @@ class Classification:
 
         return scores
 
-    def _read(self, image_size: int | None) -> tuple[dict[str, ImageSet], tuple[str, ...]]:
-        """The splits, validation among them, and the class names."""
-        data = self.recipe.data
-        images = read_images(
-            data.source,
-            image=data.image,
-            label=data.label,
-            image_size=image_size,
-            offline=self._offline,
-            progress=self._progress,
+
+def _refuse_size(recipe: ClassificationRecipe, size: int) -> None:
+    """Raise UserError where images of `size` pixels are too small for what the recipe does with them."""
+    section = recipe.model
+    if isinstance(section, ResNetModel) and section.stem == "imagenet" and size < _STEM_SIZE:
+        raise UserError(
+            f"`model.stem` is `imagenet`, for images of {_STEM_SIZE} pixels and more; "
+            f"those of `{recipe.data.source}` have {size}",
+            hint="`--set model.stem=cifar`, or `--set data.image_size=64`",
         )
-        self.notes.extend(images.notes)
-        splits = dict(images.splits)
-        if "validation" not in splits:
-            whole = len(splits["train"].labels)
-            splits["train"], splits["validation"] = _carve(splits["train"], data.validation_fraction)
-            kept = len(splits["validation"].labels)
-            self.notes.append(f"kept for validation: {kept:,} of {whole:,} images of train")
-        return splits, images.classes
-
-    def _splits(self) -> dict[str, ImageSet]:
-        if self._data is None:
-            splits, classes = self._read(self.recipe.data.image_size)
-            if splits["train"].images.shape[1] != self.assets["image_size"]:
-                self.notes.clear()  # they were of the other size
-                splits, classes = self._read(self.assets["image_size"])
-            if list(classes) != self.assets["classes"]:
-                raise UserError(
-                    f"`{self.data_name}` has other classes than the model was trained on",
-                    hint=f"the model knows {', '.join(self.assets['classes'])}",
-                )
-            self._data = splits
-        return self._data
-
-    def _resident(self, split: str) -> tuple[Tensor, Tensor]:
-        """A split's images and labels as tensors on the device, copied there once. Raises as `evaluate`."""
-        if split not in self._splits():
-            raise UserError(f"`{self.data_name}` has no split `{split}`", hint=f"it has {', '.join(self._splits())}")
-        if split not in self._on_device:
-            data = self._splits()[split]
-            # What is mapped from disk is read-only, which tensors cannot be.
-            images, labels = (np.require(array, requirements="W") for array in (data.images, data.labels))
-            device = self.runtime.device
-            self._on_device[split] = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
-        return self._on_device[split]
+    reflected = recipe.data.crop_padding if recipe.data.crop_fill == "reflect" else 0
+    for key, value, limit in (
+        ("training.small_size", recipe.training.small_size or 0, size),
+        ("evaluation.shift", recipe.evaluation.shift, size - 1),
+        ("data.crop_padding", reflected, size - 1),
+    ):
+        if value > limit:
+            raise UserError(
+                f"`{key}` is {value}, and the images of `{recipe.data.source}` have {size} pixels",
+                hint=f"`--set {key}={limit}` is the most there can be",
+            )
+    smallest = min(size, recipe.training.small_size or size)
+    if isinstance(section, FastResNetModel) and smallest < smallest_image(len(section.widths)):
+        raise UserError(
+            f"a fast_resnet cannot take images of {smallest} pixels",
+            hint=f"`data.image_size` and `training.small_size` from {smallest_image(len(section.widths))} on fit",
+        )
 
 
 def _model(section: ResNetModel | FastResNetModel, classes: int) -> ResNet | FastResNet:
@@ -436,23 +300,3 @@ def _model(section: ResNetModel | FastResNetModel, classes: int) -> ResNet | Fas
             return ResNet(classes=classes, **section.model_dump(exclude={"kind"}))
         case FastResNetModel():
             return FastResNet(classes, section.widths)
-
-
-def _carve(train: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
-    """Split training images into two; the choice is the same for every seed, so that runs can be compared."""
-    count = len(train.labels)
-    order = np.random.default_rng(0).permutation(count)
-    kept = max(1, round(count * fraction))
-    if kept >= count:
-        raise UserError(f"{count} training images are too few to keep some for validation", hint="add images")
-    first, rest = np.sort(order[:kept]), np.sort(order[kept:])
-    return (
-        ImageSet(train.images[rest], train.labels[rest]),
-        ImageSet(train.images[first], train.labels[first]),
-    )
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    """A random stream that is a pure function of the numbers."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return torch.Generator().manual_seed(seed)
