@@ -166,11 +166,17 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str], *, cased: bool = 
 
 
 def translation(
-    sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str], *, with_rouge: bool = False
+    sources: Sequence[str],
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    *,
+    cased: bool = True,
+    with_rouge: bool = False,
 ) -> Scores:
-    """Give the BLEU of translations as `bleu` does, with `bleu_lowercase` and `chrf`, and `rouge` where asked for.
+    """Give the BLEU of translations as `bleu` does, beside it that with or without case, whichever it is not, and chrF
+    as `chrf` does; and `rouge` where asked for.
 
-    These are the details:
+    These are the details, with case where BLEU is `cased`, but for TER, which never is:
 
     - `ter`: translation edit rate (Snover et al. 2006) in percent; lower is better. Null where the references have more
       than `TER_WORDS` words on average.
@@ -185,36 +191,36 @@ def translation(
     Raises as `bleu`.
     """
     from sacrebleu.metrics.bleu import BLEU, BLEUScore
-    from sacrebleu.metrics.chrf import CHRF
     from sacrebleu.metrics.ter import TER
 
     resamples = max(39, min(RESAMPLES, 10_000_000 // max(len(hypotheses), 1)))  # 39: the fewest that have a 40th
-    cased, signature = _corpus(BLEU(), hypotheses, references)
-    assert isinstance(cased, BLEUScore)
+    names = ("bleu", "bleu_lowercase") if cased else ("bleu_lowercase", "bleu")
+    main, signature = _corpus(BLEU(lowercase=not cased), hypotheses, references)
+    assert isinstance(main, BLEUScore)
     # `force`: what sacrebleu says of text that looks tokenised is said once.
-    resampled, interval = _corpus(BLEU(force=True), hypotheses, references, resamples)
-    lowercase, lowercase_signature = _corpus(BLEU(lowercase=True, force=True), hypotheses, references)
-    characters, chrf_signature = _corpus(CHRF(), hypotheses, references)
+    resampled, interval = _corpus(BLEU(lowercase=not cased, force=True), hypotheses, references, resamples)
+    other, other_signature = _corpus(BLEU(lowercase=cased, force=True), hypotheses, references)
+    characters = chrf(hypotheses, references, cased=cased)
     short = sum(len(reference.split()) for reference in references) <= TER_WORDS * len(references)
     edits, ter_signature = _corpus(TER(), hypotheses, references) if short else (None, None)
-    values = {"bleu": cased.score, "bleu_lowercase": lowercase.score, "chrf": characters.score}
+    values = {names[0]: main.score, names[1]: other.score, **characters.values}
     details = {
         "ter": None if edits is None else edits.score,
         "bleu_interval": _interval(resampled, interval),
-        "length_ratio": cased.ratio,
-        "brevity_penalty": cased.bp,
+        "length_ratio": main.ratio,
+        "brevity_penalty": main.bp,
         "signatures": {
-            "bleu": signature,
+            names[0]: signature,
             "bleu_interval": interval,
-            "bleu_lowercase": lowercase_signature,
-            "chrf": chrf_signature,
+            names[1]: other_signature,
+            characters.primary: characters.signature,
             "ter": ter_signature,
         },
-        "source_lengths": _by_source_length(sources, hypotheses, references),
+        "source_lengths": _by_source_length(sources, hypotheses, references, cased=cased),
     }
     if with_rouge:
         values |= rouge(hypotheses, references)
-    return Scores("bleu", values, len(hypotheses), signature, details)
+    return Scores(names[0], values, len(hypotheses), signature, details)
 
 
 def _corpus(
@@ -236,16 +242,17 @@ def _interval(score: "Score", signature: str) -> list[float]:
 
 
 def _by_source_length(
-    sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str]
+    sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str], *, cased: bool
 ) -> list[dict[str, Any]]:
     from sacrebleu.metrics.bleu import BLEU
 
+    metric = BLEU(lowercase=not cased, force=True)
     groups: list[dict[str, Any]] = []
     words = [len(source.split()) for source in sources]
     for least, most in zip((0, *(end + 1 for end in SOURCE_WORDS)), (*SOURCE_WORDS, None), strict=True):
         chosen = [at for at, count in enumerate(words) if count >= least and (most is None or count <= most)]
         if chosen:
-            score, _ = _corpus(BLEU(force=True), [hypotheses[at] for at in chosen], [references[at] for at in chosen])
+            score, _ = _corpus(metric, [hypotheses[at] for at in chosen], [references[at] for at in chosen])
             groups.append({"from": least, "to": most, "sentences": len(chosen), "bleu": score.score})
     return groups
 

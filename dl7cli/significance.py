@@ -123,7 +123,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def paired_bleu(first: Sequence[str], others: Sequence[Sequence[str]], references: Sequence[str]) -> list[PairedBleu]:
+def paired_bleu(
+    first: Sequence[str], others: Sequence[Sequence[str]], references: Sequence[str], *, cased: bool = True
+) -> list[PairedBleu]:
     """Test each of `others` against `first`, translations of the same sentences, by sacrebleu's own paired tests.
 
     BLEU is that of `metrics.bleu`. Samples are drawn from a fixed seed, fewer of them where the sentences are so many
@@ -142,7 +144,8 @@ def paired_bleu(first: Sequence[str], others: Sequence[Sequence[str]], reference
         """Notes the scores that sacrebleu's randomisation computes and does not return."""
 
         def __init__(self) -> None:
-            super().__init__(force=True)  # what it says of text that looks tokenised was said when it was scored
+            # `force`: what it says of text that looks tokenised was said when it was scored.
+            super().__init__(lowercase=not cased, force=True)
             self.noted: list[float] = []
 
         def _aggregate_and_compute(self, stats: list[list[int]]) -> BLEUScore:

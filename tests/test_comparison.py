@@ -30,6 +30,7 @@ RUNS = {
     **{f"b{seed}": ("resnet", ("training.epochs=2", "model.width=8"), seed) for seed in (1, 2)},
     "t1": ("seq2seq", ("training.epochs=1",), 1),
     "t2": ("seq2seq", ("training.epochs=3", "optim.learning_rate=0.05"), 1),
+    "lower": ("seq2seq", ("training.epochs=2", "data.lowercase=true"), 1),
 }
 
 
@@ -102,6 +103,17 @@ def test_translators_by_sacrebleu_on_the_same_sentences(work: Path) -> None:
     assert (one["p_value"], one["bootstrap_p_value"]) == (expected.randomisation, expected.bootstrap)
     assert tuple(one["signatures"].values()) == expected.signatures
     assert document["signature"].startswith("nrefs:1|case:mixed|")
+
+
+def test_translators_of_which_one_knows_no_case_are_compared_without(work: Path) -> None:
+    document = succeed("compare", "t2", "lower", "--json", *ON_CPU, cwd=work).document
+    assert document["primary"] == "bleu_lowercase"
+    assert "|case:lc|" in document["signature"]
+    (one,) = document["comparisons"]
+    assert all("|case:lc|" in signature for signature in one["signatures"].values())
+    assert one["difference"] == pytest.approx(document["sides"][1]["mean"] - document["sides"][0]["mean"])
+    for name, side in zip(("t2", "lower"), document["sides"], strict=True):
+        assert runs.evaluations(Run(Path(name)))[-1]["scores"]["bleu_lowercase"] == side["mean"]
 
 
 def test_several_seeds_by_their_scores(work: Path) -> None:

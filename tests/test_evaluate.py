@@ -145,7 +145,7 @@ def test_a_fall_with_the_beam_is_explained_and_choosing_on_test_warned_of(
 ) -> None:
     train("seq2seq", "training.epochs=1")
 
-    def falling(sources: Any, hypotheses: Any, references: Any, *, with_rouge: bool) -> Scores:
+    def falling(sources: Any, hypotheses: Any, references: Any, **options: Any) -> Scores:
         found = translation(sources, hypotheses, references)
         return Scores("bleu", {**found.values, "bleu": next(scores)}, found.examples, found.signature, found.details)
 
@@ -197,6 +197,22 @@ def test_everything_is_printed_with_its_signature(train: Callable[..., Any]) -> 
     rows = [re.split(r"  +", line.strip()) for line in shown[len(patterns) :]]
     assert [row[0] for row in rows] == [f"{one['from']} to {one['to']}" for one in result["details"]["source_lengths"]]
     assert sum(int(row[1]) for row in rows) == 6
+
+
+def test_a_translator_of_lower_case_is_scored_without_case(train: Callable[..., Any]) -> None:
+    _, result, _ = train("seq2seq", "training.epochs=1", "data.lowercase=true")
+    assert (result["primary"], set(result["scores"])) == (
+        "bleu_lowercase",
+        {"bleu", "bleu_lowercase", "chrf_lowercase"},
+    )
+    shown = dl7("eval", "run").stdout.splitlines()
+    assert re.match(r"BLEU without case \d+\.\d\d on the test split", shown[0])
+    assert shown[1].startswith("signature nrefs:1|case:lc|")
+    assert "case:lc" in shown[2]
+    assert [line.partition(" ")[0] for line in shown[3:6]] == ["length", "chrF", "TER"]
+    assert all("case:mixed" not in line for line in shown)
+    for line in dl7("eval", "run", "--beam", "1,2").stdout.splitlines()[1:3]:
+        assert "|case:lc|" in line
 
 
 # The file of translations

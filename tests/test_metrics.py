@@ -108,27 +108,36 @@ def test_bleu_of_unequal_numbers_or_of_nothing() -> None:
             score([], [])
 
 
+@pytest.mark.parametrize("cased", [True, False])
 @pytest.mark.parametrize("hypotheses", [HYPOTHESES, REFERENCES, [""] * 5], ids=["near", "equal", "empty"])
-def test_every_score_of_a_translation_is_that_of_the_command_line(hypotheses: list[str], tmp_path: Path) -> None:
-    scores = translation(SOURCES, hypotheses, REFERENCES)
+def test_every_score_of_a_translation_is_that_of_the_command_line(
+    hypotheses: list[str], cased: bool, tmp_path: Path
+) -> None:
+    scores = translation(SOURCES, hypotheses, REFERENCES, cased=cased)
+    flags, other_flags = ([], ["-lc"]) if cased else (["-lc"], [])
+    main, other, characters = "bleu", "bleu_lowercase", "chrf"
+    characters_flags = []
+    if not cased:
+        main, other, characters, characters_flags = other, main, "chrf_lowercase", ["--chrf-lowercase"]
     details = scores.details
     json.dumps(details, allow_nan=False)
-    printed = command_line(hypotheses, REFERENCES, tmp_path, "-m", "bleu", "chrf", "ter")
-    own = {"bleu": scores.values["bleu"], "chrf": scores.values["chrf"], "ter": details["ter"]}
+    printed = command_line(hypotheses, REFERENCES, tmp_path, "-m", "bleu", "chrf", "ter", *flags, *characters_flags)
+    own = {main: scores.values[main], characters: scores.values[characters], "ter": details["ter"]}
     for (name, value), told in zip(own.items(), printed, strict=True):
         assert value == pytest.approx(told["score"], abs=1e-12)
         assert details["signatures"][name] == told["signature"]
-    lowercase = command_line(hypotheses, REFERENCES, tmp_path, "-m", "bleu", "-lc")
-    assert scores.values["bleu_lowercase"] == pytest.approx(lowercase["score"], abs=1e-12)
-    assert details["signatures"]["bleu_lowercase"] == lowercase["signature"]
-    resampled = command_line(hypotheses, REFERENCES, tmp_path, "-m", "bleu", "--confidence")
+    beside = command_line(hypotheses, REFERENCES, tmp_path, "-m", "bleu", *other_flags)
+    assert scores.values[other] == pytest.approx(beside["score"], abs=1e-12)
+    assert details["signatures"][other] == beside["signature"]
+    resampled = command_line(hypotheses, REFERENCES, tmp_path, "-m", "bleu", "--confidence", *flags)
     assert details["signatures"]["bleu_interval"] == resampled["signature"]
     mean, half = resampled.get("confidence_mean", 0), resampled.get("confidence_var", 0)
     assert details["bleu_interval"] == pytest.approx([max(0, mean - half), mean + half])
     assert f"BP = {details['brevity_penalty']:.3f} ratio = {details['length_ratio']:.3f}" in printed[0]["verbose_score"]
-    assert set(scores.values) == {"bleu", "bleu_lowercase", "chrf"}
-    assert (scores.primary, scores.signature, scores.examples) == ("bleu", printed[0]["signature"], 5)
-    assert chrf(hypotheses, REFERENCES) == Scores("chrf", {"chrf": own["chrf"]}, 5, details["signatures"]["chrf"])
+    assert set(scores.values) == {main, other, characters}
+    assert (scores.primary, scores.signature, scores.examples) == (main, printed[0]["signature"], 5)
+    alone = Scores(characters, {characters: own[characters]}, 5, details["signatures"][characters])
+    assert chrf(hypotheses, REFERENCES, cased=cased) == alone
 
 
 def test_texts_too_long_for_ter_have_none() -> None:

@@ -224,6 +224,16 @@ def test_randomisation_is_the_share_of_all_exchanges_that_differ_as_much() -> No
     assert found.randomisation == pytest.approx(exact, abs=5 * math.sqrt(exact * (1 - exact) / 10_000))
 
 
+def test_without_case_capitals_make_no_difference() -> None:
+    references = sentences(30, 7)
+    first = spoilt(references, 0.3, 8)
+    (cased,) = paired_bleu(first, [[text.upper() for text in first]], references)
+    (found,) = paired_bleu(first, [[text.upper() for text in first]], references, cased=False)
+    assert cased.difference < -5
+    assert (found.difference, found.bootstrap, found.randomisation) == (0, 1, 1)
+    assert all("|case:lc|" in signature for signature in found.signatures)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 4])
 def test_few_sentences_that_differ_show_no_difference(count: int) -> None:
     """All exchanges that there are, of which sacrebleu leaves out those that differ by as much as what was seen."""

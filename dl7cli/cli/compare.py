@@ -106,7 +106,8 @@ def probability(p_value: float) -> str:
 
 
 def _score(primary: str, value: float) -> str:
-    return f"{100 * value:.2f} %" if primary == "accuracy" else f"{value:.2f} BLEU"
+    unit = {"accuracy": "%", "bleu": "BLEU"}.get(primary, "BLEU without case")
+    return f"{100 * value if primary == 'accuracy' else value:.2f} {unit}"
 
 
 def _points(primary: str, difference: float) -> str:

@@ -10,6 +10,8 @@ from dl7cli.cli import console, figures, options, sentences
 
 MOST_CLASSES = 20
 WORST_CLASSES = 10
+_CHRF = {"bleu": "chrf", "bleu_lowercase": "chrf_lowercase"}
+"""Scored as BLEU is."""
 _ROUGE = {"rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
 
 
@@ -82,7 +84,7 @@ def evaluate(
         )
     print_result(result, as_json)
     if len(beams) > 1:
-        _explain(result["split"], result["beams"])
+        _explain(result["split"], result["primary"], result["beams"])
     if plot is not None:
         _draw(plot, result)
 
@@ -96,10 +98,10 @@ def parse_beams(text: str | None) -> list[int]:
     return list(dict.fromkeys(map(int, parts)))
 
 
-def _explain(split: str, sweep: list[dict[str, Any]]) -> None:
+def _explain(split: str, primary: str, sweep: list[dict[str, Any]]) -> None:
     if split == "test":
         console.note("note: choose a beam with --split validation; the test score of one chosen on test flatters")
-    by_width = [entry["scores"]["bleu"] for entry in sorted(sweep, key=lambda entry: int(entry["beam"]))]
+    by_width = [entry["scores"][primary] for entry in sorted(sweep, key=lambda entry: int(entry["beam"]))]
     if by_width != sorted(by_width):
         console.note(
             "note: a wider beam finds what the model holds more probable, often something shorter, and BLEU may fall"
@@ -118,15 +120,16 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
     if result["signature"] is not None:
         console.write(f"signature {result['signature']}")
     if "beams" in result:
-        _print_sweep(result["beams"])
+        _print_sweep(result["primary"], result["beams"])
     elif result["task"] == "translation":
-        _print_translation(result["scores"], result["details"])
+        _print_translation(result["primary"], result["scores"], result["details"])
     else:
         _print_classification(result["scores"], result["details"])
 
 
-def _print_sweep(sweep: list[dict[str, Any]]) -> None:
-    console.write(f"chrF ({sweep[0]['details']['signatures']['chrf']})")
+def _print_sweep(primary: str, sweep: list[dict[str, Any]]) -> None:
+    characters = _CHRF[primary]
+    console.write(f"chrF ({sweep[0]['details']['signatures'][characters]})")
     console.write("")
     rouge = [name for name in _ROUGE if name in sweep[0]["scores"]]
     console.table(
@@ -134,7 +137,7 @@ def _print_sweep(sweep: list[dict[str, Any]]) -> None:
         [
             (
                 entry["beam"],
-                *(f"{entry['scores'][name]:.2f}" for name in ("bleu", "chrf", *rouge)),
+                *(f"{entry['scores'][name]:.2f}" for name in (primary, characters, *rouge)),
                 *(f"{entry['details'][name]:.3f}" for name in ("length_ratio", "brevity_penalty")),
                 f"{entry['seconds']:.1f}",
             )
@@ -143,13 +146,14 @@ def _print_sweep(sweep: list[dict[str, Any]]) -> None:
     )
 
 
-def _print_translation(scores: dict[str, float], details: dict[str, Any]) -> None:
+def _print_translation(primary: str, scores: dict[str, float], details: dict[str, Any]) -> None:
     low, high = details["bleu_interval"]
     signatures = details["signatures"]
     console.write(f"95 % interval {low:.2f} to {high:.2f} (bootstrap, {signatures['bleu_interval']})")
     console.write(f"length ratio {details['length_ratio']:.3f}, brevity penalty {details['brevity_penalty']:.3f}")
-    console.write(f"BLEU without case {scores['bleu_lowercase']:.2f} ({signatures['bleu_lowercase']})")
-    console.write(f"chrF {scores['chrf']:.2f} ({signatures['chrf']})")
+    # Of a model that knows no case, BLEU with case is next to nothing.
+    for name in ("bleu_lowercase", "chrf") if primary == "bleu" else ("chrf_lowercase",):
+        console.write(f"{console.score(name, scores[name])} ({signatures[name]})")
     if details["ter"] is not None:
         console.write(f"TER {details['ter']:.2f}, lower is better ({signatures['ter']})")
     if "rouge_1" in scores:

@@ -204,7 +204,7 @@ class Translation:
         texts = self.translations("validation", self.recipe.decoding.updated(method="beam", beam=1))
         references = [target for _, target in self.pairs.split("validation")]
         score = bleu if select == "bleu" else chrf
-        return score(texts, references, cased=not self.recipe.data.lowercase)
+        return score(texts, references, cased=self.cased)
 
     def evaluate(self, split: str, decoding: Decoding | None = None) -> Scores:
         """What `judge` says of a split's translations. Raises UserError where the data has no such split."""
@@ -216,10 +216,20 @@ class Translation:
         part = self.runtime.workers.part(len(sources))
         return self._joined([line.text for line in self.translate(sources[part], decoding, first_line=part.start + 1)])
 
-    def judge(self, split: str, translations: Sequence[str], *, rouge: bool = False) -> Scores:
-        """BLEU of translations against a split's references, with the scores and details of `metrics.translation`."""
+    @property
+    def cased(self) -> bool:
+        """Whether the model tells upper case from lower; BLEU is without case where it does not."""
+        return not self.recipe.data.lowercase
+
+    def judge(
+        self, split: str, translations: Sequence[str], *, cased: bool | None = None, rouge: bool = False
+    ) -> Scores:
+        """BLEU of translations against a split's references, with the scores and details of `metrics.translation`;
+        `cased` or not as the model is, unless it is given.
+        """
         sources, references = zip(*self.pairs.split(split), strict=True)
-        return translation(sources, translations, references, with_rouge=rouge)
+        cased = self.cased if cased is None else cased
+        return translation(sources, translations, references, cased=cased, with_rouge=rouge)
 
     def translate(
         self,

@@ -15,6 +15,7 @@ from dl7cli.runs import Run
 from dl7cli.significance import LEVEL
 from dl7cli.tasks import Task
 from dl7cli.tasks.classification import Classification
+from dl7cli.tasks.translation import Translation
 from dl7cli.training.evaluation import note_reading, result_of
 
 
@@ -48,7 +49,8 @@ def compare(
 
     A side is one run, or several of one recipe with different seeds. Of single runs the answers to the same examples
     are compared: of classifiers by McNemar's exact test, of translators by approximate randomisation, with the paired
-    bootstrap beside it. Of several runs a side the scores are, by Welch's t-test. With several other sides the p-values
+    bootstrap beside it; without case where one of them knows none. Of several runs a side the scores are, by Welch's
+    t-test. With several other sides the p-values
     that count are Holm's. Every run is evaluated anew, and that reading noted.
 
     Raises UserError, before anything is scored, where the runs are not of one task and the same examples, where a side
@@ -80,7 +82,8 @@ def compare(
         _refuse_other_recipes(side)
     for text in dict.fromkeys(text for one in together for text in one.task.notes):
         note(text)
-    answered = [[_answers(one, split, beam) for one in side] for side in contestants]
+    cased = all(one.task.cased for one in together if isinstance(one.task, Translation))
+    answered = [[_answers(one, split, beam, cased=cased) for one in side] for side in contestants]
     scores, _ = answered[0][0]
     values = [[found.score for found, _ in side] for side in answered]
     first, *others = (side[0][1] for side in answered)
@@ -90,7 +93,7 @@ def compare(
         test, tested = "mcnemar", [_by_correctness(first, other) for other in others]
     else:
         references = [target for _, target in task.pairs.split(split)]
-        test, tested = "approximate randomisation", _by_translations(first, others, references)
+        test, tested = "approximate randomisation", _by_translations(first, others, references, cased=cased)
     names = [",".join(one.name for one in side) for side in contestants]
     adjusted = significance.holm([one["p_value"] for one in tested])
     return {
@@ -171,7 +174,7 @@ def _examples(task: Task, split: str) -> object:
     return task.pairs.split(split)
 
 
-def _answers(one: _Contestant, split: str, beam: int | None) -> tuple[Scores, list[Any]]:
+def _answers(one: _Contestant, split: str, beam: int | None, *, cased: bool) -> tuple[Scores, list[Any]]:
     """The scores of a run, and of each example whether it was right or how it was translated. Notes the reading."""
     begin = time.monotonic()
     answers: list[Any]
@@ -187,7 +190,7 @@ def _answers(one: _Contestant, split: str, beam: int | None) -> tuple[Scores, li
             record["beam"] = beam
         record["precision"] = one.task.runtime.search_precision
         answers = one.task.translations(split, decoding)
-        scores = one.task.judge(split, answers)
+        scores = one.task.judge(split, answers, cased=cased)
     note_reading(one.run, {**result_of(one.run, one.task, split, scores, time.monotonic() - begin), **record})
     return scores, answers
 
@@ -214,7 +217,7 @@ def _by_correctness(first: Sequence[bool], second: Sequence[bool]) -> dict[str, 
 
 
 def _by_translations(
-    first: Sequence[str], others: Sequence[Sequence[str]], references: Sequence[str]
+    first: Sequence[str], others: Sequence[Sequence[str]], references: Sequence[str], *, cased: bool
 ) -> list[dict[str, Any]]:
     return [
         {
@@ -223,5 +226,5 @@ def _by_translations(
             "bootstrap_p_value": found.bootstrap,
             "signatures": dict(zip(("approximate_randomisation", "bootstrap"), found.signatures, strict=True)),
         }
-        for found in significance.paired_bleu(first, others, references)
+        for found in significance.paired_bleu(first, others, references, cased=cased)
     ]
