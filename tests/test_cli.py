@@ -313,6 +313,14 @@ def test_recipes_show_prints_a_recipe_that_can_be_trained(tmp_path: Path) -> Non
     assert document["fallback"]["data"]["source"] == "builtin:phrases"
 
 
+def test_a_recipe_is_shown_for_which_the_built_in_set_could_not_stand_in(tmp_path: Path) -> None:
+    changes = ("--set", "model.attention=dot", "--set", "model.decoder_width=512")
+    outcome = succeed("recipes", "show", "seq2seq", *changes, "--json", cwd=tmp_path)
+    assert outcome.document["recipe"]["model"]["decoder_width"] == 512
+    assert outcome.document["fallback"] is None
+    assert outcome.err.startswith("note: recipe `seq2seq` with its keys for `builtin:phrases` has one mistake:")
+
+
 def test_recipes_list_and_copy(tmp_path: Path) -> None:
     names = [recipe["name"] for recipe in succeed("recipes", "list", "--json", cwd=tmp_path).document["recipes"]]
     lines = succeed("recipes", "list", cwd=tmp_path).out.splitlines()

@@ -40,7 +40,12 @@ def show(
     resolved = recipes.resolve(name, overrides or [], data=data, seed=seed)
     header = recipes.header(name)
     if as_json:
-        fallback = recipes.to_document(resolved.fallback()) if resolved.fallback else None
+        fallback = None
+        if resolved.fallback is not None:
+            try:
+                fallback = recipes.to_document(resolved.fallback())
+            except UserError as problem:  # the recipe is sound; only the built-in set could not stand in
+                console.note(f"note: {problem}")
         console.document({"header": header, "recipe": recipes.to_document(resolved.recipe), "fallback": fallback})
         return
     for line in [
