@@ -33,8 +33,8 @@ class Scores:
     """
 
     primary: str  # the key of `values` by which models are compared
-    # `accuracy` and `top_5_accuracy` as fractions; `bleu`, `bleu_lowercase`, `chrf`, `rouge_1`, `rouge_2` and `rouge_l`
-    # from 0 to 100; `log_likelihood`, of a subword in nats, at most 0
+    # `accuracy` and `top_5_accuracy` as fractions; `bleu`, `bleu_lowercase`, `chrf`, `chrf_lowercase`, `rouge_1`,
+    # `rouge_2` and `rouge_l` from 0 to 100; `log_likelihood`, of a subword in nats, at most 0
     values: dict[str, float]
     examples: int
     signature: str | None = None  # of BLEU, as sacrebleu writes it
@@ -185,7 +185,8 @@ def translation(
       multiplied by, 1 where the hypotheses are not the shorter ones.
     - `signatures`: of all these, as sacrebleu writes them, by the names they have in scores and details.
     - `source_lengths`: of each group of sources of like length its least and greatest number of words (what lies
-      between spaces) as `from` and `to`, null for no greatest; how many `sentences` it has, and their corpus `bleu`.
+      between spaces) as `from` and `to`, null for no greatest; how many `sentences` it has, and as `bleu` their corpus
+      BLEU, with case or without like the whole.
       Groups without a sentence are left out.
 
     Raises as `bleu`.

@@ -268,6 +268,14 @@ def test_a_sentence_for_each(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_without_case_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    one = one_of("B", 0.01, "B", bootstrap_p_value=0.001, signatures={"bootstrap": "bs:1000"})
+    changes = {"task": "translation", "primary": "bleu_lowercase", "signature": "nrefs:1", "means": [37.2, 38.0]}
+    print_result(result_of("approximate randomisation", [one], **changes))
+    said = "B is better than A: 38.00 BLEU without case against 37.20 BLEU without case, p = 0.01"
+    assert capsys.readouterr().out.splitlines()[0] == said
+
+
 def test_how_many_runs_there_were(capsys: pytest.CaptureFixture[str]) -> None:
     one = one_of("B1,B2,B3", 0.2, None, interval=[-0.0012, 0.0234], degrees_of_freedom=2.5, first="A1,A2")
     print_result(result_of("welch", [one], means=[0.9, 0.91]))

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,7 +139,8 @@ def test_the_choice_is_that_of_the_whole_run(overrides: list[str], expected: boo
 def test_the_choice_is_that_of_all_workers(count: int, tiny: dict[str, Path]) -> None:
     """Of a hundred the first has no image of a batch."""
     task = build(tiny, "training.epochs=51100", "data.image_size=16")
-    task.images._workers = Workers(0, count)
+    task.runtime = replace(task.runtime, workers=Workers(0, count))
+    task.images._workers = task.runtime.workers
     assert compilation.wanted(task)
 
 

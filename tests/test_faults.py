@@ -193,6 +193,7 @@ def test_workers_start_again_with_a_batch_in_parts(
     task = build("resnet", HALVE)
     narrow(task, 2)
     task.runtime = replace(task.runtime, workers=Alike(0, 2))
+    task.images._workers = task.runtime.workers
     with pytest.raises(UserError, match=r"`training\.batch_size` is 8, and workers of another launcher"):
         next(fit(task, Trainer.of(task), start=Progress()))
     task.runtime = replace(task.runtime, workers=Alike(0, 2, memory=tmp_path))

@@ -46,6 +46,21 @@ def test_what_it_learnt_is_more_probable_than_the_same_words_of_another(translat
     assert right > wrong
 
 
+def test_the_precision_asked_for_is_that_of_search_and_scores(translator: Path) -> None:
+    pairs = b"red blue\trot blau\n"
+    commands = {"score": {"stdin": pairs}, "translate": {}}
+    for command, options in commands.items():
+        arguments = [command, "--json", "--device", "cpu", *(["red blue"] if command == "translate" else [])]
+        found = {}
+        for flags in ((), ("--precision", "fp32"), ("--precision", "bf16")):
+            document = succeed(*arguments, *flags, cwd=translator, **options).document
+            (one,) = document["pairs" if command == "score" else "translations"]
+            found[flags] = one["log_probability"]
+        automatic, exact, rough = found.values()
+        assert automatic == exact != rough
+        assert rough == pytest.approx(exact, abs=0.2)
+
+
 def numbers(text: str) -> list[list[float]]:
     """What stands on each line. The last digits of float32 depend on how many are run at once, and on the machine."""
     return [[*map(float, line.split("\t"))] if line else [] for line in text.split("\n")[:-1]]

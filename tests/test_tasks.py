@@ -17,7 +17,7 @@ from dl7cli.data.transfer import moved
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve
-from dl7cli.tasks import classification, sentences
+from dl7cli.tasks import labelled_images, sentences
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
 KINDS = ("resnet", "seq2seq")
@@ -72,7 +72,7 @@ def test_what_is_kept_for_validation_is_not_trained_on(count: int, fraction: flo
     rest, first = sentences._carve(pairs, fraction)
     assert len(first) == kept
     assert sorted(rest + first) == sorted(pairs)
-    other_rest, other = classification._carve(images, fraction)
+    other_rest, other = labelled_images._carve(images, fraction)
     assert len(other.labels) == kept
     assert sorted([*other.labels, *other_rest.labels]) == list(range(count))
     for part in (other_rest, other):
@@ -84,7 +84,7 @@ def test_no_pair_or_image_is_left_to_train_on() -> None:
     with pytest.raises(UserError, match="1 training pairs are too few"):
         sentences._carve([("a", "b")], 0.1)
     with pytest.raises(UserError, match="2 training images are too few"):
-        classification._carve(ImageSet(np.zeros((2, 2, 2, 3), np.uint8), np.zeros(2, np.int64)), 0.9)
+        labelled_images._carve(ImageSet(np.zeros((2, 2, 2, 3), np.uint8), np.zeros(2, np.int64)), 0.9)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,9 +31,9 @@ def compare(
     """Say whether a run is better than another, by a test of the difference at the level of 0.05.
 
     Single runs are compared by their answers to the same examples: of classifiers by McNemar's exact test, of
-    translators by sacreBLEU's approximate randomisation, with its paired bootstrap beside it. Of several
-    seeds a side, as in dl7 compare A1,A2,A3 B1,B2,B3, the scores are compared by Welch's t-test. Where more than one
-    is compared with the first, the p-values are Holm's.
+    translators by sacreBLEU's approximate randomisation, with its paired bootstrap beside it, without case
+    where one of them knows none. Of several seeds a side, as in dl7 compare A1,A2,A3 B1,B2,B3, the scores are
+    compared by Welch's t-test. Where more than one is compared with the first, the p-values are Holm's.
 
     Every run reads the split anew, which is noted in its evaluations.jsonl.
     """
@@ -106,7 +106,7 @@ def probability(p_value: float) -> str:
 
 
 def _score(primary: str, value: float) -> str:
-    unit = {"accuracy": "%", "bleu": "BLEU"}.get(primary, "BLEU without case")
+    unit = {"accuracy": "%", "bleu": "BLEU", "bleu_lowercase": "BLEU without case"}[primary]
     return f"{100 * value if primary == 'accuracy' else value:.2f} {unit}"
 
 

@@ -55,11 +55,10 @@ class LabelledImages:
         self._workers = workers
         self._offline = offline
         self._progress = progress
-        self._found: dict[str, ImageSet] | None = None
         self._on_device: dict[str, tuple[Tensor, Tensor]] = {}
         if assets is None:
-            self._found, names = self._read(recipe.data.image_size)
-            images = self._found["train"].images
+            self.splits, names = self._read(recipe.data.image_size)
+            images = self.splits["train"].images
             mean, deviation = statistics(images)
             assets = {
                 "classes": list(names),
@@ -75,8 +74,6 @@ class LabelledImages:
     @cached_property
     def splits(self) -> dict[str, ImageSet]:
         """The images and labels of each split; `train` and `validation` are there in any case."""
-        if self._found is not None:
-            return self._found
         splits, classes = self._read(self._recipe.data.image_size)
         if splits["train"].images.shape[1] != self.assets["image_size"]:
             self.notes.clear()  # they were of the other size

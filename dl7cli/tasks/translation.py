@@ -247,8 +247,8 @@ class Translation:
         By the method `sample` the n best are n samples in the order drawn; they depend on `decoding.seed` and on the
         number of the line, counted from `first_line`. `prefixes` are texts that the translations begin with, `others`
         the rest of an ensemble. `attention`: whether candidates have theirs. Lines of like length are searched
-        together, which changes no result, only the time. Raises UserError where `n_best` is more than the beam, where
-        a prefix has what the vocabulary has not, and ValueError where models of an ensemble do not agree.
+        together, which in float32 changes no result, only the time. Raises UserError where `n_best` is more than the
+        beam, where a prefix has what the vocabulary has not, and ValueError where models of an ensemble do not agree.
         """
         decoding = self.recipe.decoding if decoding is None else decoding
         if decoding.method == "beam" and n_best > decoding.beam:

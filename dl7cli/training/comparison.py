@@ -50,8 +50,8 @@ def compare(
     A side is one run, or several of one recipe with different seeds. Of single runs the answers to the same examples
     are compared: of classifiers by McNemar's exact test, of translators by approximate randomisation, with the paired
     bootstrap beside it; without case where one of them knows none. Of several runs a side the scores are, by Welch's
-    t-test. With several other sides the p-values
-    that count are Holm's. Every run is evaluated anew, and that reading noted.
+    t-test. With several other sides the p-values that count are Holm's. Every run is evaluated anew, and that reading
+    noted.
 
     Raises UserError, before anything is scored, where the runs are not of one task and the same examples, where a side
     is not of one recipe with different seeds, or some are of one run and others of several.

@@ -102,11 +102,14 @@ def train_all(
 def summary(results: Sequence[dict[str, Any]], seeds: Sequence[int], seconds: float) -> dict[str, Any]:
     """What `--json` prints of results in the order of their seeds.
 
-    `scores` are the means; of each score, `standard_deviation` (n - 1) and `interval` (Student's, of 95 %) are null for
-    a single run. `readings` are how often each run has read the split, evaluations after its training included.
+    `scores` are the means of those that all have; of each, `standard_deviation` (n - 1) and `interval` (Student's, of
+    95 %) are null for a single run. `readings` are how often each run has read the split, evaluations after its
+    training included.
     """
     first = results[0]
-    spreads = {name: significance.spread([result["scores"][name] for result in results]) for name in first["scores"]}
+    # A run that an earlier dl7 has finished may have other scores.
+    shared = [name for name in first["scores"] if all(name in result["scores"] for result in results)]
+    spreads = {name: significance.spread([result["scores"][name] for result in results]) for name in shared}
     folders = [str(result["run"]) for result in results]
     return {
         "runs": folders,
