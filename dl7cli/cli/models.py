@@ -46,9 +46,9 @@ def _of_recipe(recipe: "Recipe") -> dict[str, Any]:
     from torch import nn
 
     from dl7cli.models.architectures import multiply_adds
-    from dl7cli.models.fast_resnet import FastResNet
     from dl7cli.models.outline import outline
     from dl7cli.recipe import ClassificationRecipe, ResNetModel
+    from dl7cli.tasks.classification import classifier
     from dl7cli.tasks.translation import translator
 
     keys = recipe.model.model_dump(exclude={"kind"}, exclude_defaults=True)
@@ -56,7 +56,7 @@ def _of_recipe(recipe: "Recipe") -> dict[str, Any]:
         if isinstance(recipe.model, ResNetModel):
             return _of_options(recipe.model.kind, {"depth": recipe.model.depth, **keys}, recipe.name)
         with outline():
-            model: nn.Module = FastResNet(_CLASSES, recipe.model.widths)
+            model: nn.Module = classifier(recipe.model, _CLASSES)
             operations: int | None = multiply_adds(model, _IMAGE_SIZE["cifar"])
     else:
         with outline():

@@ -63,7 +63,7 @@ class Classification:
         section = recipe.model
         _refuse_size(recipe, assets["image_size"])
         classes = len(assets["classes"])
-        model = built(lambda: _model(recipe.model, classes), recipe.training.seed, weights)
+        model = built(lambda: classifier(recipe.model, classes), recipe.training.seed, weights)
         if fresh and isinstance(model, FastResNet):
             images = self.images.splits["train"].images
             # From all over the set, which may be in the order of its classes.
@@ -294,7 +294,8 @@ def _refuse_size(recipe: ClassificationRecipe, size: int) -> None:
         )
 
 
-def _model(section: ResNetModel | FastResNetModel, classes: int) -> ResNet | FastResNet:
+def classifier(section: ResNetModel | FastResNetModel, classes: int) -> ResNet | FastResNet:
+    """The network that a recipe's `[model]` describes."""
     match section:
         case ResNetModel():
             return ResNet(classes=classes, **section.model_dump(exclude={"kind"}))

@@ -6,7 +6,7 @@ backward, the recipe's optimiser and nothing else. dl7's loop, compiled where th
 
 The other is the loop as commonly written: float32, NCHW, a DataLoader (tried with no worker and with two; the faster is
 compared first) that crops, flips and normalises one image at a time as torchvision's transforms do, SGD with momentum,
-`loss.item()` at every step. dl7's should be 2.7 times as fast.
+`loss.item()` at every step.
 
     python tests/benchmarks/resnet_training.py --data FOLDER
 """
