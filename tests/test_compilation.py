@@ -255,7 +255,6 @@ COMPILED = """
     import torch
     from dl7cli import training
     from dl7cli.device import Runtime
-from dl7cli.distributed import Workers
     from dl7cli.recipe import resolve
     from dl7cli.training import session
 
