@@ -3,7 +3,7 @@
 import itertools
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +177,27 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to be in."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def limited() -> Iterator[Callable[..., Any]]:
+    """Runs commands in one process that has little memory, see `hostile`."""
+    import hostile
+
+    with hostile.limited() as run:
+        yield run
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Path:
+    """A folder that `confined` runs commands in."""
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def confined(limited: Callable[..., Any], watched: Path) -> Callable[..., Any]:
+    """Runs commands with little memory in the folder `watched`, beside which nothing may change."""
+    import hostile
+
+    return hostile.confined(limited, watched)

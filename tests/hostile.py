@@ -43,7 +43,7 @@ def limited() -> Iterator[Run]:
             process.kill()
 
 
-def watched(limited: Run, work: Path) -> Run:
+def confined(limited: Run, work: Path) -> Run:
     """Run commands in the folder `work`; whatever they do, nothing beside that folder changes."""
     outside = work.parent / "outside"
     outside.mkdir()

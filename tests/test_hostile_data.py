@@ -7,34 +7,15 @@ import pickle
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import fuzzing
-import hostile
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hostile import Payload, Run
-
-
-@pytest.fixture(scope="module")
-def limited() -> Iterator[Run]:
-    with hostile.limited() as run:
-        yield run
-
-
-@pytest.fixture
-def work(tmp_path: Path) -> Path:
-    (tmp_path / "work").mkdir()
-    return tmp_path / "work"
-
-
-@pytest.fixture
-def dl7(limited: Run, work: Path) -> Run:
-    return hostile.watched(limited, work)
-
 
 # Data
 
@@ -135,10 +116,10 @@ def has_an_endless_line(folder: Path) -> None:
         (has_an_endless_line, "translation", "line 1 is longer than 4,194,304 bytes"),
     ],
 )
-def test_data(make: Callable[[Path], None], task: str, expected: str, dl7: Run, work: Path) -> None:
-    (work / "data").mkdir()
-    make(work / "data")
-    failed = dl7("data", "info", "data", "--task", task)
+def test_data(make: Callable[[Path], None], task: str, expected: str, confined: Run, watched: Path) -> None:
+    (watched / "data").mkdir()
+    make(watched / "data")
+    failed = confined("data", "info", "data", "--task", task)
     assert (failed.code, failed.out) == (1, "")
     assert failed.err.startswith("error: ")
     assert expected in failed.err
@@ -208,12 +189,14 @@ def many_frames(file: Path) -> None:
         (many_frames, None),
     ],
 )
-def test_images(make: Callable[[Path], None], expected: str | None, dl7: Run, small_runs: Path, work: Path) -> None:
+def test_images(
+    make: Callable[[Path], None], expected: str | None, confined: Run, small_runs: Path, watched: Path
+) -> None:
     """Of many frames the first is read."""
-    shutil.copytree(small_runs / "resnet", work / "run")
-    make(work / "image")
-    assert (work / "image").stat().st_size < 3_000_000
-    seen = dl7("classify", "--run", "run", "image")
+    shutil.copytree(small_runs / "resnet", watched / "run")
+    make(watched / "image")
+    assert (watched / "image").stat().st_size < 3_000_000
+    seen = confined("classify", "--run", "run", "image")
     assert seen.err.startswith(f"error: `image` {expected}" if expected else "")
     assert (seen.code, len(seen.out.splitlines())) == ((1, 0) if expected else (0, 3))
 
@@ -222,8 +205,8 @@ def test_images(make: Callable[[Path], None], expected: str | None, dl7: Run, sm
 
 
 @pytest.mark.parametrize("command", [["translate"], ["translate", "--jsonl"], ["score"]])
-def test_text_without_end(command: list[str], dl7: Run, small_runs: Path, work: Path) -> None:
-    shutil.copytree(small_runs / "seq2seq", work / "run")
-    failed = dl7(*command, "--run", "run", "--input", "/dev/zero", "--output", "out")
+def test_text_without_end(command: list[str], confined: Run, small_runs: Path, watched: Path) -> None:
+    shutil.copytree(small_runs / "seq2seq", watched / "run")
+    failed = confined(*command, "--run", "run", "--input", "/dev/zero", "--output", "out")
     assert failed.err.startswith("error: /dev/zero: line 1 is longer than 4,194,304 bytes\nhint: ")
-    assert not (work / "out").exists()
+    assert not (watched / "out").exists()

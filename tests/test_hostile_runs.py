@@ -8,38 +8,20 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fuzzing
-import hostile
 import pytest
 import safetensors.torch
 import torch
 from hostile import Payload, Run
 
 
-@pytest.fixture(scope="module")
-def limited() -> Iterator[Run]:
-    with hostile.limited() as run:
-        yield run
-
-
-@pytest.fixture
-def work(tmp_path: Path) -> Path:
-    (tmp_path / "work").mkdir()
-    return tmp_path / "work"
-
-
-@pytest.fixture
-def dl7(limited: Run, work: Path) -> Run:
-    return hostile.watched(limited, work)
-
-
-def test_the_payload_would_work(work: Path) -> None:
-    pickle.loads(pickle.dumps(Payload(work)))
-    assert (work.parent / "executed").exists()
+def test_the_payload_would_work(watched: Path) -> None:
+    pickle.loads(pickle.dumps(Payload(watched)))
+    assert (watched.parent / "executed").exists()
 
 
 # Checkpoints
@@ -170,11 +152,13 @@ def many_digits(best: Path) -> None:
         (before_the_first, "`progress.step` is wrong"),
     ],
 )
-def test_checkpoints(change: Callable[[Path], None], expected: str, dl7: Run, small_runs: Path, work: Path) -> None:
-    shutil.copytree(small_runs / "resnet", work / "run")
-    change(work / "run" / "best")
-    (work / "image.png").write_bytes(fuzzing.IMAGES[0])
-    failed = dl7("classify", "--run", "run", "image.png")
+def test_checkpoints(
+    change: Callable[[Path], None], expected: str, confined: Run, small_runs: Path, watched: Path
+) -> None:
+    shutil.copytree(small_runs / "resnet", watched / "run")
+    change(watched / "run" / "best")
+    (watched / "image.png").write_bytes(fuzzing.IMAGES[0])
+    failed = confined("classify", "--run", "run", "image.png")
     assert (failed.code, failed.out) == (1, "")
     assert failed.err.startswith("error: ")
     assert expected in failed.err.splitlines()[0]
@@ -191,19 +175,19 @@ def test_checkpoints(change: Callable[[Path], None], expected: str, dl7: Run, sm
         {"kind": "os.system"},
     ],
 )
-def test_vocabularies(vocabulary: dict[str, Any], dl7: Run, small_runs: Path, work: Path) -> None:
-    shutil.copytree(small_runs / "seq2seq", work / "run")
-    sign(work / "run" / "best", lambda document: document["assets"].update(vocabulary=vocabulary))
-    failed = dl7("translate", "--run", "run", "1 2")
+def test_vocabularies(vocabulary: dict[str, Any], confined: Run, small_runs: Path, watched: Path) -> None:
+    shutil.copytree(small_runs / "seq2seq", watched / "run")
+    sign(watched / "run" / "best", lambda document: document["assets"].update(vocabulary=vocabulary))
+    failed = confined("translate", "--run", "run", "1 2")
     assert (failed.code, failed.out) == (1, "")
     assert failed.err.startswith("error: the vocabulary of the checkpoint is ")
 
 
-def test_an_optimiser_is_not_given_tensors_of_other_shapes(dl7: Run, small_runs: Path, work: Path) -> None:
+def test_an_optimiser_is_not_given_tensors_of_other_shapes(confined: Run, small_runs: Path, watched: Path) -> None:
     """Fused ones read and write as many numbers as the weights have, whether they are there or not."""
-    shutil.copytree(small_runs / "resnet", work / "run")
-    (work / "run" / "result.json").unlink()
-    last = work / "run" / "last"
+    shutil.copytree(small_runs / "resnet", watched / "run")
+    (watched / "run" / "result.json").unlink()
+    last = watched / "run" / "last"
     original = safetensors.torch.load((last / "training.safetensors").read_bytes())
     buffers = sorted(name for name in original if name.startswith("optimiser."))
     for changed in (
@@ -215,36 +199,36 @@ def test_an_optimiser_is_not_given_tensors_of_other_shapes(dl7: Run, small_runs:
     ):
         (last / "training.safetensors").write_bytes(safetensors.torch.save({**original, **changed}))
         sign(last, lambda document: document["progress"].update(epoch=0))
-        failed = dl7("train", "--resume", "run")
+        failed = confined("train", "--resume", "run")
         assert (failed.code, failed.out) == (1, "")
         assert "error: the training state of the checkpoint does not fit its recipe: " in failed.err
 
 
 @pytest.mark.parametrize("name", ["lock", "environment.json", "metrics.jsonl", "evaluations.jsonl", "result.json"])
-def test_what_a_run_links_to_is_not_written(name: str, dl7: Run, small_runs: Path, work: Path) -> None:
-    shutil.copytree(small_runs / "resnet", work / "run")
+def test_what_a_run_links_to_is_not_written(name: str, confined: Run, small_runs: Path, watched: Path) -> None:
+    shutil.copytree(small_runs / "resnet", watched / "run")
     for path in ("result.json", name):
-        (work / "run" / path).unlink(missing_ok=True)
-    (work / "run" / name).symlink_to("../../outside/file")
-    sign(work / "run" / "last", lambda document: document["progress"].update(epoch=0))
+        (watched / "run" / path).unlink(missing_ok=True)
+    (watched / "run" / name).symlink_to("../../outside/file")
+    sign(watched / "run" / "last", lambda document: document["progress"].update(epoch=0))
     command = ("eval", "run") if name == "evaluations.jsonl" else ("train", "--resume", "run")
     # What is read first is not what a run would have written there.
     expected = f"`run/{name}` is damaged" if name == "environment.json" else f"cannot write `run/{name}`"
-    assert f"error: {expected}" in dl7(*command).err
+    assert f"error: {expected}" in confined(*command).err
 
 
 @pytest.mark.parametrize("name", ["lock", "environment.json", "metrics.jsonl", "evaluations.jsonl", "result.json"])
 def test_no_pipe_is_waited_for_and_no_device_read_without_end(
-    name: str, dl7: Run, small_runs: Path, work: Path
+    name: str, confined: Run, small_runs: Path, watched: Path
 ) -> None:
-    run = work / "runs" / "run"
+    run = watched / "runs" / "run"
     shutil.copytree(small_runs / "resnet", run)
     (run / "result.json").unlink()
     sign(run / "last", lambda document: document["progress"].update(epoch=0))
     (run / name).unlink(missing_ok=True)
     os.mkfifo(run / name)
     used = ("eval", "run") if name == "evaluations.jsonl" else ("train", "--resume", "run")
-    failed = dl7(*used)
+    failed = confined(*used)
     assert failed.code == 1
     assert failed.err.startswith(f"error: `runs/run/{name}` ") or f"error: cannot write `runs/run/{name}`" in failed.err
     for leads_to in (None, "/dev/zero"):
@@ -252,7 +236,7 @@ def test_no_pipe_is_waited_for_and_no_device_read_without_end(
             (run / name).unlink()
             (run / name).symlink_to(leads_to)
         for command in ("list", "show"):
-            looked = dl7("runs", command)
+            looked = confined("runs", command)
             assert looked.code == 0 or looked.err == f"error: `runs/run/{name}` cannot be read: it is not a file\n"
 
 
@@ -288,21 +272,21 @@ def test_a_checkpoint_that_is_a_link_is_taken_away_alone(tmp_path: Path) -> None
         ('name = "\\u001b]0;x\\u0007"\nmodel.kind = "resnet"', "`name` is "),
     ],
 )
-def test_recipes(text: str, expected: str, dl7: Run, work: Path) -> None:
-    (work / "mine.toml").write_text(text)
-    failed = dl7("train", "mine.toml")
+def test_recipes(text: str, expected: str, confined: Run, watched: Path) -> None:
+    (watched / "mine.toml").write_text(text)
+    failed = confined("train", "mine.toml")
     assert (failed.code, failed.out) == (1, "")
     assert expected in failed.err
     assert len(failed.err) < 10_000
 
 
-def test_a_name_stays_below_the_folder_of_runs(dl7: Run, work: Path, tiny: dict[str, Path]) -> None:
-    (work / "mine.toml").write_text('name = "../../outside/x"\n' + tiny["resnet"].read_text())
-    trained = dl7("train", "mine.toml", "--set", "training.epochs=1", "--json")
+def test_a_name_stays_below_the_folder_of_runs(confined: Run, watched: Path, tiny: dict[str, Path]) -> None:
+    (watched / "mine.toml").write_text('name = "../../outside/x"\n' + tiny["resnet"].read_text())
+    trained = confined("train", "mine.toml", "--set", "training.epochs=1", "--json")
     assert json.loads(trained.out)["run"] == "runs/outside-x-1"
 
 
-def test_a_model_larger_than_the_memory(dl7: Run, work: Path, tiny: dict[str, Path]) -> None:
+def test_a_model_larger_than_the_memory(confined: Run, watched: Path, tiny: dict[str, Path]) -> None:
     keys = ('model={kind="transformer",width=4096,feedforward_width=1048576,encoder_layers=64}',)
-    failed = dl7("train", str(tiny["seq2seq"]), *(text for key in keys for text in ("--set", key)))
+    failed = confined("train", str(tiny["seq2seq"]), *(text for key in keys for text in ("--set", key)))
     assert failed.err.startswith("error: the weights of this model would take ")

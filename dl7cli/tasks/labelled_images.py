@@ -13,7 +13,7 @@ from dl7cli.data import augmentation
 from dl7cli.data.images import ImageSet, read_images, statistics
 from dl7cli.data.sources import Progress
 from dl7cli.data.transfer import moved
-from dl7cli.distributed import ALONE, Workers
+from dl7cli.distributed import Workers
 from dl7cli.errors import UserError
 from dl7cli.recipe import ClassificationRecipe
 from dl7cli.tasks.checking import ImageAssets, check_assets
@@ -45,7 +45,7 @@ class LabelledImages:
         assets: dict[str, Any] | None,
         *,
         device: torch.device,
-        workers: Workers = ALONE,
+        workers: Workers,
         offline: bool,
         progress: Progress,
     ) -> None:

@@ -73,10 +73,8 @@ def evaluate(
     sweep: list[dict[str, Any]] = []
     start = begin
     for beam in beams or (None,):
-        settings = {
-            **{"beam": beam, "length_penalty": length_penalty, "checkpoint": folder.name},
-            "precision": runtime.search_precision,
-        }
+        precision = runtime.search_precision
+        settings = {"beam": beam, "length_penalty": length_penalty, "checkpoint": folder.name, "precision": precision}
         method = None if beam is None else "beam"
         decoding = task.recipe.decoding.updated(method=method, beam=beam, length_penalty=length_penalty)
         searching = time.monotonic()
