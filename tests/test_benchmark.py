@@ -15,7 +15,8 @@ from dl7cli.device import Runtime, precisions
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve
 from dl7cli.tasks.classification import Classification
-from dl7cli.training.benchmark import LAYOUTS, benchmark
+from dl7cli.training import optimisation
+from dl7cli.training.benchmark import LAYOUTS, ROUNDS, SETTLING_STEPS, benchmark
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
 
@@ -54,6 +55,23 @@ def test_each_setting_is_run_as_it_says_and_the_tasks_own_model_stays(
     assert len(found.measured) == len(everything)
     assert all((one.compile_seconds is not None) is one.setting.compiled for one in found.measured)
     assert all(math.isfinite(one.rate) for one in found.measured)
+
+
+def test_the_work_of_muon_is_timed_though_the_weights_stay(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, seen = optimisation.orthogonalise, []
+
+    def orthogonalise(matrices: Tensor) -> Tensor:
+        seen.append(len(matrices))
+        return own(matrices)
+
+    monkeypatch.setattr(optimisation, "orthogonalise", orthogonalise)
+    task = build(tiny, "optim.name=muon", "training.compile=never")
+    filters = sum(weight.ndim == 4 and weight.shape[1] > 3 for weight in task.model.parameters())
+    found = benchmark(task, seconds=0.001)
+    steps = len(found.measured) * (ROUNDS + SETTLING_STEPS)
+    assert sum(seen) >= steps * filters > 0
 
 
 def test_what_cannot_be_compiled_is_left_out_and_said(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,11 +125,19 @@ def test_bench_times_a_classifier_in_every_setting(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "no run is made"
 
 
-def test_bench_times_a_translator_in_every_precision(tmp_path: Path) -> None:
-    sizes = [("embedding_width", 16), ("encoder_width", 16), ("decoder_width", 16)]
-    flags = [text for name, size in sizes for text in ("--set", f"model.{name}={size}")]
-    flags += ["--data", "builtin:phrases", "--set", "training.batch_tokens=256", "--seconds", "0.01", "--device", "cpu"]
-    document = succeed("bench", "seq2seq", *flags, "--json", cwd=tmp_path).document
+@pytest.mark.parametrize(
+    ("recipe", "sizes"),
+    [
+        ("seq2seq", "embedding_width encoder_width decoder_width"),
+        ("convs2s", "embedding_width width"),
+        ("transformer-tiny", "width feedforward_width"),
+    ],
+)
+def test_bench_times_a_translator_in_every_precision(recipe: str, sizes: str, tmp_path: Path) -> None:
+    flags = [text for name in sizes.split() for text in ("--set", f"model.{name}=16")]
+    flags += ["--set", "data.vocabulary_size=1500", "--data", "builtin:phrases", "--device", "cpu"]
+    flags += ["--set", "training.batch_tokens=256", "--seconds", "0.01"]
+    document = succeed("bench", recipe, *flags, "--json", cwd=tmp_path).document
     check_bench(document)
     assert document["unit"] == "target tokens/s"
     assert [(one["precision"], one["layout"], one["compiled"]) for one in document["results"]] == [

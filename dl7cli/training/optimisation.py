@@ -54,15 +54,18 @@ class Muon(torch.optim.Optimizer):
 
 
 def _turn(filters: Sequence[Tensor], updates: Sequence[Tensor], rate: float) -> None:
-    """Bring each bank of filters to the norm √rows and take a step of `rate` along its update made orthogonal."""
-    if rate == 0:
-        return
+    """Bring each bank of filters to the norm √rows and take a step of `rate` along its update made orthogonal.
+
+    At a rate of 0 nothing changes, but the update is made all the same: what a step costs is timed so.
+    """
     by_shape: dict[torch.Size, list[int]] = {}
     for number, bank in enumerate(filters):
         by_shape.setdefault(bank.shape, []).append(number)
     for shape, numbers in by_shape.items():
         rows = shape[0]
         steps = orthogonalise(torch.stack([updates[number].reshape(rows, -1) for number in numbers]))
+        if rate == 0:
+            continue
         columns = steps.shape[2]
         for number, step in zip(numbers, steps, strict=True):
             bank = filters[number]
