@@ -49,14 +49,15 @@ def cutout(images: Tensor, generator: torch.Generator, *, side: int, fill: Tenso
     top = torch.randint(height, (count,), generator=generator) - side // 2
     left = torch.randint(width, (count,), generator=generator) - side // 2
     inside = _rectangles(top, left, torch.full((count,), side), torch.full((count,), side), height, width)
-    return torch.where(inside.to(images.device)[..., None], fill, images)
+    return torch.where(moved(inside, images.device)[..., None], fill, images)
 
 
 def random_erasing(images: Tensor, generator: torch.Generator, *, probability: float) -> Tensor:
-    """Fill a rectangle of an image with noise, with the probability given (Zhong et al. 2017, algorithm 1).
+    """Fill a rectangle of an image with noise, with the probability given (Zhong et al. 2017, arXiv 1708.04896, §3).
 
-    images (B, H, W, 3) uint8 → the same shape. The area is 2 to 40 % of the image, the ratio of its sides 0.3 to 1/0.3.
-    Of ten such rectangles the first that fits is taken; where none does the image stays whole.
+    images (B, H, W, 3) uint8 → the same shape. The area is 2 to 40 % of the image, the ratio of its sides 0.3 to 1/0.3,
+    its logarithm drawn evenly. Of ten such rectangles the first that fits is taken; where none does the image stays
+    whole. (The paper's algorithm 1 draws the ratio itself evenly and goes on until one fits.)
     """
     count, height, width, _ = images.shape
     area = (0.02 + 0.38 * torch.rand((count, 10), generator=generator)) * height * width
@@ -71,7 +72,7 @@ def random_erasing(images: Tensor, generator: torch.Generator, *, probability: f
     left = (torch.rand(count, generator=generator) * (width - wide + 1)).long()
     noise = torch.randint(256, images.shape, generator=generator, dtype=torch.uint8)
     inside = _rectangles(top, left, tall, wide, height, width)
-    return torch.where(inside.to(images.device)[..., None], noise.to(images.device), images)
+    return torch.where(moved(inside, images.device)[..., None], moved(noise, images.device), images)
 
 
 def mixup(images: Tensor, order: Tensor, weight: float) -> Tensor:

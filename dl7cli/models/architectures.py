@@ -17,7 +17,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     # He et al. 2015 (arXiv 1512.03385), §4.2
     **{f"resnet-{depth}": {"depth": depth} for depth in (20, 32, 44, 56, 110, 1202)},
     "resnet-20-b": {"depth": 20, "shortcut": "B"},
-    **{f"plain-{depth}": {"depth": depth, "residual": False} for depth in (20, 32, 44, 56, 110)},
+    **{f"plain-{depth}": {"depth": depth, "residual": False} for depth in (20, 32, 44, 56, 110, 1202)},
     # He et al. 2016 (arXiv 1603.05027), table 4
     "preact-resnet-110": {"depth": 110, "preactivation": True},
     **{
@@ -38,6 +38,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     # He et al. 2015, table 1, with the stem for images of 32 pixels
     **{f"resnet-{depth}": {"depth": depth, **_FOUR_STAGES} for depth in (18, 34)},
     **{f"resnet-{depth}": {"depth": depth, **_BOTTLENECK, **_FOUR_STAGES} for depth in (50, 101, 152)},
+    # The same with the stem of the paper, for images of 64 pixels or more
+    **{f"resnet-{depth}-imagenet": {"depth": depth, **_FOUR_STAGES, "stem": "imagenet"} for depth in (18, 34)},
+    **{
+        f"resnet-{depth}-imagenet": {"depth": depth, **_BOTTLENECK, **_FOUR_STAGES, "stem": "imagenet"}
+        for depth in (50, 101, 152)
+    },
 }
 
 

@@ -2,8 +2,9 @@
 
 An encoder reads the source. The decoder is a stack of recurrent layers with the attention somewhere in it:
 
-- "conditional": between the two lowest, as in the conditional decoder of Sennrich et al. 2017 (Nematus, arXiv
-  1703.04357, §3): the lower one reads the target words so far and asks, the upper one reads what attention found.
+- "conditional": between the two lowest, after the conditional decoder of Sennrich et al. 2017 (Nematus, arXiv
+  1703.04357, §3): the lower one reads the target words so far and asks, the upper one reads what attention found. There
+  one state goes through both; here each has a state of its own.
 - "luong": on top (Luong et al. 2015, arXiv 1508.04025, §3): the highest layer asks. With input feeding (§3.3) the
   lowest layer also reads the readout of the step before.
 - "bahdanau": below (Bahdanau et al. 2015, arXiv 1409.0473): the state of the step before asks, and the lowest layer
