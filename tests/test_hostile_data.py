@@ -3,6 +3,7 @@
 Nothing outside is written. All commands run in a process that has a gigabyte of memory above what it starts with.
 """
 
+import gzip
 import pickle
 import shutil
 import struct
@@ -95,6 +96,14 @@ def has_a_large_image(folder: Path) -> None:
         large_png(folder / "train" / name / "1.png")
 
 
+def has_compressed_lines(folder: Path) -> None:
+    """As JSON lines by its name, which `datasets` unpacks all the same."""
+    line = b'{"en": "a dog runs", "de": "ein Hund rennt"}\n'
+    with gzip.open(folder / "train-0.jsonl", "wb") as file:
+        for _ in range(1000):
+            file.write(line * 1000)
+
+
 def has_an_endless_line(folder: Path) -> None:
     for language in ("en", "de"):
         with (folder / f"train.{language}").open("wb") as file:
@@ -113,6 +122,7 @@ def has_an_endless_line(folder: Path) -> None:
         (has_pickles, "classification", "cannot be loaded: "),
         (names_devices, "classification", "is not a file: /dev/zero"),
         (has_a_large_image, "classification", "has too many pixels to be read"),
+        (has_compressed_lines, "translation", "train-0.jsonl` is compressed"),
         (has_an_endless_line, "translation", "line 1 is longer than 4,194,304 bytes"),
     ],
 )

@@ -10,13 +10,22 @@ _FEW_ROWS = 1_000_000
 _MOST_UNPACKED = 200
 """Times the size of the file."""
 _LITTLE = 1 << 30
+_COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"\xfd7zXZ\0", b"BZh", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
+"""How files of gzip, zip, xz, bzip2, zstd and lz4 begin."""
 
 
 def refuse_endless(file: Path) -> None:
     """Raise UserError for a parquet file that would unpack to so much more than it is that no real data can be in it.
 
-    A row that is repeated takes up no room in it, nor does a number of rows that is not true.
+    A row that is repeated takes up no room in it, nor does a number of rows that is not true. Another table is refused
+    if it is compressed: `datasets` would unpack it, however much comes out.
     """
+    if file.suffix != ".parquet":
+        if file.is_file():  # a pipe would be waited for
+            with file.open("rb") as stream:
+                if stream.read(8).startswith(_COMPRESSED):
+                    raise UserError(f"`{file}` is compressed: how much is in it cannot be told", hint="unpack it first")
+        return
     import pyarrow.parquet
 
     packed = file.stat().st_size

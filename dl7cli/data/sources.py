@@ -263,7 +263,7 @@ def load_splits(
         try:
             if local:
                 for file in [folder] if folder.is_file() else files_below(folder):
-                    if file.suffix == ".parquet":
+                    if not set(_TABLE_SUFFIXES).isdisjoint(file.suffixes):
                         refuse_endless(file)
             if local and Path(path).is_dir():
                 refuse_remote(Path(path))
