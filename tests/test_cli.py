@@ -123,6 +123,8 @@ def test_version(tmp_path: Path) -> None:
         ),
         ("train resnet --data builtin:shapes --device cuda:99", ["error: there is no device `cuda:99`", "hint: "]),
         ("train resnet --data builtin:shapes --device gpu", ["error: there is no device `gpu`", "hint: "]),
+        (f"train resnet --data builtin:shapes --out {'x' * 300}", ["error: cannot write `xxx", "name too long"]),
+        (f"plot activations --output {'x' * 300}/a.png", ["error: ", "cannot be written"]),
         ("train resnet --data ./missing", ["error: there is no file or folder `./missing`", "hint: "]),
         ("train resnet --data builtin:nothing", ["builtin:nothing"]),
         (

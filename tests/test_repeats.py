@@ -163,6 +163,17 @@ def test_what_was_stopped_is_gone_on_with_by_the_command_that_is_printed(
     assert again["scores"] == whole["scores"]
 
 
+def test_what_is_stopped_before_there_is_a_run_names_none(
+    tiny: dict[str, Path], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> Any:
+        raise training.Interrupted(Path(), signal.SIGINT)
+
+    monkeypatch.setattr(repeats, "train_all", stopped)
+    outcome = dl7("train", str(tiny["resnet"]), "--seeds", "2", *ON_CPU, cwd=work)
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "stopped\n")
+
+
 def test_what_went_wrong_leaves_the_others_and_says_how_to_go_on(
     tiny: dict[str, Path], work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,9 +51,9 @@ def refuse_unwritable(path: Path) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"`{path}` ends in neither `.png` nor `.svg`", hint="the suffix says which of the two to write")
     folder = path.resolve().parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which raises nothing, whatever is wrong with the name
         raise UserError(f"`{path}` cannot be written: there is no folder `{folder}`", hint="make the folder first")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"`{path}` cannot be written: it is a folder", hint="name a file in it")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"`{path}` cannot be written: permission denied", hint="name a file in another folder")

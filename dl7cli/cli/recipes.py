@@ -73,8 +73,17 @@ def copy(
     if target.suffix != ".toml":
         raise UserError(f"`{target}` does not end in `.toml`", hint="`dl7 train` knows a recipe file by that")
     try:
+        content = original.read_bytes()
+    except OSError as error:
+        raise UserError(f"`{original}` cannot be read: {console.reason(error)}") from None
+    try:
         with target.open("xb") as stream:
-            stream.write(original.read_bytes())
+            try:
+                stream.write(content)
+                stream.flush()
+            except OSError:
+                target.unlink()
+                raise
     except FileExistsError:
         raise UserError(f"`{target}` exists", hint="give another name: `dl7 recipes copy NAME FILE`") from None
     except OSError as error:

@@ -101,7 +101,7 @@ def show(planned: Sequence["Repeat"], runtimes: Sequence["Runtime"], as_json: bo
                 score = console.score(result["primary"], result["scores"][result["primary"]])
                 display.note(f"seed {seed}  {result['split']} {score} ({len(results)} of {len(planned)})")
     except training.Interrupted as stop:
-        console.note(f"stopped; what was trained is saved\n{_go_on(planned, folders)}")
+        console.note(f"stopped; what was trained is saved\n{_go_on(planned, folders)}" if folders else "stopped")
         raise typer.Exit(128 + stop.signal) from None
     except (UserError, KeyboardInterrupt):
         if folders:

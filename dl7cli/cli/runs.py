@@ -50,7 +50,7 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
 
     found, checkpoint = runs.find(run)
     recipe = runs.read_recipe(found)
-    closed = [record for record in runs.metrics(found) if "scores" in record and "primary" in record]
+    closed = [record for record in runs.metrics(found) if record.get("primary") is not None]
     evaluations = runs.evaluations(found)
     best = max(closed, key=lambda record: float(record["scores"][record["primary"]]), default=None)
     shown: dict[str, Any] = {

@@ -85,10 +85,14 @@ def create(recipe: Recipe, name: str, out: Path | None) -> Run:
 
 
 def refuse_occupied(out: Path) -> None:
-    """Raise UserError where `create` would: `out` is a file or a folder that holds anything."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"`{out}` is a file", hint="`--out` takes a folder that is new or empty")
-    if out.exists() and any(out.iterdir()):
+    """Raise UserError where `create` would: `out` is a file, a folder that holds anything, or no place to write to."""
+    try:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"`{out}` is a file", hint="`--out` takes a folder that is new or empty")
+        occupied = out.exists() and any(out.iterdir())
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    if occupied:
         raise _occupied(Run(out))
 
 

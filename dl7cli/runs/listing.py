@@ -1,5 +1,6 @@
 """What the files of a run folder say of the run, in a line."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,7 @@ def _summary(run: Run) -> Summary:
         recipe = read_recipe(run)
     except UserError:
         recipe = None
-    closed = [record for record in metrics(run) if "scores" in record]
+    closed = [record for record in _readable(metrics, run) if "scores" in record]
     result = result_of(run)
     named = (record.get("primary") for record in [*closed, result or {}])
     primary = next((name for name in named if isinstance(name, str)), None)
@@ -61,8 +62,15 @@ def _summary(run: Run) -> Summary:
         best=max(scores, default=None),
         test=_score(tested, test_primary),
         test_primary=test_primary,
-        evaluation=next(reversed(evaluations(run)), None),
+        evaluation=next(reversed(_readable(evaluations, run)), None),
     )
+
+
+def _readable(read: Callable[[Run], list[dict[str, Any]]], run: Run) -> list[dict[str, Any]]:
+    try:
+        return read(run)
+    except UserError:
+        return []
 
 
 def _score(record: dict[str, Any], primary: str | None) -> float | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dl7cli import runs, significance
-from dl7cli.device import Runtime
+from dl7cli.device import Runtime, out_of_memory
 from dl7cli.distributed import ALONE
 from dl7cli.errors import UserError
 from dl7cli.recipe import Recipe, with_seed
@@ -230,3 +230,7 @@ def _work(connection: Connection, repeat: Repeat, runtime: Runtime) -> None:
             connection.send(("interrupted", stop.signal))
         except UserError as error:
             connection.send(("error", (error.message, error.hint)))
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            connection.send(("error", (f"out of memory in the training with seed {repeat.seed}", None)))
