@@ -1,10 +1,13 @@
 """What holds for every translation model, however it is made: the promises of `dl7cli.models.translator`."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from running import Silent
 from torch import Tensor
 
@@ -15,7 +18,7 @@ from dl7cli.device import Runtime
 from dl7cli.models.translator import Translator
 from dl7cli.recipe import ConvS2SModel, Seq2SeqModel, TransformerModel
 from dl7cli.runs import Run
-from dl7cli.search import Rules, beam_search
+from dl7cli.search import Hypothesis, Rules, beam_search
 from dl7cli.tasks.translation import translator
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
@@ -49,13 +52,18 @@ MODELS: dict[str, Seq2SeqModel | TransformerModel | ConvS2SModel] = {
         kind="convs2s", embedding_width=5, width=4, encoder_layers=1, decoder_layers=2, kernel=1, tied="none"
     ),
 }
+BLIND = {
+    "seq2seq-blind": Seq2SeqModel(**RECURRENT, attention="none", cell="rnn"),
+    "seq2seq-blind-deep": Seq2SeqModel(**RECURRENT, attention="none", encoder_layers=2, decoder_layers=2),
+}
+"""Without attention, for what does not ask for any."""
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
-def model(name: str) -> Translator:
+def model(name: str, seed: int = 3) -> Translator:
     """In float64 with weights large enough to tell words apart, and not training."""
-    torch.manual_seed(3)
-    made = translator(MODELS[name], WORDS, WORDS).double().eval()
+    torch.manual_seed(seed)
+    made = translator({**MODELS, **BLIND}[name], WORDS, WORDS).double().eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter) / 4)
@@ -190,6 +198,57 @@ def test_search_in_a_batch_is_search_alone_and_scores_as_teacher_forcing(name: s
                 total = sum(scores[step, word].item() for step, word in enumerate((*hypothesis.ids, EOS)))
                 assert hypothesis.log_probability == pytest.approx(total, abs=1e-4)
                 torch.testing.assert_close(torch.tensor(hypothesis.attention), decoded.attention[0].float())
+
+
+@pytest.mark.parametrize("name", [*MODELS, *BLIND])
+@given(
+    seed=st.integers(0, 2**32),
+    normalisation=st.sampled_from(["gnmt", "average"]),
+    length_penalty=st.sampled_from([0.0, 0.6, 1.0]),
+    source=st.lists(st.integers(4, WORDS - 1), min_size=1, max_size=4),
+)
+@settings(max_examples=10)
+def test_a_wide_beam_is_enumeration_and_beam_1_a_greedy_loop(
+    name: str, seed: int, normalisation: Any, length_penalty: float, source: list[int]
+) -> None:
+    """Of four words besides eos: at most 1 + 4 + 16 + 64 = 85 outputs of up to three."""
+    net, words = model(name, seed), range(4, 8)
+    encoded, length = torch.tensor([[*source, EOS]]), torch.tensor([len(source) + 1])
+    rules = Rules(
+        bos=BOS,
+        eos=EOS,
+        max_length=[3],
+        forbidden=[one for one in range(WORDS) if one not in (*words, EOS)],
+        normalisation=normalisation,
+        length_penalty=length_penalty,
+    )
+
+    def find(beam: int, n_best: int) -> list[Hypothesis]:
+        return beam_search(net.step, *net.encode(encoded, length), rules, beam=beam, n_best=n_best)[0]
+
+    def scores(ids: tuple[int, ...]) -> Tensor:
+        """Log-probabilities (len(ids) + 1, WORDS) of what may follow, of the whole at once."""
+        decoded, context = net(encoded, length, torch.tensor([[BOS, *ids]]))
+        return net.logits(decoded, context).log_softmax(dim=1)
+
+    with torch.inference_mode():
+        found, best = find(85, 85), find(85, 1)
+        expected = {}
+        for ids in (ids for count in range(4) for ids in itertools.product(words, repeat=count)):
+            penalty = {"gnmt": (6 + len(ids)) / 6, "average": len(ids) + 1}[normalisation] ** length_penalty
+            total = sum(scores(ids)[at, word].item() for at, word in enumerate((*ids, EOS)))
+            expected[ids] = total / penalty
+        assert {one.ids: one.score for one in found} == pytest.approx(expected, abs=1e-4)
+        assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
+        assert best == found[:1]
+        ids = ()
+        while len(ids) < 3:
+            following = scores(ids)[-1, [*words, EOS]].topk(2)
+            assume(following.values[0] - following.values[1] > 1e-4)
+            if following.indices[0] == len(words):
+                break
+            ids = (*ids, words[int(following.indices[0])])
+        assert find(1, 1)[0].ids == ids
 
 
 @every_model
