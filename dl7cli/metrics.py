@@ -188,6 +188,9 @@ def translation(
       between spaces) as `from` and `to`, null for no greatest; how many `sentences` it has, and as `bleu` their corpus
       BLEU, with case or without like the whole.
       Groups without a sentence are left out.
+    - `repetition`: the translation that most sentences got as `most_frequent`, and how many as `times`; and how many
+      translations are `looping`: they have three words in a row three times or more. Both are signs of a model that has
+      learnt too little, which BLEU does not tell from one that errs now and then.
 
     Raises as `bleu`.
     """
@@ -218,6 +221,7 @@ def translation(
             "ter": ter_signature,
         },
         "source_lengths": _by_source_length(sources, hypotheses, references, cased=cased),
+        "repetition": _repetition(hypotheses),
     }
     if with_rouge:
         values |= rouge(hypotheses, references)
@@ -274,6 +278,15 @@ def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, flo
             sums[name] += _f1((found & sought).total(), found.total(), sought.total())
         sums["rouge_l"] += _f1(_common_subsequence(own, wanted), len(own), len(wanted))
     return {name: 100 * value / len(hypotheses) for name, value in sums.items()}
+
+
+def _repetition(hypotheses: Sequence[str]) -> dict[str, Any]:
+    [(text, times)] = Counter(hypotheses).most_common(1)
+    looping = 0
+    for words in map(str.split, hypotheses):
+        trigrams = Counter(zip(words, words[1:], words[2:], strict=False))
+        looping += max(trigrams.values(), default=0) >= 3
+    return {"most_frequent": text, "times": times, "looping": looping}
 
 
 def _f1(shared: int, found: int, sought: int) -> float:

@@ -19,6 +19,12 @@ from dl7cli.cli import main
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
+KEYS = (
+    *("run", "checkpoint", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature"),
+    *("details", "seconds"),
+)
+"""Of what every evaluation prints with `--json`."""
+
 TINY_SEQ2SEQ = (
     *("--set", "model.embedding_width=32", "--set", "model.encoder_width=32", "--set", "model.decoder_width=32"),
     *("--set", "data.vocabulary_size=48", "--set", "data.max_length=20", "--set", "training.batch_tokens=128"),

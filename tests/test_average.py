@@ -279,12 +279,12 @@ def test_the_command_shows_the_average_beside_the_best(trained: Callable[..., Ru
     shown = CliRunner().invoke(app, ["average", "run", "--last", "2", "--device", "cpu"])
     assert shown.exit_code == 0
     header, own, best = shown.stdout.splitlines()
-    assert header.split() == ["CHECKPOINT", "EPOCHS", "VALIDATION"]
-    assert re.fullmatch(r"run/average +2, 3 +BLEU \d+\.\d\d", own)
-    assert re.fullmatch(r"run/best +\d +BLEU \d+\.\d\d", best)
+    assert header.split() == ["CHECKPOINT", "EPOCHS", "VALIDATION", "DATA"]
+    assert re.fullmatch(r"run/average +2, 3 +BLEU \d+\.\d\d +/.*pairs", own)
+    assert re.fullmatch(r"run/best +\d +BLEU \d+\.\d\d +/.*pairs", best)
     assert "next: dl7 eval run/average" in shown.stderr
     document = json.loads(CliRunner().invoke(app, ["average", "run", "--json", "--device", "cpu"]).stdout)
-    assert tuple(document) == (*training.evaluate("run", runtime=CPU), "checkpoint", "epochs", "best")
+    assert tuple(document) == (*training.evaluate("run", runtime=CPU), "epochs", "best")
     assert document["primary"] in document["scores"]
     refused = CliRunner().invoke(app, ["average", "run", "--last", "0"])
     assert refused.exit_code == 2
@@ -292,12 +292,12 @@ def test_the_command_shows_the_average_beside_the_best(trained: Callable[..., Ru
 
 def test_a_best_epoch_chosen_by_another_score_has_none_to_show(monkeypatch: pytest.MonkeyPatch) -> None:
     result = {
-        **{"checkpoint": "run/average", "epochs": [2, 3], "primary": "bleu_lowercase"},
+        **{"checkpoint": "run/average", "data": "d", "epochs": [2, 3], "primary": "bleu_lowercase"},
         **{"scores": {"bleu_lowercase": 39.5}, "best": {"checkpoint": "run/best", "epoch": 3, "scores": {"bleu": 8.0}}},
     }
     monkeypatch.setattr(training, "average", lambda *_, **__: result)
     shown = CliRunner().invoke(app, ["average", "run", "--device", "cpu"])
     assert shown.exit_code == 0
     _, own, best = shown.stdout.splitlines()
-    assert own.split() == ["run/average", "2,", "3", "BLEU", "without", "case", "39.50"]
-    assert best.split() == ["run/best", "3", "-"]
+    assert own.split() == ["run/average", "2,", "3", "BLEU", "without", "case", "39.50", "d"]
+    assert best.split() == ["run/best", "3", "-", "d"]

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pyarrow.parquet
 import pytest
-from running import TINY_SEQ2SEQ, dl7, succeed
+from running import KEYS, TINY_SEQ2SEQ, dl7, succeed
 
 
 def draw_images(folder: Path, splits: dict[str, int]) -> Path:
@@ -58,7 +58,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, images: Path, pairs: Path) ->
 def test_train_prints_one_object_and_tells_the_rest_on_standard_error(work: Path, images: Path) -> None:
     result = json.loads((work / "resnet.out").read_text(encoding="utf-8"))
     assert set(result) == {
-        *("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "details", "seconds"),
+        *KEYS,
         *("steps", "training_seconds", "best_epoch", "parameters", "device", "precision", "rate", "peak_memory_bytes"),
     }
     assert result["run"] == "runs/resnet-1"
@@ -76,7 +76,7 @@ def test_train_prints_one_object_and_tells_the_rest_on_standard_error(work: Path
 
 def test_train_names_score_split_and_data(work: Path, pairs: Path) -> None:
     score, signature, *_ = (work / "seq2seq.out").read_text(encoding="utf-8").splitlines()
-    assert re.fullmatch(rf"BLEU \d+\.\d\d on the test split of {pairs} \(6 sentence pairs, \d+s\)", score)
+    assert re.fullmatch(rf"BLEU \d+\.\d\d on the test split of {pairs} \(6 sentence pairs, \d+s\), by .*", score)
     assert re.fullmatch(r"signature nrefs:1\|.*version:.*", signature)
     assert 'dl7 translate --run runs/seq2seq-1 --beam 5 "…"' in (work / "seq2seq.err").read_text(encoding="utf-8")
 
@@ -84,13 +84,11 @@ def test_train_names_score_split_and_data(work: Path, pairs: Path) -> None:
 def test_eval_gives_the_score_of_training(work: Path) -> None:
     trained = json.loads((work / "resnet.out").read_text(encoding="utf-8"))
     result = succeed("eval", "runs/resnet-1", "--json", cwd=work).document
-    assert set(result) == {
-        *("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "details", "seconds")
-    }
+    assert set(result) == set(KEYS)
     assert {**result, "seconds": 0} == {key: trained[key] for key in result} | {"seconds": 0}
     shown = succeed("eval", "runs/resnet-1", "--split", "validation", cwd=work).out
     first, interval, views, details, blank, *table = shown.splitlines()
-    assert re.fullmatch(r"accuracy \d\.\d{4} on the validation split of .* \(3 images, \d+s\)", first)
+    assert re.fullmatch(r"accuracy \d\.\d{4} on the validation split of .* \(3 images, \d+s\), by .*", first)
     assert re.fullmatch(r"95 % interval \d\.\d{4} to \d\.\d{4} \(Wilson\)", interval)
     assert views == "scores are the mean of 2 views of each image (evaluation.flip, evaluation.shift)"
     number = r"\d\.\d{4}"
@@ -111,7 +109,8 @@ def result_of(confusion: list[list[int]], names: list[str]) -> dict[str, Any]:
     numbers = {"flip": True, "shift": 0, "accuracy_interval": [0.25, 0.75], "negative_log_likelihood": None}
     details = {**numbers, "expected_calibration_error": 0.125, "classes": classes, "confusion": confusion}
     return {
-        **{"run": "r", "task": "classification", "recipe": "x", "data": "d", "split": "test", "examples": 9},
+        **{"run": "r", "checkpoint": "best", "task": "classification", "recipe": "x", "data": "d", "split": "test"},
+        **{"examples": 9},
         **{"primary": "accuracy", "scores": {"accuracy": 0.5, "top_5_accuracy": 0.875}, "signature": None},
         **{"details": details, "seconds": 1.0},
     }
@@ -132,7 +131,7 @@ def test_classes_are_a_table_that_wide_characters_do_not_disturb(capsys: pytest.
 
     print_result(result_of([[3, 1, 2], [0, 2, 0], [0, 0, 0]], ["犬", "cat", "none"]), as_json=False)
     assert capsys.readouterr().out.splitlines() == [
-        "accuracy 0.5000 on the test split of d (9 images, 1s)",
+        "accuracy 0.5000 on the test split of d (9 images, 1s), by r",
         "95 % interval 0.2500 to 0.7500 (Wilson)",
         "scores are the mean of 2 views of each image (evaluation.flip, evaluation.shift)",
         "top-5 accuracy 0.8750, negative log-likelihood -, expected calibration error 0.1250 (15 bins)",
@@ -258,6 +257,19 @@ def test_runs(work: Path, images: Path) -> None:
     succeed("eval", "runs/resnet-1/last", cwd=work)
     shown = succeed("runs", "show", "runs/resnet-1", cwd=work).out
     assert re.search(r"^test .*: accuracy .* by checkpoint last$", shown, re.MULTILINE)
+
+
+def test_records_that_are_not_ones_of_dl7_cost_themselves_alone(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "runs", tmp_path / "runs")
+    run = next((tmp_path / "runs").glob("resnet-*"))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "epoch": 9, "primary": null, "scores": {"accuracy": 1.0}}\n')
+    expected = succeed("runs", "show", str(run), "--json", cwd=work).document
+    assert succeed("runs", "show", str(run), "--json", cwd=tmp_path).document["epochs"] == expected["epochs"] < 9
+    (run / "evaluations.jsonl").unlink()
+    os.mkfifo(run / "evaluations.jsonl")  # of a run that is not of dl7 either
+    listed = succeed("runs", "list", "--json", cwd=tmp_path).document["runs"]
+    assert len(listed) == len(succeed("runs", "list", "--json", cwd=work).document["runs"])
 
 
 def test_a_test_split_that_nobody_has_read(work: Path, tmp_path: Path) -> None:

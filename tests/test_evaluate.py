@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from running import KEYS
 from torch import Tensor
 from torch.nn import functional
 from typer.testing import CliRunner, Result
@@ -27,7 +28,6 @@ from dl7cli.tasks.classification import Classification
 from dl7cli.tasks.translation import Translation
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
-KEYS = ("run", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature", "details", "seconds")
 
 
 class Heard:
@@ -122,15 +122,18 @@ def entry_of(beam: int, score: float) -> dict[str, Any]:
 def result_of(**changes: Any) -> dict[str, Any]:
     """What `training.evaluate` returns, as far as it is printed."""
     return {
-        **{"run": "r", "task": "translation", "recipe": "x", "data": "d", "split": "test", "examples": 1000},
+        **{"run": "r", "checkpoint": "last", "task": "translation", "recipe": "x", "data": "d", "split": "test"},
+        **{"examples": 1000, "details": {"cut_sources": 1}},
         **{"primary": "bleu", "scores": {"bleu": 38.307}, "signature": "case:mixed", "seconds": 1.0, **changes},
     }
 
 
 def test_the_table_of_beams(capsys: pytest.CaptureFixture[str]) -> None:
     print_result(result_of(beams=[entry_of(1, 38.307), entry_of(10, 9.5)]), as_json=False)
-    assert capsys.readouterr().out.splitlines() == [
-        "by beam on the test split of d (1,000 sentence pairs, 1s)",
+    shown = capsys.readouterr()
+    assert shown.err == "note: 1 source of 1,000 had more subwords than `data.max_length` and was cut\n"
+    assert shown.out.splitlines() == [
+        "by beam on the test split of d (1,000 sentence pairs, 1s), by r/last",
         "signature case:mixed",
         "chrF (nc:6)",
         "",
@@ -138,6 +141,16 @@ def test_the_table_of_beams(capsys: pytest.CaptureFixture[str]) -> None:
         "   1  38.31  60.00         0.988            1.000      1.2",
         "  10   9.50  60.00         0.988            1.000      1.2",
     ]
+
+
+def test_a_translator_that_says_one_thing_only_is_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
+    repetition = {"most_frequent": "\x1b[2Jein Hund .", "times": 51, "looping": 50}
+    print_result(result_of(beams=[entry_of(1, 1.0)], details={"repetition": repetition}), as_json=False)
+    said = "note: 51 of 1,000 translations are the same: \\x1b[2Jein Hund .\n"
+    assert capsys.readouterr().err == said
+    repetition = {"most_frequent": "ein Hund .", "times": 50, "looping": 51}
+    print_result(result_of(beams=[entry_of(1, 1.0)], details={"repetition": repetition}), as_json=False)
+    assert "note: 51 of 1,000 translations have three words in a row three times or more" in capsys.readouterr().err
 
 
 def test_a_fall_with_the_beam_is_explained_and_choosing_on_test_warned_of(
@@ -181,7 +194,7 @@ def test_everything_is_printed_with_its_signature(train: Callable[..., Any]) -> 
     shown = dl7("eval", "run", "--rouge").stdout.splitlines()
     number = r"\d+\.\d\d"
     patterns = [
-        rf"BLEU {number} on the test split of .* \(6 sentence pairs, \d+s\)",
+        rf"BLEU {number} on the test split of .* \(6 sentence pairs, \d+s\), by run",
         r"signature nrefs:1\|case:mixed\|.*version:.*",
         rf"95 % interval {number} to {number} \(bootstrap, nrefs:1\|bs:1000\|seed:12345\|.*\)",
         r"length ratio \d+\.\d{3}, brevity penalty \d\.\d{3}",

@@ -157,6 +157,13 @@ def test_sources_are_grouped_by_their_words() -> None:
         assert group["bleu"] == bleu(*some).score
 
 
+def test_translations_that_repeat_one_another_or_themselves_are_counted() -> None:
+    hypotheses = ["a b", "a b", "a b c a b c a b", "a b c a b c a b c d", "x x x x x", "x x x x"]
+    details = translation(["one"] * 6, hypotheses, ["ein"] * 6).details
+    # The third has `a b c` twice only, the last `x x x` too.
+    assert details["repetition"] == {"most_frequent": "a b", "times": 2, "looping": 2}
+
+
 def test_text_that_looks_tokenised_is_spoken_of_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="sacrebleu"):
         translation(["one"] * 100, ["ein Haus ."] * 100, ["ein Haus."] * 100)

@@ -343,13 +343,23 @@ def test_bleu_is_of_the_translations(build: Callable[..., Any]) -> None:
     decoding = task.recipe.decoding.updated(beam=3, length_penalty=1.0)
     texts = [task.translate([source], decoding)[0].text for source, _ in pairs]
     sources, targets = zip(*pairs, strict=True)
-    assert task.evaluate("test", decoding) == metrics.translation(sources, texts, targets)
+    found = task.evaluate("test", decoding)
+    assert found.details.pop("cut_sources") == 0
+    assert found == metrics.translation(sources, texts, targets)
     sources = [source for source, _ in task.pairs.splits["validation"]]
     greedy = [line.text for line in task.translate(sources, decoding.updated(beam=1))]
     assert task.validate() == bleu(greedy, [target for _, target in task.pairs.splits["validation"]])
     own = [(source, line.text) for (source, _), line in zip(pairs, task.translate([s for s, _ in pairs]), strict=True)]
     task.pairs.splits["test"][:] = own
     assert task.evaluate("test").score == pytest.approx(100)
+
+
+def test_sources_that_are_cut_are_counted(build: Callable[..., Any]) -> None:
+    task = build("seq2seq", "data.vocabulary=character", "data.max_length=10")
+    lengths = [len(ids) for ids in task.pairs.source_ids([source for source, _ in task.pairs.splits["test"]])]
+    cut = sum(length > 10 for length in lengths)
+    assert 0 < cut < len(lengths)
+    assert task.evaluate("test").details["cut_sources"] == cut
 
 
 def test_text_is_translated_without_the_data_and_scored_on_other_data(tiny: dict[str, Path], tmp_path: Path) -> None:
@@ -372,7 +382,7 @@ def test_text_is_translated_without_the_data_and_scored_on_other_data(tiny: dict
     assert elsewhere.data_name == str(other)
     sources, targets = zip(*elsewhere.pairs.splits["test"], strict=True)
     texts = [line.text for line in task.translate(sources)]
-    assert elsewhere.evaluate("test") == metrics.translation(sources, texts, targets)
+    assert elsewhere.evaluate("test").values == metrics.translation(sources, texts, targets).values
 
 
 def test_a_diverged_translator_says_so(build: Callable[..., Any]) -> None:

@@ -47,10 +47,15 @@ def average(
     chosen = best["scores"].get(primary)  # an earlier dl7 may have chosen by another score
     epochs = ", ".join(map(str, result["epochs"]))
     console.table(
-        ("CHECKPOINT", "EPOCHS", "VALIDATION"),
+        ("CHECKPOINT", "EPOCHS", "VALIDATION", "DATA"),
         [
-            (result["checkpoint"], epochs, console.score(primary, result["scores"][primary])),
-            (best["checkpoint"], best["epoch"], console.score(primary, chosen) if chosen is not None else "-"),
+            (result["checkpoint"], epochs, console.score(primary, result["scores"][primary]), result["data"]),
+            (
+                best["checkpoint"],
+                best["epoch"],
+                console.score(primary, chosen) if chosen is not None else "-",
+                result["data"],
+            ),
         ],
     )
     console.note(f"next: dl7 eval {shlex.quote(result['checkpoint'])}")

@@ -1,6 +1,7 @@
 """`dl7 eval`: the score of a finished run."""
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,8 @@ from dl7cli.cli import console, figures, options, sentences
 
 MOST_CLASSES = 20
 WORST_CLASSES = 10
+MOST_REPEATED = 0.05
+"""Of the translations, before it is said that they repeat one another or themselves."""
 _CHRF = {"bleu": "chrf", "bleu_lowercase": "chrf_lowercase"}
 """Scored as BLEU is."""
 _ROUGE = {"rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
@@ -110,21 +113,35 @@ def _explain(split: str, primary: str, sweep: list[dict[str, Any]]) -> None:
 
 
 def print_result(result: dict[str, Any], as_json: bool) -> None:
-    """Print the score with the split and the data it came from; BLEU with its signature, accuracy with its details."""
+    """Print the score with the split, the data and the run it came from; BLEU with its signature, and the details."""
     if as_json:
         console.document(result)
         return
     score = console.score(result["primary"], result["scores"][result["primary"]])
     told = "by beam" if "beams" in result else score
-    console.write(f"{told} on the {result['split']} split of {result['data']} ({console.extent(result)})")
+    by = result["run"] if result["checkpoint"] == "best" else os.path.join(result["run"], result["checkpoint"])
+    console.write(f"{told} on the {result['split']} split of {result['data']} ({console.extent(result)}), by {by}")
     if result["signature"] is not None:
         console.write(f"signature {result['signature']}")
+    if cut := result["details"].get("cut_sources"):
+        told = f"{console.count(cut, 'source')} of {result['examples']:,}"
+        console.note(f"note: {told} had more subwords than `data.max_length` and was cut")
+    if "repetition" in result["details"]:
+        _warn_of_repetition(result["details"]["repetition"], result["examples"])
     if "beams" in result:
         _print_sweep(result["primary"], result["beams"])
     elif result["task"] == "translation":
         _print_translation(result["primary"], result["scores"], result["details"])
     else:
         _print_classification(result["scores"], result["details"])
+
+
+def _warn_of_repetition(found: dict[str, Any], examples: int) -> None:
+    if found["times"] > max(MOST_REPEATED * examples, 2):
+        console.note(f"note: {found['times']:,} of {examples:,} translations are the same: {found['most_frequent']}")
+    if found["looping"] > max(MOST_REPEATED * examples, 2):
+        told = f"{found['looping']:,} of {examples:,} translations have three words in a row three times or more"
+        console.note(f"note: {told}; --set decoding.no_repeat_ngram=3 of dl7 translate forbids that")
 
 
 def _print_sweep(primary: str, sweep: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -142,6 +143,11 @@ class Translation:
         """Of what is trained and chosen on."""
         return self.pairs.digest
 
+    @property
+    def test_digest(self) -> str:
+        """Of what is evaluated at the end."""
+        return self.pairs.digest_of("test")
+
     def steps(self, epoch: int) -> int:
         """Batches of an epoch, counted from 0."""
         return self.pairs.steps(epoch)
@@ -224,12 +230,15 @@ class Translation:
     def judge(
         self, split: str, translations: Sequence[str], *, cased: bool | None = None, rouge: bool = False
     ) -> Scores:
-        """BLEU of translations against a split's references, with the scores and details of `metrics.translation`;
-        `cased` or not as the model is, unless it is given.
+        """BLEU of translations against a split's references, with the scores and details of `metrics.translation`, and
+        how many sources were cut as too long; `cased` or not as the model is, unless it is given.
         """
         sources, references = zip(*self.pairs.split(split), strict=True)
         cased = self.cased if cased is None else cased
-        return translation(sources, translations, references, cased=cased, with_rouge=rouge)
+        scores = translation(sources, translations, references, cased=cased, with_rouge=rouge)
+        limit = self.recipe.data.max_length
+        cut = sum(len(ids) > limit for ids in self.pairs.source_ids(sources))
+        return replace(scores, details={**scores.details, "cut_sources": cut})
 
     def translate(
         self,

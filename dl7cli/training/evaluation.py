@@ -66,22 +66,21 @@ def evaluate(
     for text in task.notes:
         note(text)
     if not isinstance(task, Translation):
-        result = result_of(found, task, split, task.evaluate(split), time.monotonic() - begin)
-        note_reading(found, {**result, "checkpoint": folder.name})
+        result = result_of(found, task, split, task.evaluate(split), time.monotonic() - begin, folder.name)
+        note_reading(found, result)
         return result
     results: list[dict[str, Any]] = []
     sweep: list[dict[str, Any]] = []
     start = begin
     for beam in beams or (None,):
-        precision = runtime.search_precision
-        settings = {"beam": beam, "length_penalty": length_penalty, "checkpoint": folder.name, "precision": precision}
+        settings = {"beam": beam, "length_penalty": length_penalty, "precision": runtime.search_precision}
         method = None if beam is None else "beam"
         decoding = task.recipe.decoding.updated(method=method, beam=beam, length_penalty=length_penalty)
         searching = time.monotonic()
         translations = task.translations(split, decoding)
         searched = time.monotonic() - searching
         scores = task.judge(split, translations, rouge=rouge)
-        result = result_of(found, task, split, scores, time.monotonic() - start)
+        result = result_of(found, task, split, scores, time.monotonic() - start, folder.name)
         note_reading(found, {**result, **{name: value for name, value in settings.items() if value is not None}})
         results.append(result)
         sweep.append({"beam": beam, "scores": scores.values, "details": scores.details, "seconds": round(searched, 3)})
@@ -137,8 +136,8 @@ def average(
     scores = task.validate()
     checkpoint.save(found.average, replace(mean, weights=task.model.state_dict(), scores=scores.values))
     best = checkpoint.load(found.best)
-    result = result_of(found, task, "validation", scores, time.monotonic() - begin)
-    note_reading(found, {**result, "checkpoint": found.average.name, "epochs": chosen})
+    result = result_of(found, task, "validation", scores, time.monotonic() - begin, found.average.name)
+    note_reading(found, {**result, "epochs": chosen})
     return {
         **result,
         "checkpoint": str(found.average),
@@ -188,10 +187,13 @@ def refuse_other_data(task: Task, assets: dict[str, Any], what: str) -> None:
         raise UserError(f"`{task.data_name}` has changed since the run began", hint)
 
 
-def result_of(run: Run, task: Task, split: str, scores: Scores, seconds: float) -> dict[str, Any]:
-    """The keys that `--json` prints of every evaluation."""
+def result_of(
+    run: Run, task: Task, split: str, scores: Scores, seconds: float, checkpoint: str = "best"
+) -> dict[str, Any]:
+    """The keys that `--json` prints of every evaluation, here of one of the run's checkpoints."""
     return {
         "run": str(run.folder),
+        "checkpoint": checkpoint,
         "task": task.recipe.task,
         "recipe": task.recipe.name,
         "data": task.data_name,
