@@ -115,6 +115,7 @@ def test_two_workers_train_as_one_process(kind: str, tiny: dict[str, Path], tmp_
 
 
 LONGER = ("--set", "training.epochs=12")
+RARELY_SAVED = ("--set", "training.checkpoint_minutes=1000", "--out", "run")
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,17 @@ def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str]") -> 
                 return
         time.sleep(0.02)
     raise AssertionError(f"no step {step}")
+
+
+def wait_for_record(folder: Path, process: "subprocess.Popen[str]") -> None:
+    """Until an epoch has ended."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        if runs.metrics(Run(folder)):
+            return
+        time.sleep(0.02)
+    raise AssertionError("no epoch")
 
 
 @pytest.mark.slow
@@ -246,6 +258,59 @@ def test_a_second_signal_stops_at_once(tiny: dict[str, Path], tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_a_signal_to_launcher_and_workers_is_one(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """As a scheduler sends it: the second that a worker gets, from its launcher, does not keep it from saving."""
+    with started("train", str(tiny["seq2seq"]), *LONGER, *RARELY_SAVED, *WORKERS, cwd=tmp_path) as process:
+        wait_for_record(tmp_path / "run", process)
+        workers = workers_of(process.pid)
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+            os.kill(worker, signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        for worker in workers:
+            os.kill(worker, signal.SIGCONT)
+        time.sleep(0.05)
+        for worker in workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGTERM)
+        result = ended(process)
+    assert result.code == 128 + signal.SIGTERM
+    assert "go on with: dl7 train --resume run" in result.err
+    assert last(tmp_path / "run").progress.batch > 0, "not the end of an epoch"
+
+
+@pytest.mark.slow
+def test_the_end_of_the_terminal_saves_unless_nohup_has_it_ignored(tiny: dict[str, Path], tmp_path: Path) -> None:
+    arguments = ("train", str(tiny["seq2seq"]), *LONGER, *RARELY_SAVED)
+    with started(*arguments, *ALONE, cwd=tmp_path) as process:
+        wait_for_record(tmp_path / "run", process)
+        process.send_signal(signal.SIGHUP)
+        result = ended(process)
+    assert result.code == 128 + signal.SIGHUP
+    assert "go on with: dl7 train --resume run" in result.err
+    shutil.rmtree(tmp_path / "run")
+    with started(*arguments, *WORKERS, cwd=tmp_path, inside=("nohup",)) as process:
+        wait_for_record(tmp_path / "run", process)
+        process.send_signal(signal.SIGHUP)
+        result = ended(process)
+    assert result.code == 0, result.err
+
+
+@pytest.mark.slow
+def test_workers_run_no_code_that_lies_beside_the_data(tiny: dict[str, Path], tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "dl7"
+    program.parent.mkdir()
+    program.write_text("from dl7cli.cli import main\nmain()\n")  # as it is installed
+    (tmp_path / "data").mkdir()
+    for name in ("numpy", "queue", "sacrebleu"):
+        (tmp_path / "data" / f"{name}.py").write_text("open('executed', 'w').close()\n")
+    command = [sys.executable, str(program), "train", str(tiny["resnet"]), "--set", "training.epochs=1", *WORKERS]
+    subprocess.run(command, cwd=tmp_path / "data", check=True, timeout=SECONDS, env=ENVIRONMENT, capture_output=True)
+    assert not (tmp_path / "data" / "executed").exists()
+
+
+@pytest.mark.slow
 def test_workers_whose_launcher_is_killed_save_and_leave(tiny: dict[str, Path], tmp_path: Path) -> None:
     with started("train", str(tiny["seq2seq"]), *LONGER, *WORKERS, "--out", "run", cwd=tmp_path) as process:
         wait_for_step(tmp_path / "run", 5, process)
@@ -322,6 +387,15 @@ def test_torchrun_starts_the_same_training(undisturbed: Path, tiny: dict[str, Pa
     assert greatest_difference(last(tmp_path / "run").weights, last(undisturbed).weights) == 0
 
 
+def test_workers_that_torchrun_has_started_again_do_not_begin_another_run(tmp_path: Path) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "0"}
+    refused = dl7("train", "resnet", *ALONE, cwd=tmp_path, **place, TORCHELASTIC_RESTART_COUNT="1")
+    assert refused.code == 1
+    assert "error: the launcher has started the workers again" in refused.err
+    assert "`dl7 train --resume RUN` goes on from its last checkpoint" in refused.err
+    assert not list(tmp_path.iterdir())
+
+
 # Nodes
 
 
@@ -378,7 +452,8 @@ def test_a_node_that_is_lost_for_good_ends_the_training_within_the_time_out(
 
 
 @pytest.mark.slow
-def test_nodes_with_other_data_are_refused_by_the_reason(tiny: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_nodes_with_other_data_are_refused_by_the_reason(split: str, tiny: dict[str, Path], tmp_path: Path) -> None:
     """The path is the same on both, what lies there is not."""
     port = free_port()
     for number, name in enumerate(("first", "second")):
@@ -386,9 +461,9 @@ def test_nodes_with_other_data_are_refused_by_the_reason(tiny: dict[str, Path], 
         (tmp_path / name / "recipe.toml").write_text(
             tiny["seq2seq"].read_text().replace(str(tiny["seq2seq"].parent / "pairs"), "./pairs")
         )
-        with (tmp_path / name / "pairs" / "train.en").open("a") as file:
+        with (tmp_path / name / "pairs" / f"{split}.en").open("a") as file:
             file.write("1 2\n" * number)
-        with (tmp_path / name / "pairs" / "train.de").open("a") as file:
+        with (tmp_path / name / "pairs" / f"{split}.de").open("a") as file:
             file.write("2 1\n" * number)
     with (
         started("train", "recipe.toml", *node(0, port, timeout=30), cwd=tmp_path / "first") as one,

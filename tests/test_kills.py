@@ -16,7 +16,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
-from running import ENVIRONMENT, Silent
+from running import ENVIRONMENT, Silent, start
 from stopping import CPU, Stopping, assert_same_run, resume
 
 from dl7cli import checkpoint, runs, training
@@ -158,6 +158,16 @@ def assert_ended(process: subprocess.Popen[str], code: int) -> str:
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
     return text
+
+
+def test_a_training_that_nobody_looks_at_any_more_goes_on(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """Whoever read what it says, such as `tee` or a terminal, has gone."""
+    with start("train", str(tiny["resnet"]), "--out", "run", "--device", "cpu", "--json", cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stderr.close()
+        document = json.loads(process.stdout.read())
+    assert (process.returncode, document["run"]) == (0, "run")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,62 @@ def test_other_images_than_the_run_began_with_are_refused(
     shutil.rmtree(folder / "test")
     with pytest.raises(UserError, match="has other classes than the model was trained on"):
         resume(Run(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("damage", ["removed", "damaged"])
+def test_a_run_whose_best_is_lost_goes_on_from_its_last(
+    damage: str, tiny: dict[str, Path], whole: Callable[..., Run], tmp_path: Path, every_step: None
+) -> None:
+    """Its weights are those of the run never stopped; the best epoch is the best of those that come."""
+    run = Run(tmp_path / "run")
+    recipe = resolve(str(tiny["resnet"])).recipe
+    steps = tasks.build(recipe, runtime=CPU).steps(0)
+
+    def lose(run: Run) -> None:
+        if damage == "removed":
+            shutil.rmtree(run.best)
+        else:
+            (run.best / "model.safetensors").write_bytes(b"?")
+
+    with pytest.raises(training.Interrupted):
+        training.train(recipe, out=run.folder, runtime=CPU, listener=Stopping(call=steps + 1))
+    assert checkpoint.load(run.last).progress.best_epoch == 1
+    lose(run)
+    heard = Heard()
+    training.resume(str(run.folder), runtime=CPU, listener=heard)
+    assert "the best epoch is chosen anew" in heard.notes[0]
+    assert_same_tensors(checkpoint.load(run.last).weights, checkpoint.load(whole("resnet").last).weights)
+    best = checkpoint.load(run.best)
+    assert best.progress.best_epoch == result(run)["best_epoch"] in (2, 3)
+    # Where no epoch is to come, it is the last one.
+    (run.folder / "result.json").unlink()
+    lose(run)
+    resume(run)
+    assert result(run)["best_epoch"] == 3
+    assert_same_tensors(checkpoint.load(run.best).weights, checkpoint.load(run.last).weights)
+    assert result(run)["rate"] > 0, "of the steps that were timed before"
+
+
+def test_going_on_with_another_device_is_said(tiny: dict[str, Path], tmp_path: Path, every_step: None) -> None:
+    recipe = resolve(str(tiny["resnet"])).recipe
+    with pytest.raises(training.Interrupted):
+        training.train(recipe, out=tmp_path / "run", runtime=CPU, listener=Stopping())
+    heard = Heard()
+    training.resume(str(tmp_path / "run"), runtime=replace(CPU, device_name="cpu, 9 threads"), listener=heard)
+    assert heard.notes == [
+        "the run began with cpu, now it goes on with cpu, 9 threads: the result may differ in its last bits from one "
+        "never stopped"
+    ]
+
+
+class Heard(Silent):
+    """A listener that remembers notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def copied(folder: Path, to: Path) -> Path:

@@ -81,8 +81,11 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # Text is UTF-8 whatever the locale, and nothing in it is an error.
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    # Not at once: what is half written goes away first.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    sys.stderr = console.Patient(sys.stderr)
+    # Not at once: what is half written goes away first. Where a hang-up is ignored, `nohup` has done that.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         try:
             app(prog_name="dl7")

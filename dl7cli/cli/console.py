@@ -11,6 +11,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
@@ -86,6 +87,28 @@ def document(value: Mapping[str, Any]) -> None:
 def number(value: float) -> float | None:
     """Return a number as JSON can hold it: None for one that is not finite."""
     return value if math.isfinite(value) else None
+
+
+class Patient:
+    """A stream for the user's eyes: that nobody looks any more, or its disk is full, is no reason to stop a training.
+
+    Else one whose terminal or whose `tee` has gone would end before it has saved.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def note(text: str) -> None:

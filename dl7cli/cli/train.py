@@ -127,6 +127,11 @@ def train(
             if together.rank == 0:
                 _refuse_mistakes(name, overrides or [], data, seed, resume)
             _launch(device, gpus, workers, together, timeout)
+    elif place.memory is None and place.attempt != "0" and resume is None:
+        raise UserError(
+            "the launcher has started the workers again, which know of no run and would begin another",
+            hint="`dl7 train --resume RUN` goes on from its last checkpoint, as workers of dl7 do by themselves",
+        )
     recipe = None
     if name is not None and (place is None or place.rank == 0):
         recipe = choose(name, overrides or [], data=data, seed=seed, offline=offline)
@@ -139,7 +144,10 @@ def train(
         with distributed.joined(devices.choose(where, precision).device, timeout) as group:
             if resume is not None and group.first:
                 precision, deterministic = as_it_began(resume, precision, deterministic)
-            precision, deterministic = group.shared([precision, deterministic])
+            # Not on each by itself: they may be of different kinds.
+            chosen = devices.choose(where, precision).precision
+            other, deterministic = group.shared([chosen, deterministic])
+            precision = precision if group.first else other
             runtime = devices.choose(where, precision, workers=group, deterministic=deterministic)
             with console.display() if group.first else console.nothing() as display:
                 if resume is not None:

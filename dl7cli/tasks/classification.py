@@ -105,6 +105,11 @@ class Classification:
         """Of what is trained and chosen on."""
         return self.images.digest
 
+    @property
+    def test_digest(self) -> str:
+        """Of what is evaluated at the end."""
+        return self.images.digest_of("test")
+
     def lay_out(self, memory_format: torch.memory_format) -> None:
         """Keep weights and training images in this order in memory, before anything is compiled."""
         self.model = self.model.to(memory_format=memory_format)  # type: ignore[call-overload]

@@ -105,10 +105,14 @@ class LabelledImages:
     @cached_property
     def digest(self) -> str:
         """Of what is trained and chosen on: the images and labels of the training and validation splits."""
+        return self.digest_of("train", "validation")
+
+    def digest_of(self, *splits: str) -> str:
+        """Of the images and labels of some splits, as far as there are such."""
         digest = hashlib.sha256()
-        for split in ("train", "validation"):
-            digest.update(np.ascontiguousarray(self.splits[split].images).data)
-            digest.update(np.ascontiguousarray(self.splits[split].labels).data)
+        for found in (self.splits[split] for split in splits if split in self.splits):
+            digest.update(np.ascontiguousarray(found.images).data)
+            digest.update(np.ascontiguousarray(found.labels).data)
         return digest.hexdigest()
 
     def steps(self, epoch: int) -> int:

@@ -118,9 +118,13 @@ class SentencePairs:
     @cached_property
     def digest(self) -> str:
         """Of what is trained and chosen on: the sentences of the training and validation splits."""
+        return self.digest_of("train", "validation")
+
+    def digest_of(self, *splits: str) -> str:
+        """Of the sentences of some splits, as far as there are such."""
         digest = hashlib.sha256()
-        for split in ("train", "validation"):
-            for pair in self.splits[split]:
+        for split in splits:
+            for pair in self.splits.get(split, ()):
                 digest.update("\t".join((*pair, "\n")).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 

@@ -167,7 +167,12 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
                 check_finite(loss, norm, progress.step + 1, rate, scaled=scaler.is_enabled())
             if optim.clip_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(parameters, optim.clip_norm, norm)
-            scaler.step(optimiser)
+            try:
+                scaler.step(optimiser)
+            except Exception as problem:  # the first step makes what the optimiser keeps of each weight
+                if not out_of_memory(problem):
+                    raise
+                raise _too_large(task, trainer.parts, forgetful=False) from problem
             scaler.update()
             progress = progress._replace(batch=number, step=progress.step + 1)
             if trainer.average is not None:

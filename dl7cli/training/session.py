@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dl7cli import checkpoint, runs, tasks
 from dl7cli.checkpoint import Checkpoint, Progress
+from dl7cli.cluster import stop_signals
 from dl7cli.device import Runtime, peak_memory_bytes
 from dl7cli.distributed import Workers
 from dl7cli.errors import UserError
@@ -112,6 +113,8 @@ def train(
     """
     begin = time.monotonic()
     workers = runtime.workers
+    if (done := _done_before(workers)) is not None:
+        return done
     folder = workers.recall(_RUN)
     if workers.shared(folder is not None and runs.holds(Run(Path(folder)).last)):
         return resume(folder, runtime=runtime, offline=offline, listener=listener)
@@ -136,6 +139,8 @@ def resume(run: str | None, *, runtime: Runtime, offline: bool = False, listener
     """Go on with an interrupted run from its last checkpoint, on any number of workers; as `train` otherwise."""
     begin = time.monotonic()
     workers = runtime.workers
+    if (done := _done_before(workers)) is not None:
+        return done
     with ExitStack() as stack, runtime.repeatable():
         found, saved = None, None
         if workers.first:
@@ -162,14 +167,16 @@ def resume(run: str | None, *, runtime: Runtime, offline: bool = False, listener
             return _follow(task, trainer, saved.progress, listener)
         workers.remember(_RUN, str(found.folder))
         runs.trim_metrics(found, saved.progress.step, saved.progress.epoch)
-        progress = saved.progress
-        if runs.holds(found.best):
-            # Killed between the two: the epoch of `best` is trained again, and on a GPU need not be as good again.
-            best = checkpoint.load(found.best).progress
-            if best.epoch > progress.epoch:
-                progress = progress._replace(best=best.best, best_epoch=best.best_epoch)
+        progress = _with_best(found, task, trainer, saved, listener)
         watch = _Watch(task, total_steps(task), progress, saved.training)
         return _run(found, task, trainer, watch, saved.scores, listener, begin)
+
+
+def _done_before(workers: Workers) -> dict[str, Any] | None:
+    """The result of the run, where one of the workers that these take the place of was lost after its end."""
+    folder = workers.recall(_RUN)
+    result: dict[str, Any] | None = workers.shared(None if folder is None else runs.result(Run(Path(folder))))
+    return result
 
 
 def _last(run: Run) -> Checkpoint:
@@ -180,6 +187,31 @@ def _last(run: Run) -> Checkpoint:
     if saved.progress.epoch >= saved.recipe.training.epochs and (run.folder / "result.json").exists():
         raise UserError(f"run `{run.folder}` is finished", hint=f"`dl7 eval {run.folder}` evaluates it")
     return saved
+
+
+def _with_best(run: Run, task: Task, trainer: Trainer, saved: Checkpoint, listener: Listener) -> Progress:
+    """The progress of a run's `last`, with which epoch its `best` is of.
+
+    Where `best` is missing or damaged, as when `last` alone was copied from another machine, the best epoch is chosen
+    anew: among those to come or, where there are none, it is the last one.
+    """
+    progress = saved.progress
+    if progress.best is None and not runs.holds(run.best):
+        return progress
+    try:
+        best = checkpoint.load(run.best).progress
+    except UserError as problem:
+        listener.note(f"{problem.message}; the best epoch is chosen anew")
+        if progress.epoch < saved.recipe.training.epochs:
+            return progress._replace(best=None, best_epoch=None)
+        progress = progress._replace(best_epoch=progress.epoch)
+        saver = Saver(run, task)
+        saver.save(trainer, progress, saved.scores, best=True)
+        saver.wait()
+        return progress
+    # Killed between the two: the epoch of `best` is trained again, and on a GPU need not be as good again.
+    newer = best.epoch > progress.epoch
+    return progress._replace(best=best.best, best_epoch=best.best_epoch) if newer else progress
 
 
 def _follow(task: Task, trainer: Trainer, start: Progress, listener: Listener) -> dict[str, Any]:
@@ -217,6 +249,9 @@ def _run(
     before = runs.environment(run)
     # As it began, so it goes on: the bits depend on it.
     compiled = workers.shared(before.get("compiled", False) if before else compilation.wanted(task))
+    if before.get("device", runtime.device_name) != runtime.device_name:
+        on = f"{before['device']}, now it goes on with {runtime.device_name}"
+        listener.note(f"the run began with {on}: the result may differ in its last bits from one never stopped")
     runs.write_environment(
         run,
         {
@@ -309,7 +344,8 @@ def _run(
         "parameters": task.parameters,
         "device": runtime.device_name,
         "precision": runtime.precision,
-        "rate": round(watch.rate, 1),
+        # Resumed for its last steps alone, it has timed none.
+        "rate": round(watch.rate, 1) or next((r["rate"] for r in reversed(runs.metrics(run)) if r.get("rate")), 0.0),
         "peak_memory_bytes": peak_memory_bytes(runtime.device),
     }
     if skipping:
@@ -409,7 +445,10 @@ class _Watch:
 
 @contextmanager
 def signals(workers: Workers) -> Iterator[Callable[[], int]]:
-    """Collect SIGINT and SIGTERM instead of stopping at once; a second one does stop at once.
+    """Collect the signals that stop a training instead of stopping at once; a second one does stop at once.
+
+    To workers that dl7 has started, the launcher says that by killing them: what comes to them twice comes from it and
+    from a scheduler, which tells every process.
 
     Gives a function that all workers call after the same steps, and that tells all of them which signal one of them has
     got, or 0. A worker whose launcher has gone stops, too.
@@ -417,6 +456,8 @@ def signals(workers: Workers) -> Iterator[Callable[[], int]]:
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
+        if received and workers.memory is not None:
+            return
         if received:
             # Unwinds, so that the terminal is left as it was found; a checkpoint half-written does no harm.
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
@@ -435,7 +476,7 @@ def signals(workers: Workers) -> Iterator[Callable[[], int]]:
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, receive) for number in stop_signals()}
     try:
         yield stopping
     finally:

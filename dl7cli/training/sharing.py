@@ -45,7 +45,7 @@ def build(
         task = make(recipe, assets)
     # Made of data that only the first has read, perhaps.
     workers.copy_first(task.model.state_dict().values())
-    digests = workers.gathered(task.digest) if workers.count > 1 else []
+    digests = workers.gathered([task.digest, task.test_digest]) if workers.count > 1 else []
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is not None:
         raise UserError(

@@ -37,14 +37,15 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from dl7cli.cluster import ATTEMPT, LOSING, LOST, MEMORY, NODE_RANK, Nodes
+import dl7cli
+from dl7cli.cluster import ATTEMPT, LOSING, LOST, MEMORY, NODE_RANK, Nodes, stop_signals
 from dl7cli.errors import UserError
 
 RESTARTS = 3
 """How often all workers start again from the last checkpoint after one was killed or lost the others."""
 
 _RESUME = "`dl7 train --resume RUN` goes on from the last checkpoint"
-_INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+_INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
 _ADDRESS_OF_INTERFACE = 0x8915  # SIOCGIFADDR
 _SECONDS_TO_BE_SEEN = 5
 """In which the end of a worker is noticed, on a busy machine."""
@@ -58,13 +59,19 @@ def launch(arguments: Sequence[str], workers: int, *, nodes: Nodes, timeout: flo
     """Run `dl7` with these arguments in so many workers on this node and wait for them; returns the exit code.
 
     A worker that is killed, or loses the others, makes all start again, `RESTARTS` times at most; one that fails by
-    itself ends them all, and `note` is told what it has printed. A SIGINT or SIGTERM is handed on to the workers, which
-    agree on where to stop; a second one kills them. Raises UserError where the nodes do not meet within `timeout`
-    seconds, or no longer.
+    itself ends them all, and `note` is told what it has printed. A signal that stops a training is handed on to the
+    workers, which agree on where to stop; a second one kills them. Raises UserError where the nodes do not meet within
+    `timeout` seconds, or no longer.
     """
     log = logging.getLogger("torch.distributed.elastic")
     log.propagate = False  # what matters of it is told here
     log.addHandler(logging.NullHandler())
+    # Torch would take SIGHUP, too, even where `nohup` has it ignored.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGTERM"
+    # Workers do not look for modules in the current folder, which may be data. This process may have found dl7 there.
+    own = str(Path(dl7cli.__file__).resolve().parents[1])
+    if os.path.realpath(sys.path[0]) == own:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), own)))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // workers)))
     os.environ[NODE_RANK] = str(nodes.rank)
     address = _own_address(nodes.rendezvous)
@@ -119,7 +126,7 @@ class _Agent(LocalElasticAgent):
             role="worker",
             local_world_size=workers,
             entrypoint=sys.executable,
-            args=("-m", "dl7cli", *arguments),
+            args=("-P", "-m", "dl7cli", *arguments),
             rdzv_handler=meeting,
             max_restarts=RESTARTS,
             monitor_interval=0.1,
@@ -183,7 +190,7 @@ class _Agent(LocalElasticAgent):
 
     def listen(self) -> None:
         """Take the signals that stop a training."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_signals():
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
