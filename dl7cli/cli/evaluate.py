@@ -58,10 +58,12 @@ def evaluate(
     if output is not None and len(beams) > 1:
         raise typer.BadParameter("--output takes the translations of one beam; give --beam one width")
     from dl7cli import device as devices
-    from dl7cli import training
+    from dl7cli import runs, training
 
     if plot is not None:
         figures.refuse_unwritable(plot)
+    if precision == "auto" and runs.environment(runs.find(run)[0]).get("precision") == "fp32":
+        precision = "fp32"  # as it was trained and scored
     runtime = devices.choose(device, precision, gpus, searches=True)
     with contextlib.ExitStack() as stack, console.display() as display:
         stream = stack.enter_context(sentences.replacing(output)) if output is not None else None

@@ -378,6 +378,7 @@ def _datasets_quiet(offline: bool) -> Iterator[Any]:
         enable_progress_bars,
     )
 
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it tells another host what is loaded
     settings = [
         (datasets.config, "HF_HUB_OFFLINE"),
         (datasets.config, "HF_DATASETS_OFFLINE"),

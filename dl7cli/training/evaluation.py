@@ -67,7 +67,7 @@ def evaluate(
         note(text)
     if not isinstance(task, Translation):
         result = result_of(found, task, split, task.evaluate(split), time.monotonic() - begin, folder.name)
-        note_reading(found, result)
+        note_reading(found, {**result, "precision": runtime.precision})
         return result
     results: list[dict[str, Any]] = []
     sweep: list[dict[str, Any]] = []

@@ -1,19 +1,22 @@
-"""Seconds that `dl7 translate` takes for the test sentences as a whole process, start-up included, by beam width
-and precision.
+"""Seconds and memory that `dl7 translate` takes for the test sentences as a whole process, start-up included, by beam
+width, precision, and how many times over the sentences are in its input.
 
 They take turns after one run that is not counted; BLEU, by sacrebleu, shows that the work was done.
 
     python tests/benchmarks/translate.py --run RUN --data FOLDER
+    python tests/benchmarks/translate.py --run RUN --data FOLDER --beams 1,2,4,8,16,32 --times 1,10
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import sacrebleu
 
@@ -23,21 +26,52 @@ from dl7cli.data.vocabulary import Vocabulary
 from dl7cli.recipe import TranslationRecipe
 
 
-def translate(run: str, file: Path, beam: int, precision: str) -> tuple[float, list[str]]:
-    """Seconds and lines of one process."""
+class Kind(NamedTuple):
+    """What is timed."""
+
+    beam: int
+    precision: str
+    times: int
+
+    def __str__(self) -> str:
+        return f"beam {self.beam} {self.precision}" + (f" x{self.times}" if self.times > 1 else "")
+
+
+class Taken(NamedTuple):
+    seconds: float
+    megabytes: float
+    """At most, of main memory."""
+    lines: list[str]
+
+
+def translate(run: str, file: Path, kind: Kind) -> Taken:
+    """What one process takes and gives."""
     command = [sys.executable, "-m", "dl7cli", "translate", "--run", run, "--input", str(file)]
-    command += ["--beam", str(beam), "--precision", precision]
+    command += ["--beam", str(kind.beam), "--precision", kind.precision]
     begin = time.perf_counter()
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-    return time.perf_counter() - begin, done.stdout.decode("utf-8").removesuffix("\n").split("\n")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    text = process.stdout.read().decode("utf-8")
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - begin
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    per_megabyte = 1e6 if sys.platform == "darwin" else 1e3
+    return Taken(seconds, usage.ru_maxrss / per_megabyte, text.removesuffix("\n").split("\n"))
+
+
+def numbers(text: str) -> list[int]:
+    return list(dict.fromkeys(map(int, text.split(","))))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--run", required=True)
     parser.add_argument("--data", required=True, metavar="FOLDER")
-    parser.add_argument("--beam", type=int, default=5)
+    parser.add_argument("--beams", type=numbers, default=[5, 1], metavar="N,N")
     parser.add_argument("--precision", default="fp32", metavar="NAME,NAME", help="fp32, bf16 or both")
+    parser.add_argument("--times", type=numbers, default=[1], metavar="N,N", help="the sentences so many times over")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object; rounds go to standard error")
     options = parser.parse_args()
@@ -48,41 +82,51 @@ def main() -> None:
     read = read_pairs(options.data, source_language=data.source_language, target_language=data.target_language)
     pairs = read.splits["test"]
     vocabulary = Vocabulary.from_json(saved.assets.get("target_vocabulary", saved.assets["vocabulary"]))
-    kinds = [(beam, name) for name in options.precision.split(",") for beam in dict.fromkeys([options.beam, 1])]
-    seconds: dict[tuple[int, str], list[float]] = {kind: [] for kind in kinds}
-    output: dict[tuple[int, str], list[str]] = {}
+    kinds = [
+        Kind(beam, name, times)
+        for times in options.times
+        for name in options.precision.split(",")
+        for beam in options.beams
+    ]
+    seconds: dict[Kind, list[float]] = {kind: [] for kind in kinds}
+    megabytes: dict[Kind, float] = dict.fromkeys(kinds, 0.0)
+    output: dict[Kind, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "source.txt")
-        file.write_text("".join(source.replace("\n", " ") + "\n" for source, _ in pairs), encoding="utf-8")
-        translate(options.run, file, *kinds[-1])
+        text = "".join(source.replace("\n", " ") + "\n" for source, _ in pairs)
+        files = {times: Path(folder, f"source-{times}.txt") for times in options.times}
+        for times, file in files.items():
+            file.write_text(times * text, encoding="utf-8")
+        translate(options.run, files[kinds[0].times], kinds[0])
         for number in range(1, options.rounds + 1):
             for kind in kinds:
-                once, output[kind] = translate(options.run, file, *kind)
-                seconds[kind].append(once)
-            seen = ", ".join(f"beam {beam} {name} {every[-1]:.2f} s" for (beam, name), every in seconds.items())
+                taken = translate(options.run, files[kind.times], kind)
+                seconds[kind].append(taken.seconds)
+                megabytes[kind] = max(megabytes[kind], taken.megabytes)
+                output[kind] = taken.lines
+            seen = ", ".join(f"{kind} {every[-1]:.2f} s" for kind, every in seconds.items())
             print(f"round {number}: {seen}", file=sys.stderr if options.json else sys.stdout, flush=True)
     results = []
     for kind, lines in output.items():
-        (beam, name), taken = kind, seconds[kind]
-        least, median = min(taken), statistics.median(taken)
-        bleu = sacrebleu.corpus_bleu(lines, [[target for _, target in pairs]]).score
-        tokens = sum(len(ids) + 1 for ids in vocabulary.encode_all(lines))  # and the end of each sentence
+        taken = seconds[kind]
+        first = lines[: len(pairs)]
+        bleu = sacrebleu.corpus_bleu(first, [[target for _, target in pairs]]).score
+        tokens = sum(len(ids) + 1 for ids in vocabulary.encode_all(first))  # and the end of each sentence
         results.append(
             {
-                "beam": beam,
-                "precision": name,
+                **kind._asdict(),
                 "seconds": taken,
-                "minimum": least,
-                "median": median,
+                "minimum": min(taken),
+                "median": statistics.median(taken),
+                "megabytes": megabytes[kind],
                 "sentences": len(lines),
-                "tokens": tokens,
+                "tokens": tokens * kind.times,
                 "bleu": bleu,
             }
         )
         if not options.json:
             print(
-                f"beam {beam} in {name}: {least:.2f} s at best, {median:.2f} s in the median; "
-                f"{len(lines):,} sentences, {tokens:,} tokens, BLEU {bleu:.2f}"
+                f"{kind}: {min(taken):.2f} s at best, {statistics.median(taken):.2f} s in the median, "
+                f"{megabytes[kind]:.0f} MB; {len(lines):,} sentences, {tokens * kind.times:,} tokens, BLEU {bleu:.2f}"
             )
     if options.json:
         print(json.dumps({"run": options.run, "results": results}))
