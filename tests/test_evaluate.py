@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from typer.testing import CliRunner, Result
 
-from dl7cli import checkpoint, runs, tasks, training
+from dl7cli import checkpoint, device, runs, tasks, training
 from dl7cli.cli import app, progress
 from dl7cli.cli.evaluate import parse_beams, print_result
 from dl7cli.data.vocabulary import BOS, EOS
@@ -112,6 +112,32 @@ def test_a_beam_that_is_given_is_searched_with_where_the_recipe_samples(train: C
         expected = task.evaluate("test", task.recipe.decoding.updated(method=method, beam=2))
         assert found["scores"] == expected.values
     assert found["scores"] != task.evaluate("test", task.recipe.decoding.updated(method="beam")).values
+
+
+def test_keys_of_decoding_can_be_changed_for_one_evaluation(train: Callable[..., Any]) -> None:
+    run, _, _ = train("seq2seq", "training.epochs=1")
+    task = tasks.load(Path("run", "best"), runtime=CPU)
+    assert isinstance(task, Translation)
+    changed = dl7("eval", "run", "--beam", "1", "--set", "decoding.min_length=9", "--json")
+    expected = task.evaluate("test", task.recipe.decoding.updated(beam=1, min_length=9))
+    found = json.loads(changed.stdout)
+    assert (found["scores"], found["details"]) == (expected.values, expected.details)
+    assert runs.evaluations(run)[-1]["set"] == ["decoding.min_length=9"]
+    for key in ("decoding.min_lengt=9", "model.dropout=0.5"):
+        refused = dl7("eval", "run", "--set", key)
+        assert isinstance(refused.exception, UserError)
+    assert len(runs.evaluations(run)) == 2
+
+
+def test_what_was_trained_in_fp32_is_evaluated_in_it(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_bf16_hardware", lambda _: "it has bf16")
+    run, result, _ = train("resnet", "training.epochs=1")
+    found = json.loads(dl7("eval", "run", "--json").stdout)
+    assert (found["scores"], found["details"]) == (result["scores"], result["details"])
+    dl7("eval", "run", "--precision", "bf16")
+    assert [line["precision"] for line in runs.evaluations(run)] == ["fp32", "fp32", "bf16"]
 
 
 def entry_of(beam: int, score: float) -> dict[str, Any]:
@@ -268,6 +294,7 @@ def test_a_classifier_has_none_of_it(
     for flags, what in (
         (["--beam", "1,2"], "beam"),
         (["--length-penalty", "1"], "beam"),
+        (["--set", "decoding.min_length=3"], "decoding"),
         (["--rouge"], "text for ROUGE"),
         (["--output", "out"], "translations to write"),
     ):

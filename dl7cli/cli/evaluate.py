@@ -30,6 +30,7 @@ def evaluate(
         typer.Option(metavar="N[,N…]", help="Beam width, or several for a table of all; the recipe's if not given."),
     ] = None,
     length_penalty: options.LengthPenalty = None,
+    overrides: options.DecodingSet = None,
     rouge: Annotated[
         bool,
         typer.Option("--rouge", help="Score translations by ROUGE-1, ROUGE-2 and ROUGE-L besides, as for summaries."),
@@ -79,6 +80,7 @@ def evaluate(
             data=data,
             beams=beams,
             length_penalty=length_penalty,
+            overrides=overrides or (),
             rouge=rouge,
             write=write if output is not None else None,
             runtime=runtime,
@@ -143,7 +145,7 @@ def _warn_of_repetition(found: dict[str, Any], examples: int) -> None:
         console.note(f"note: {found['times']:,} of {examples:,} translations are the same: {found['most_frequent']}")
     if found["looping"] > max(MOST_REPEATED * examples, 2):
         told = f"{found['looping']:,} of {examples:,} translations have three words in a row three times or more"
-        console.note(f"note: {told}; --set decoding.no_repeat_ngram=3 of dl7 translate forbids that")
+        console.note(f"note: {told}; --set decoding.no_repeat_ngram=3 forbids that")
 
 
 def _print_sweep(primary: str, sweep: list[dict[str, Any]]) -> None:

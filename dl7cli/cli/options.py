@@ -1,13 +1,9 @@
 """The flags that mean the same on every command. A flag says where and how to run, never what is trained."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-
-if TYPE_CHECKING:
-    from dl7cli.recipe import Decoding, TranslationRecipe
 
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -114,28 +110,3 @@ LengthPenalty = Annotated[
         help="Length penalty: 0 is none, more gives longer output; the recipe's if not given.",
     ),
 ]
-
-
-def decoding(recipe: "TranslationRecipe", overrides: Sequence[str] | None, **flags: Any) -> "Decoding":
-    """Return how to search: as the recipe says, but for `--set decoding.KEY=VALUE` and flags that are not None.
-
-    Raises UserError, all at once, for what is not such a key or out of its range.
-    """
-    from dl7cli import recipe as recipes
-
-    document = recipes.to_document(recipe)
-    mistakes = []
-    for text in overrides or ():
-        try:
-            path, value = recipes.parse_override(text)
-        except ValueError as error:
-            mistakes.append(str(error))
-            continue
-        if path[0] == "decoding" and len(path) == 2:
-            document["decoding"][path[1]] = value
-        else:
-            mistakes.append(f"`{'.'.join(path)}` was settled in training; only keys of `decoding` can be changed")
-    document["decoding"] |= {key: value for key, value in flags.items() if value is not None}
-    changed = recipes.from_document(document, mistakes, origin="`--set`")
-    assert isinstance(changed, recipes.TranslationRecipe)
-    return changed.decoding

@@ -83,6 +83,8 @@ def translate(
         raise typer.BadParameter("JSON lines come out as JSON lines; leave --json out")
     if attention is not None:
         figures.refuse_unwritable(attention)
+    from dl7cli import recipe as recipes
+
     with contextlib.ExitStack() as stack:
         # Whatever can be wrong with the files is found before the model is loaded.
         name, batches = (
@@ -91,9 +93,9 @@ def translate(
         begun = None if prefix is None else sentences.argument(prefix, "`--prefix`")
         output = sys.stdout if target is None else stack.enter_context(sentences.replacing(target))
         names, task, others = load(run, device, precision, gpus, offline=offline)
-        decoding = options.decoding(
+        decoding = recipes.decoding(
             task.recipe,
-            overrides,
+            overrides or (),
             beam=beam,
             length_penalty=length_penalty,
             method="sample" if sample else None if beam is None else "beam",

@@ -7,6 +7,7 @@ sixth table of the file, `fallback`, holds the keys that change when the built-i
 from dl7cli.recipe.classification import ClassificationRecipe, FastResNetModel, ImageData, ResNetModel
 from dl7cli.recipe.files import (
     Recipe,
+    decoding,
     find,
     folder,
     from_document,
@@ -35,6 +36,7 @@ __all__ = [
     "Seq2SeqModel",
     "TransformerModel",
     "TranslationRecipe",
+    "decoding",
     "find",
     "folder",
     "from_document",

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from dl7cli.errors import UserError
 from dl7cli.recipe.classification import ClassificationRecipe
-from dl7cli.recipe.translation import TranslationRecipe
+from dl7cli.recipe.translation import Decoding, TranslationRecipe
 
 Recipe = ClassificationRecipe | TranslationRecipe
 _BY_KIND: dict[str, type[ClassificationRecipe] | type[TranslationRecipe]] = {
@@ -114,6 +114,29 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
 def to_document(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain dictionaries; `from_document` gives the same recipe back."""
     return recipe.model_dump(exclude_none=True)
+
+
+def decoding(recipe: TranslationRecipe, overrides: Iterable[str] = (), **flags: Any) -> Decoding:
+    """How to search: as the recipe says, but for `--set decoding.KEY=VALUE` and the flags that are not None.
+
+    Raises UserError, all at once, for what is not such a key or out of its range.
+    """
+    document = to_document(recipe)
+    mistakes = []
+    for text in overrides:
+        try:
+            path, value = parse_override(text)
+        except ValueError as error:
+            mistakes.append(str(error))
+            continue
+        if path[0] == "decoding" and len(path) == 2:
+            document["decoding"][path[1]] = value
+        else:
+            mistakes.append(f"`{'.'.join(path)}` was settled in training; only keys of `decoding` can be changed")
+    document["decoding"] |= {key: value for key, value in flags.items() if value is not None}
+    changed = from_document(document, mistakes, origin="`--set`")
+    assert isinstance(changed, TranslationRecipe)
+    return changed.decoding
 
 
 def unset_keys(recipe: Recipe) -> list[str]:

@@ -16,6 +16,7 @@ from dl7cli.data.sources import Progress, silent
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
+from dl7cli.recipe import decoding
 from dl7cli.runs import Run
 from dl7cli.tasks import Task
 from dl7cli.tasks.checking import refuse_other_weights
@@ -32,6 +33,7 @@ def evaluate(
     data: str | None = None,
     beams: Sequence[int] = (),
     length_penalty: float | None = None,
+    overrides: Sequence[str] = (),
     rouge: bool = False,
     write: Callable[[list[str]], None] | None = None,
     runtime: Runtime,
@@ -43,9 +45,10 @@ def evaluate(
     """Evaluate a run's best epoch, or the checkpoint named, and note the reading; returns what `--json` prints.
 
     `note` is called with what was done to the data. With `confusion` the details must hold a confusion matrix. A
-    translator is evaluated with each of `beams`, or as the recipe says where there are none; `rouge` is scored besides,
-    and `write` is called with the translations, in the order of the data, where there is one beam. Raises UserError,
-    before anything is scored, where the run cannot give what is asked for or cannot note the reading.
+    translator is evaluated with each of `beams`, or as the recipe says where there are none, and with `overrides` of
+    keys of `decoding`; `rouge` is scored besides, and `write` is called with the translations, in the data's order,
+    where there is one beam. Raises UserError, before anything is scored, where the run cannot give what is asked for or
+    cannot note the reading.
 
     With several beams the result is that of the first, but for `seconds`, which are of all, and has also `beams`: of
     each its width as `beam`, its `scores` and `details`, and the `seconds` that translating took.
@@ -57,11 +60,18 @@ def evaluate(
     if isinstance(task, Translation):
         kind, asked = "translator", {"confusion matrix to draw": confusion}
     else:
-        kind, beam_asked = "classifier", bool(beams) or length_penalty is not None
-        asked = {"beam": beam_asked, "text for ROUGE": rouge, "translations to write": write is not None}
+        kind = "classifier"
+        asked = {"beam": bool(beams) or length_penalty is not None, "decoding": bool(overrides)}
+        asked |= {"text for ROUGE": rouge, "translations to write": write is not None}
     for what, wanted in asked.items():
         if wanted:
             raise UserError(f"run `{found.folder}` is a {kind}: it has no {what}", hint="leave the option out")
+    decodings = []
+    if isinstance(task, Translation):
+        method = "beam" if beams else None
+        for beam in beams or (None,):
+            changes = {"method": method, "beam": beam, "length_penalty": length_penalty}
+            decodings.append(decoding(task.recipe, overrides, **changes))
     task.splits()  # reads the data, so that its notes are there
     for text in task.notes:
         note(text)
@@ -72,12 +82,11 @@ def evaluate(
     results: list[dict[str, Any]] = []
     sweep: list[dict[str, Any]] = []
     start = begin
-    for beam in beams or (None,):
-        settings = {"beam": beam, "length_penalty": length_penalty, "precision": runtime.search_precision}
-        method = None if beam is None else "beam"
-        decoding = task.recipe.decoding.updated(method=method, beam=beam, length_penalty=length_penalty)
+    for beam, how in zip(beams or (None,), decodings, strict=True):
+        settings: dict[str, Any] = {"beam": beam, "length_penalty": length_penalty, "set": list(overrides) or None}
+        settings["precision"] = runtime.search_precision
         searching = time.monotonic()
-        translations = task.translations(split, decoding)
+        translations = task.translations(split, how)
         searched = time.monotonic() - searching
         scores = task.judge(split, translations, rouge=rouge)
         result = result_of(found, task, split, scores, time.monotonic() - start, folder.name)
