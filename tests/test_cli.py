@@ -47,6 +47,7 @@ SURFACE = {
     "models": "--json",
     "plot": "",
     "plot activations": "NAME --all --output",
+    "plot curves": "RUN --output",
     "doctor": "--offline --json",
 }
 

@@ -1,15 +1,20 @@
 """Figures: the curves are the functions, the file is of the kind its name says, and never half of one."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import matplotlib.figure
 import PIL.Image
 import pytest
 import typer
+from running import dl7, succeed
 
+from dl7cli import runs
 from dl7cli.cli import plot
 from dl7cli.errors import UserError
+from dl7cli.runs import Run
 
 
 def test_the_default_is_swish_against_sus_function_as_the_article_draws_them(
@@ -49,6 +54,42 @@ def test_all_are_drawn_into_an_svg_with_their_names(tmp_path: Path) -> None:
     assert "<svg" in text
     for name in ("relu", "softsign", "glu", "maxout", "leaky_relu"):
         assert f">{name}</text>" in text
+
+
+def test_the_curves_of_runs_are_what_they_have_recorded(
+    small_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    save = matplotlib.figure.Figure.savefig
+
+    def seen(figure: matplotlib.figure.Figure, *args: object, **options: object) -> None:
+        figures.append(figure)
+        save(figure, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", seen)
+    for name in ("one", "$x^2$ <b>"):
+        shutil.copytree(small_runs / "resnet", tmp_path / name)
+    torn = {"step": 99, "epoch": 9, "loss": None}
+    with (tmp_path / "one" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(torn) + '\n{"step": 100, "lo')
+    succeed("plot", "curves", "one", "$x^2$ <b>", "one", "--output", "curves.svg", cwd=tmp_path)
+    text = (tmp_path / "curves.svg").read_text(encoding="utf-8")
+    assert text.count(">one</text>") == 1
+    assert text.count(">$x^2$ &lt;b&gt;</text>") == 1
+    assert "accuracy on validation" in text
+    records = runs.metrics(Run(small_runs / "resnet"))
+    losses, scores = figures[0].axes
+    for axes, key, kept in (
+        (losses, "step", [record for record in records if record["loss"] is not None]),
+        (scores, "epoch", [record for record in records if "scores" in record]),
+    ):
+        assert len(axes.lines) == 2
+        for line in axes.lines:
+            expected = [[one[key], one["loss"] if key == "step" else one["scores"]["accuracy"]] for one in kept]
+            assert line.get_xydata().tolist() == expected
+    refused = dl7("plot", "curves", "one", str(small_runs / "seq2seq"), cwd=tmp_path)
+    assert refused.code == 1
+    assert "`one` is chosen by accuracy and " in refused.err
 
 
 def test_a_name_given_twice_is_drawn_once(tmp_path: Path) -> None:

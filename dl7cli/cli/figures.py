@@ -1,4 +1,5 @@
-"""Figures as files: what can be written where, names that fonts can draw, and heat maps of confusion and attention.
+"""Figures as files: what can be written where, names that fonts can draw, learning curves, and heat maps of confusion
+and attention.
 
 Only the functions that draw import matplotlib, and of it neither pyplot nor a window: figures are plain objects here.
 """
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.font_manager import FontEntry
 
 SUFFIXES = (".png", ".svg")
+COLOURS = 10
+"""Of matplotlib's cycle."""
 LONGEST_NAME = 24
 """Columns of a terminal, of which a Chinese character takes two."""
 MOST_CLASSES_WITH_NUMBERS = 20
@@ -138,6 +141,50 @@ def attention_map(
         warnings.filterwarnings("ignore", message="Glyph")
         figure.draw_without_rendering()  # what stands above the axes finds its place only in a second layout
     return figure, [*columns.notes, *rows.notes]
+
+
+class Course(NamedTuple):
+    """How a run has learnt."""
+
+    name: str
+    losses: list[tuple[int, float]]
+    """Step, and the mean training loss since the one before."""
+    score: str | None
+    """What the best epoch is chosen by."""
+    scores: list[tuple[int, float]]
+    """Epoch, and that score on validation."""
+
+
+def learning_curves(courses: Sequence[Course], score: str, *, suffix: str) -> tuple["Figure", list[str]]:
+    """Draw training losses beside scores on validation, for a file that ends in `suffix`.
+
+    Also returns what the user has to be told about names that cannot be drawn.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    names = drawable([course.name for course in courses], suffix, "run")
+    with matplotlib.rc_context({"font.family": names.families}):
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        losses, scores = figure.subplots(1, 2)
+        for number, (course, name) in enumerate(zip(courses, names.labels, strict=True)):
+            for axes, points in ((losses, course.losses), (scores, course.scores)):
+                x, y = zip(*points, strict=True) if points else ((), ())
+                axes.plot(x, y, style(number), color=f"C{number % COLOURS}", label=name)
+        losses.set(title="training loss", xlabel="step")
+        scores.set(title=f"{score.replace('_', ' ')} on validation", xlabel="epoch")
+        scores.xaxis.get_major_locator().set_params(integer=True)
+        for axes in (losses, scores):
+            axes.grid(alpha=0.3)
+        legend = figure.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    return figure, names.notes
+
+
+def style(number: int) -> str:
+    """The line of the curve of this number: dashed where its colour has been there before."""
+    return "-" if number < COLOURS else "--"
 
 
 def _heat_map(

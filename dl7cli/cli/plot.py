@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,18 +16,11 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Draw figures.")
 
 _RANGE = 5.0
-_COLOURS = 10
-"""Colours of matplotlib's cycle; what comes after them is drawn dashed."""
 
 Output = Annotated[
     Path,
     typer.Option("--output", metavar="FILE", help="Where to write the figure: a .png or .svg file."),
 ]
-
-
-@app.callback()
-def group() -> None:
-    """Draw figures."""  # a group also while it has one command
 
 
 @app.command(epilog="Example: dl7 plot activations swish su relu --output activations.svg")
@@ -85,7 +78,7 @@ def _drawn(names: Sequence[str]) -> "Figure":
     values, slopes = figure.subplots(1, 2)
     for number, name in enumerate(names):
         for axes, y in zip((values, slopes), curve(name, x), strict=True):
-            axes.plot(x, y, "-" if number < _COLOURS else "--", color=f"C{number % _COLOURS}", label=name)
+            axes.plot(x, y, figures.style(number), color=f"C{number % figures.COLOURS}", label=name)
     for axes, title in ((values, "f(x)"), (slopes, "f′(x)")):
         axes.set(title=title, xlabel="x", xlim=(-_RANGE, _RANGE))
         axes.grid(alpha=0.3)
@@ -94,3 +87,43 @@ def _drawn(names: Sequence[str]) -> "Figure":
     # Beside the curves, so that it covers none of them.
     figure.legend(*values.get_legend_handles_labels(), loc="outside right center")
     return figure
+
+
+@app.command(epilog="Example: dl7 plot curves runs/resnet-1 runs/resnet-2 --output curves.svg")
+def curves(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN", help="Runs to draw, such as runs/resnet-1; the newest if not given."),
+    ] = None,
+    output: Output = Path("curves.png"),
+) -> None:
+    """Draw how runs have learnt: training loss by step, score on validation by epoch.
+
+    The runs must be chosen by the same score.
+    """
+    figures.refuse_unwritable(output)
+    from dl7cli import runs
+
+    found = list(dict.fromkeys(runs.find(name)[0] for name in names or (None,)))
+    apart = len({run.name for run in found}) == len(found)
+    courses = [_course(runs.metrics(run), run.name if apart else str(run.folder)) for run in found]
+    scores = {course.score: course.name for course in courses if course.score is not None}
+    if len(scores) > 1:
+        (one, first), (other, second) = list(scores.items())[:2]
+        raise UserError(f"`{first}` is chosen by {one} and `{second}` by {other}", hint="draw them one by one")
+    figure, notes = figures.learning_curves(courses, next(iter(scores), "score"), suffix=output.suffix)
+    figures.save(figure, output)
+    for note in notes:
+        console.note(f"note: {note}")
+    console.note(f"drawn: {output}")
+
+
+def _course(records: Sequence[dict[str, Any]], name: str) -> figures.Course:
+    """What the records of a run say; a loss that is missing, as of steps that were left out, is passed over."""
+    closed = [record for record in records if record.get("primary") is not None]
+    return figures.Course(
+        name,
+        [(record["step"], record["loss"]) for record in records if isinstance(record.get("loss"), int | float)],
+        closed[-1]["primary"] if closed else None,
+        [(record["epoch"], record["scores"][record["primary"]]) for record in closed],
+    )
