@@ -1,11 +1,7 @@
-"""Nodes and workers as flags, SLURM, `torchrun` or dl7 itself name them, and the signals by which they are stopped.
-
-Needs nothing that is slow to import.
-"""
+"""Nodes and workers as flags, SLURM, `torchrun` or dl7 itself name them. Needs nothing that is slow to import."""
 
 import os
 import re
-import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +44,6 @@ class Place:
     attempt: str
     memory: Path | None
     """As `MEMORY`."""
-
-
-def stop_signals() -> list[signal.Signals]:
-    """What stops a training: Ctrl-C, a scheduler, and the end of the terminal, unless `nohup` has that ignored."""
-    ends = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
-    return [signal.SIGINT, signal.SIGTERM, *ends]
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place | None:

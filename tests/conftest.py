@@ -130,6 +130,16 @@ def small_runs(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Path]) 
     return folder
 
 
+@pytest.fixture(scope="session")
+def undisturbed(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `run`, trained by two workers without a fault; with dropout, of which each has its own."""
+    from launching import LONGER, WORKERS, together
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    together("train", str(tiny["seq2seq"]), *LONGER, *WORKERS, "--out", "run", cwd=folder)
+    return folder / "run"
+
+
 @pytest.fixture
 def build(tiny: dict[str, Path]) -> Callable[..., Any]:
     """`build(kind, *overrides)` is the task of a tiny recipe."""

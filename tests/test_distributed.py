@@ -5,86 +5,34 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from subprocess import PIPE
 
 import pytest
 import torch
+from launching import (
+    ALONE,
+    LONGER,
+    RARELY_SAVED,
+    SECONDS,
+    WORKERS,
+    ended,
+    greatest_difference,
+    last,
+    losses,
+    started,
+    together,
+    wait_for_record,
+    wait_for_step,
+    workers_of,
+)
 from running import ENVIRONMENT, dl7, succeed
-from torch import Tensor
 
-from dl7cli import checkpoint, runs
-from dl7cli.checkpoint import Checkpoint
+from dl7cli import runs
 from dl7cli.runs import Run
-
-SECONDS = 240
-"""In which anything here is over, however busy the machine."""
-WORKERS = ("--device", "cpu", "--precision", "fp32", "--workers", "2", "--timeout", "60")
-ALONE = ("--device", "cpu", "--precision", "fp32")
-
-
-class Ended:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@contextmanager
-def started(
-    *arguments: str, cwd: Path, inside: tuple[str, ...] = (), **environment: str
-) -> Iterator["subprocess.Popen[str]"]:
-    """`dl7` in a process of its own, which with all it has started is gone at the end; `inside` goes before it."""
-    command = [*inside, sys.executable, "-m", "dl7cli", *arguments]
-    process = subprocess.Popen(
-        command, cwd=cwd, stdout=PIPE, stderr=PIPE, text=True, env={**ENVIRONMENT, **environment}
-    )
-    try:
-        yield process
-    finally:
-        for child in [*workers_of(process.pid), process.pid]:
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        process.communicate()
-
-
-def ended(process: "subprocess.Popen[str]") -> Ended:
-    out, err = process.communicate(timeout=SECONDS)
-    return Ended(process.returncode, out, err)
-
-
-def together(*arguments: str, cwd: Path, **environment: str) -> Ended:
-    """Run `dl7` in a process of its own, to a good end."""
-    with started(*arguments, cwd=cwd, **environment) as process:
-        result = ended(process)
-    assert result.code == 0, result.err
-    return result
-
-
-def workers_of(launcher: int) -> list[int]:
-    """The processes that a process has started, in the order of their age."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children")
-    with suppress(OSError):
-        return [int(number) for number in children.read_text().split()]
-    return []
-
-
-def last(folder: Path) -> Checkpoint:
-    return checkpoint.load(folder / "last", training=True)
-
-
-def greatest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
-
-
-def losses(folder: Path) -> list[float]:
-    return [record["loss"] for record in runs.metrics(Run(folder))]
-
 
 # The same as one process
 
@@ -112,41 +60,6 @@ def test_two_workers_train_as_one_process(kind: str, tiny: dict[str, Path], tmp_
 
 
 # Faults
-
-
-LONGER = ("--set", "training.epochs=12")
-RARELY_SAVED = ("--set", "training.checkpoint_minutes=1000", "--out", "run")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `run`, trained by two workers without a fault; with dropout, of which each has its own."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    together("train", str(tiny["seq2seq"]), *LONGER, *WORKERS, "--out", "run", cwd=folder)
-    return folder / "run"
-
-
-def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str]") -> None:
-    """Until the newest checkpoint is of this step or later."""
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        with suppress(OSError, ValueError):
-            if json.loads((folder / "last" / "checkpoint.json").read_text())["progress"]["step"] >= step:
-                return
-        time.sleep(0.02)
-    raise AssertionError(f"no step {step}")
-
-
-def wait_for_record(folder: Path, process: "subprocess.Popen[str]") -> None:
-    """Until an epoch has ended."""
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        if runs.metrics(Run(folder)):
-            return
-        time.sleep(0.02)
-    raise AssertionError("no epoch")
 
 
 @pytest.mark.slow
@@ -394,132 +307,3 @@ def test_workers_that_torchrun_has_started_again_do_not_begin_another_run(tmp_pa
     assert "error: the launcher has started the workers again" in refused.err
     assert "`dl7 train --resume RUN` goes on from its last checkpoint" in refused.err
     assert not list(tmp_path.iterdir())
-
-
-# Nodes
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def node(rank: int, port: int, *, timeout: int) -> tuple[str, ...]:
-    rendezvous = ("--rendezvous", f"127.0.0.1:{port}", "--timeout", str(timeout))
-    return (*ALONE, "--nodes", "2", "--node-rank", str(rank), *rendezvous)
-
-
-@pytest.mark.slow
-def test_two_nodes_train_together_and_one_that_is_lost_may_come_back(
-    undisturbed: Path, tiny: dict[str, Path], tmp_path: Path
-) -> None:
-    """The second has no recipe, no run folder, and is killed with all its processes in the middle."""
-    port, second = free_port(), tmp_path / "second"
-    second.mkdir()
-    arguments = ("train", str(tiny["seq2seq"]), *LONGER, "--json", "--out", "run")
-    with started(*arguments, *node(0, port, timeout=60), cwd=tmp_path) as one:
-        with started("train", "of-the-first", *node(1, port, timeout=60), cwd=second) as two:
-            wait_for_step(tmp_path / "run", 10, one)
-            assert two.poll() is None
-        with started("train", "of-the-first", *node(1, port, timeout=60), cwd=second) as two:
-            other = ended(two)
-        result = ended(one)
-    assert (result.code, other.code) == (0, 0), result.err + other.err
-    assert "worker 0 has lost the others" in result.err
-    assert other.out == ""
-    assert not list(second.iterdir())
-    assert greatest_difference(last(tmp_path / "run").weights, last(undisturbed).weights) == 0
-
-
-@pytest.mark.slow
-def test_a_node_that_is_lost_for_good_ends_the_training_within_the_time_out(
-    tiny: dict[str, Path], tmp_path: Path
-) -> None:
-    port = free_port()
-    arguments = ("train", str(tiny["seq2seq"]), "--set", "training.epochs=50", "--out", "run")
-    with started(*arguments, *node(0, port, timeout=10), cwd=tmp_path) as one:
-        with started(*arguments, *node(1, port, timeout=10), cwd=tmp_path):
-            wait_for_step(tmp_path / "run", 10, one)
-        begin = time.monotonic()
-        result = ended(one)
-    assert time.monotonic() - begin < 60  # ten seconds twice, and a busy machine
-    assert result.code == 1
-    lost, gone = result.err.index("worker 0 has lost the others"), result.err.index("error: the 2 nodes do not meet")
-    assert lost < gone
-    assert last(tmp_path / "run").progress.step >= 10
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_nodes_with_other_data_are_refused_by_the_reason(split: str, tiny: dict[str, Path], tmp_path: Path) -> None:
-    """The path is the same on both, what lies there is not."""
-    port = free_port()
-    for number, name in enumerate(("first", "second")):
-        shutil.copytree(tiny["seq2seq"].parent / "pairs", tmp_path / name / "pairs")
-        (tmp_path / name / "recipe.toml").write_text(
-            tiny["seq2seq"].read_text().replace(str(tiny["seq2seq"].parent / "pairs"), "./pairs")
-        )
-        with (tmp_path / name / "pairs" / f"{split}.en").open("a") as file:
-            file.write("1 2\n" * number)
-        with (tmp_path / name / "pairs" / f"{split}.de").open("a") as file:
-            file.write("2 1\n" * number)
-    with (
-        started("train", "recipe.toml", *node(0, port, timeout=30), cwd=tmp_path / "first") as one,
-        started("train", "recipe.toml", *node(1, port, timeout=30), cwd=tmp_path / "second") as two,
-    ):
-        results = [ended(one), ended(two)]
-    assert [result.code for result in results] == [1, 1]
-    for result in results:
-        assert "is not the same on workers 0 and 1" in result.err
-    assert not list((tmp_path / "first").glob("runs/*/last"))
-
-
-@contextmanager
-def hosts() -> Iterator[list[str]]:
-    """Two network namespaces with a wire between them: the first has the address 10.99.0.1."""
-    names = [f"dl7-{os.getpid()}-{number}" for number in range(2)]
-    if shutil.which("ip") is None or subprocess.run(["ip", "netns", "add", names[0]], capture_output=True).returncode:
-        pytest.skip("needs `ip` and the right to make network namespaces")
-    try:
-        ip("netns", "add", names[1])
-        ip("link", "add", "wire", "netns", names[0], "type", "veth", "peer", "name", "wire", "netns", names[1])
-        for number, name in enumerate(names, start=1):
-            ip("-n", name, "address", "add", f"10.99.0.{number}/24", "dev", "wire")
-            ip("-n", name, "link", "set", "wire", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
-
-
-@pytest.mark.slow
-def test_nodes_between_which_the_wire_is_cut_both_end_within_the_time_out(
-    tiny: dict[str, Path], tmp_path: Path
-) -> None:
-    """Nothing closes their connections: neither hears anything any more."""
-    arguments = ("train", str(tiny["seq2seq"]), "--set", "training.epochs=200", *ALONE, "--out", "run")
-    meeting = ("--nodes", "2", "--rendezvous", "10.99.0.1:29400", "--timeout", "15")
-    with hosts() as names, ExitStack() as stack:
-        one, two = (
-            stack.enter_context(
-                started(
-                    *arguments, *meeting, "--node-rank", str(rank), cwd=tmp_path, inside=("ip", "netns", "exec", name)
-                )
-            )
-            for rank, name in enumerate(names)
-        )
-        wait_for_step(tmp_path / "run", 5, one)
-        ip("-n", names[1], "link", "set", "wire", "down")
-        begin = time.monotonic()
-        results = [ended(one), ended(two)]
-    assert time.monotonic() - begin < 2 * 15 + 60 + 30  # the last for a busy machine
-    assert [result.code for result in results] == [1, 1]
-    for rank, result in enumerate(results):
-        assert result.err.index(f"worker {rank} has lost the others: Timed out") < result.err.index("error: the ")

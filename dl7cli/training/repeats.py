@@ -22,7 +22,9 @@ from dl7cli.distributed import ALONE
 from dl7cli.errors import UserError
 from dl7cli.recipe import Recipe, with_seed
 from dl7cli.runs import Run
-from dl7cli.training.session import Epoch, Interrupted, Listener, Plan, Step, resume, signals, train
+from dl7cli.training.listener import Epoch, Listener, Plan, Step
+from dl7cli.training.session import resume, train
+from dl7cli.training.signals import Interrupted, signals
 
 SECONDS_BETWEEN_LOOKS = 0.2
 """For a signal, while other processes train."""

@@ -1,104 +1,35 @@
-"""A training in its run folder: what is written when, signals, resuming, and the final evaluation."""
+"""A training in its run folder: what is written when, resuming, and the final evaluation."""
 
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dl7cli import checkpoint, runs, tasks
 from dl7cli.checkpoint import Checkpoint, Progress
-from dl7cli.cluster import stop_signals
 from dl7cli.device import Runtime, peak_memory_bytes
 from dl7cli.distributed import Workers
 from dl7cli.errors import UserError
-from dl7cli.metrics import Scores
 from dl7cli.recipe import Recipe
 from dl7cli.runs import Run
 from dl7cli.tasks import Task
 from dl7cli.training import compilation
 from dl7cli.training.evaluation import note_reading, refuse_other_data, result_of
+from dl7cli.training.listener import Epoch, Listener, Plan, Step
 from dl7cli.training.loop import Report, Trainer, check_finite, check_weights, fit, total_steps
 from dl7cli.training.saving import Saver, saving
 from dl7cli.training.sharing import build, share, share_recipe
+from dl7cli.training.signals import Interrupted, signals
 
 SECONDS_BETWEEN_STEP_EVENTS = 0.25
 STEPS_BETWEEN_RECORDS = 50
 STEPS_BEFORE_TIMING = 3
 _RUN = "run"
 """What workers remember for those in their place: the folder."""
-_LAUNCHER = os.getppid()
-"""Of a worker, read before anything that takes time: it may be gone after that."""
-
-
-class Plan(NamedTuple):
-    """What a training is about to do."""
-
-    recipe: Recipe
-    run: Path
-    data: str
-    splits: dict[str, int]
-    notes: list[str]
-    parameters: int
-    device: str
-    workers: int
-    precision: str
-    reason: str
-    steps: int
-    epochs: int
-    resumed_step: int
-
-
-class Step(NamedTuple):
-    """How a training stands, a few times a second at most."""
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    rate: float
-    unit: str
-    remaining_seconds: float
-
-
-class Epoch(NamedTuple):
-    """An epoch's end."""
-
-    epoch: int
-    scores: Scores
-    split: str
-    best: bool
-    seconds: float
-
-
-class Listener(Protocol):
-    """Whoever shows a training to a person."""
-
-    def plan(self, plan: Plan) -> None: ...
-    def step(self, step: Step) -> None: ...
-    def epoch(self, epoch: Epoch) -> None: ...
-    def note(self, text: str) -> None: ...
-    def progress(self, what: str, done: int, total: int) -> None: ...
-
-
-class Interrupted(Exception):
-    """A signal ended the training; its state is saved and it can be resumed."""
-
-    def __init__(self, run: Path, signal_number: int) -> None:
-        super().__init__(f"interrupted by signal {signal_number}")
-        self.run = run
-        self.signal = signal_number
 
 
 def train(
@@ -441,44 +372,3 @@ class _Watch:
             unit=self._task.unit,
             remaining_seconds=steps_left * per_step + epochs_left * self._validation_seconds,
         )
-
-
-@contextmanager
-def signals(workers: Workers) -> Iterator[Callable[[], int]]:
-    """Collect the signals that stop a training instead of stopping at once; a second one does stop at once.
-
-    To workers that dl7 has started, the launcher says that by killing them: what comes to them twice comes from it and
-    from a scheduler, which tells every process.
-
-    Gives a function that all workers call after the same steps, and that tells all of them which signal one of them has
-    got, or 0. A worker whose launcher has gone stops, too.
-    """
-    received: list[int] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        if received and workers.memory is not None:
-            return
-        if received:
-            # Unwinds, so that the terminal is left as it was found; a checkpoint half-written does no harm.
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        received.append(number)
-        if workers.count > 1:  # the launcher says it, and it may be the one to stop them
-            return
-        # Not by print, which may be what the signal has interrupted. Ctrl-C ends what reads a pipe, such as tee, too.
-        with suppress(OSError):
-            os.write(2, b"\nstopping after this step; once more stops at once\n")
-
-    def stopping() -> int:
-        if workers.count > 1 and os.getppid() != _LAUNCHER:
-            received.append(signal.SIGTERM)
-        return workers.greatest(received[0] if received else 0)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
-    before = {number: signal.signal(number, receive) for number in stop_signals()}
-    try:
-        yield stopping
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

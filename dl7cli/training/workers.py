@@ -38,8 +38,9 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 import dl7cli
-from dl7cli.cluster import ATTEMPT, LOSING, LOST, MEMORY, NODE_RANK, Nodes, stop_signals
+from dl7cli.cluster import ATTEMPT, LOSING, LOST, MEMORY, NODE_RANK, Nodes
 from dl7cli.errors import UserError
+from dl7cli.training.signals import stop_signals
 
 RESTARTS = 3
 """How often all workers start again from the last checkpoint after one was killed or lost the others."""
