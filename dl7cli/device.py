@@ -96,7 +96,7 @@ def choose(
     """Turn the flags into a device that exists and a precision it can do, for one of `workers`.
 
     With `searches` a precision that is asked for is that of search and scores too, which are in float32 otherwise,
-    where near ties do not depend on what else is in the batch. On the CPU memory that is freed is kept, see `keep_heap`.
+    where near ties do not depend on what else is in the batch. A CPU keeps what is freed (`keep_heap`).
 
     Raises UserError for a device or precision that is not to be had, saying what was seen.
     """
@@ -220,11 +220,18 @@ def out_of_memory(problem: BaseException) -> bool:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back the memory of a GPU that is kept for tensors to come, whose pieces may be too small for those."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
+    """Give back the memory that is kept for tensors to come, whose pieces may be too small for those.
+
+    A CPU keeps none from then on.
+    """
+    match device.type:
+        case "cuda":
+            torch.cuda.empty_cache()
+        case "mps":
+            torch.mps.empty_cache()
+        case "cpu":
+            _keep_in_heap(pieces=1 << 17, in_all=1 << 17)  # as glibc begins
+            trim_heap()
 
 
 def keep_heap() -> None:
@@ -233,10 +240,15 @@ def keep_heap() -> None:
     Left alone it gives the large tensors of a step back to the system and is given them again in the next one, page by
     page and each filled with zeros: up to a quarter of the time of a step.
     """
+    _keep_in_heap(pieces=1 << 30, in_all=(1 << 31) - 1)
+
+
+def _keep_in_heap(*, pieces: int, in_all: int) -> None:
+    """Take pieces of up to so many bytes from the heap, and give its end back where so many are free there."""
     mallopt = _of_glibc("mallopt")
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**30)  # larger pieces still come from the system and go back to it
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_MMAP_THRESHOLD, pieces)
+        mallopt(_M_TRIM_THRESHOLD, in_all)
 
 
 def trim_heap() -> None:

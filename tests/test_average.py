@@ -296,7 +296,7 @@ def test_a_best_epoch_chosen_by_another_score_has_none_to_show(monkeypatch: pyte
         **{"scores": {"bleu_lowercase": 39.5}, "best": {"checkpoint": "run/best", "epoch": 3, "scores": {"bleu": 8.0}}},
     }
     monkeypatch.setattr(training, "average", lambda *_, **__: result)
-    shown = CliRunner().invoke(app, ["average", "run", "--device", "cpu"])
+    shown = CliRunner().invoke(app, ["average", "run", "--device", "cpu", "--precision", "fp32"])
     assert shown.exit_code == 0
     _, own, best = shown.stdout.splitlines()
     assert own.split() == ["run/average", "2,", "3", "BLEU", "without", "case", "39.50", "d"]

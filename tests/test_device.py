@@ -5,12 +5,14 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from running import ENVIRONMENT
 
 from dl7cli import device
 from dl7cli.device import (
@@ -280,6 +282,29 @@ def test_the_peak_of_memory_is_in_bytes() -> None:
     block = torch.zeros(64_000_000, dtype=torch.uint8) + 1
     assert before < 64e9
     assert device.peak_memory_bytes(torch.device("cpu")) >= max(before, len(block))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's heap is kept")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    code = """
+        import resource, torch
+        from dl7cli import device
+
+        def faults():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+        device.choose("cpu")
+        for number in range(30):
+            if number == 10:  # by then each has its place
+                before = faults()
+            tensors = [torch.ones(10_000_000) for _ in range(3)]
+            del tensors
+        print(faults() - before)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, env=ENVIRONMENT
+    )
+    assert int(done.stdout) < 1000, "of 29,297 pages for each of 20 steps"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's heap is trimmed")

@@ -138,6 +138,10 @@ def test_what_was_trained_in_fp32_is_evaluated_in_it(
     assert (found["scores"], found["details"]) == (result["scores"], result["details"])
     dl7("eval", "run", "--precision", "bf16")
     assert [line["precision"] for line in runs.evaluations(run)] == ["fp32", "fp32", "bf16"]
+    assert runs.scoring_precision("auto", ["run"]) == "fp32"
+    assert runs.scoring_precision("bf16", ["run"]) == "bf16"
+    runs.amend_environment(run, {"precision": "bf16"})
+    assert runs.scoring_precision("auto", ["run"]) == "auto"
 
 
 def entry_of(beam: int, score: float) -> dict[str, Any]:

@@ -216,6 +216,21 @@ def test_other_errors_are_no_want_of_memory(overrides: list[str], build: Callabl
         next(fit(task, Trainer.of(task), start=Progress()))
 
 
+@pytest.mark.parametrize("overrides", [[], [HALVE]])
+def test_want_of_memory_for_the_optimiser_is_not_blamed_on_the_parts(
+    overrides: list[str], build: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = build("resnet", *overrides)
+    trainer = Trainer.of(task)
+
+    def step(*_: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to …")
+
+    monkeypatch.setattr(trainer.optimiser, "step", step)
+    with pytest.raises(UserError, match="for what the optimiser keeps"):
+        next(fit(task, trainer, start=Progress()))
+
+
 def test_want_of_memory_elsewhere_is_said_too(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def validate(task: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to …")

@@ -4,9 +4,12 @@ Nothing outside is written. All commands run in a process that has a gigabyte of
 """
 
 import gzip
+import io
 import pickle
 import shutil
 import struct
+import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +107,24 @@ def has_compressed_lines(folder: Path) -> None:
             file.write(line * 1000)
 
 
+def has_an_archive(folder: Path) -> None:
+    """By its name a table, and with something before it."""
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: table.tsv\n---\n")
+    with zipfile.ZipFile(folder / "inner.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train.jsonl", b'{"en": "a dog runs", "de": "ein Hund rennt"}\n' * 1000)
+    (folder / "table.tsv").write_bytes(b'{"en": "a", "de": "b"}\n' + (folder / "inner.zip").read_bytes())
+    (folder / "inner.zip").unlink()
+    (folder / "notes.csv").write_text("a,b\n")
+
+
+def has_a_tape(folder: Path) -> None:
+    with tarfile.open(folder / "train.csv", "w") as archive:
+        lines = b'{"en": "a dog runs", "de": "ein Hund rennt"}\n'
+        member = tarfile.TarInfo("train.jsonl")
+        member.size = len(lines)
+        archive.addfile(member, io.BytesIO(lines))
+
+
 def has_an_endless_line(folder: Path) -> None:
     for language in ("en", "de"):
         with (folder / f"train.{language}").open("wb") as file:
@@ -123,6 +144,8 @@ def has_an_endless_line(folder: Path) -> None:
         (names_devices, "classification", "is not a file: /dev/zero"),
         (has_a_large_image, "classification", "has too many pixels to be read"),
         (has_compressed_lines, "translation", "train-0.jsonl` is compressed"),
+        (has_an_archive, "translation", "table.tsv` is compressed"),
+        (has_a_tape, "translation", "train.csv` is compressed"),
         (has_an_endless_line, "translation", "line 1 is longer than 4,194,304 bytes"),
     ],
 )

@@ -87,6 +87,14 @@ def test_the_curves_of_runs_are_what_they_have_recorded(
         for line in axes.lines:
             expected = [[one[key], one["loss"] if key == "step" else one["scores"]["accuracy"]] for one in kept]
             assert line.get_xydata().tolist() == expected
+    # Foreign records, and runs that have one name.
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(tmp_path / "one", tmp_path / "elsewhere" / "one")
+    with (tmp_path / "elsewhere" / "one" / "metrics.jsonl").open("a") as file:
+        file.write('{"loss": 1}\n{"primary": "accuracy", "scores": {"accuracy": 0.5}}\n')
+    succeed("plot", "curves", "one", "elsewhere/one", "--output", "curves.svg", cwd=tmp_path)
+    text = (tmp_path / "curves.svg").read_text(encoding="utf-8")
+    assert text.count(">one</text>") == text.count(">elsewhere/one</text>") == 1
     refused = dl7("plot", "curves", "one", str(small_runs / "seq2seq"), cwd=tmp_path)
     assert refused.code == 1
     assert "`one` is chosen by accuracy and " in refused.err

@@ -18,7 +18,7 @@ def average(
     ] = None,
     device: options.Device = "auto",
     gpus: options.Gpus = None,
-    precision: options.Precision = "auto",
+    precision: options.PrecisionOfScores = "auto",
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
@@ -28,9 +28,9 @@ def average(
     it is better than the best epoch; dl7 eval RUN/average and dl7 translate --run RUN/average use it.
     """
     from dl7cli import device as devices
-    from dl7cli import training
+    from dl7cli import runs, training
 
-    runtime = devices.choose(device, precision, gpus)
+    runtime = devices.choose(device, runs.scoring_precision(precision, [run]), gpus)
     with console.display() as display:
         result = training.average(
             run,

@@ -43,9 +43,10 @@ def compare(
     if not all(name for side in sides for name in side):
         raise typer.BadParameter("there is a comma with no run before or after it")
     from dl7cli import device as devices
-    from dl7cli import training
+    from dl7cli import runs, training
 
-    runtime = devices.choose(device, precision, gpus, searches=True)
+    scoring = runs.scoring_precision(precision, [name for side in sides for name in side])
+    runtime = devices.choose(device, scoring, gpus, searches=True)
     with console.display() as display:
         result = training.compare(
             sides,

@@ -63,9 +63,7 @@ def evaluate(
 
     if plot is not None:
         figures.refuse_unwritable(plot)
-    if precision == "auto" and runs.environment(runs.find(run)[0]).get("precision") == "fp32":
-        precision = "fp32"  # as it was trained and scored
-    runtime = devices.choose(device, precision, gpus, searches=True)
+    runtime = devices.choose(device, runs.scoring_precision(precision, [run]), gpus, searches=True)
     with contextlib.ExitStack() as stack, console.display() as display:
         stream = stack.enter_context(sentences.replacing(output)) if output is not None else None
 

@@ -30,7 +30,8 @@ PrecisionOfSearch = Annotated[
 PrecisionOfScores = Annotated[
     PrecisionName,
     typer.Option(
-        "--precision", help="Arithmetic; auto is fp32 for translators, for classifiers bf16 where the hardware has it."
+        "--precision",
+        help="Arithmetic; auto is fp32 for translators and what was trained so, else bf16 where the hardware has it.",
     ),
 ]
 Offline = Annotated[

@@ -1,6 +1,7 @@
 """`dl7 plot`: figures, written to files."""
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,7 +107,9 @@ def curves(
 
     found = list(dict.fromkeys(runs.find(name)[0] for name in names or (None,)))
     apart = len({run.name for run in found}) == len(found)
-    courses = [_course(runs.metrics(run), run.name if apart else str(run.folder)) for run in found]
+    shared = os.path.commonpath([run.folder.resolve() for run in found])
+    labels = [run.name if apart else os.path.relpath(run.folder.resolve(), shared) for run in found]
+    courses = [_course(runs.metrics(run), label) for run, label in zip(found, labels, strict=True)]
     scores = {course.score: course.name for course in courses if course.score is not None}
     if len(scores) > 1:
         (one, first), (other, second) = list(scores.items())[:2]
@@ -123,7 +126,7 @@ def _course(records: Sequence[dict[str, Any]], name: str) -> figures.Course:
     closed = [record for record in records if record.get("primary") is not None]
     return figures.Course(
         name,
-        [(record["step"], record["loss"]) for record in records if isinstance(record.get("loss"), int | float)],
+        [(record.get("step", 0), record["loss"]) for record in records if isinstance(record.get("loss"), int | float)],
         closed[-1]["primary"] if closed else None,
-        [(record["epoch"], record["scores"][record["primary"]]) for record in closed],
+        [(record.get("epoch", 0), record["scores"][record["primary"]]) for record in closed],
     )

@@ -2,6 +2,8 @@
 
 import itertools
 import re
+import tarfile
+import zipfile
 from pathlib import Path
 
 from dl7cli.errors import UserError
@@ -17,14 +19,16 @@ _COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"\xfd7zXZ\0", b"BZh", b"\x28\xb5\x2f
 def refuse_endless(file: Path) -> None:
     """Raise UserError for a parquet file that would unpack to so much more than it is that no real data can be in it.
 
-    A row that is repeated takes up no room in it, nor does a number of rows that is not true. Another table is refused
-    if it is compressed: `datasets` would unpack it, however much comes out.
+    A row that is repeated takes up no room in it, nor does a number of rows that is not true. Any file is refused that
+    is compressed or an archive, by what is in it: `datasets` would unpack it, however much comes out.
     """
+    if not file.is_file():  # a pipe would be waited for
+        return
+    with file.open("rb") as stream:
+        packed_as_such = stream.read(8).startswith(_COMPRESSED)
+    if packed_as_such or zipfile.is_zipfile(file) or tarfile.is_tarfile(file):
+        raise UserError(f"`{file}` is compressed: how much is in it cannot be told", hint="unpack it first")
     if file.suffix != ".parquet":
-        if file.is_file():  # a pipe would be waited for
-            with file.open("rb") as stream:
-                if stream.read(8).startswith(_COMPRESSED):
-                    raise UserError(f"`{file}` is compressed: how much is in it cannot be told", hint="unpack it first")
         return
     import pyarrow.parquet
 

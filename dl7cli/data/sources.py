@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import http.client
+import itertools
 import logging
 import os
 import re
@@ -262,16 +263,15 @@ def load_splits(
     with _datasets_quiet(offline) as library:
         try:
             if local:
-                for file in [folder] if folder.is_file() else files_below(folder):
-                    if not set(_TABLE_SUFFIXES).isdisjoint(file.suffixes):
-                        refuse_endless(file)
-            if local and Path(path).is_dir():
-                refuse_remote(Path(path))
-                if any(file.suffix in (".csv", ".tsv") for file in files_below(Path(path))):
-                    builder = library.load_dataset_builder(path, **arguments)
-                    if hasattr(builder.config, "keep_default_na"):
-                        # `null` and `NA` are words like any others.
-                        arguments["keep_default_na"] = False
+                if folder.is_dir():
+                    refuse_remote(folder)
+                # What it would read, whatever the names.
+                builder = library.load_dataset_builder(path, **arguments)
+                for file in itertools.chain.from_iterable((builder.config.data_files or {}).values()):
+                    refuse_endless(Path(file))
+                if hasattr(builder.config, "keep_default_na"):
+                    # `null` and `NA` are words like any others.
+                    arguments["keep_default_na"] = False
             loaded = library.load_dataset(path, **arguments)
         except UserError:
             raise
@@ -368,7 +368,7 @@ def _reachable(source: str) -> bool:
 
 @contextlib.contextmanager
 def _datasets_quiet(offline: bool) -> Iterator[Any]:
-    """Import `datasets` and keep it from printing and, offline, from connecting; put back its settings after."""
+    """Import `datasets` and keep it from printing and, offline, from connecting; counting downloads stays off."""
     import datasets
     import huggingface_hub
     from huggingface_hub.utils import logging as hub_logging

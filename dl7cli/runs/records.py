@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dl7cli import __version__, files
 from dl7cli.errors import UserError
-from dl7cli.runs.folder import Run, cannot_write, no_link, reason
+from dl7cli.runs.folder import Run, cannot_write, find, no_link, reason
 
 _RESULT = "result.json"
 _ENVIRONMENT = "environment.json"
@@ -144,6 +145,16 @@ def environment(run: Run) -> dict[str, Any]:
         hint = "it says what the run began with: put back a copy, or remove it and give `--precision` yourself"
         raise UserError(f"`{path}` is damaged", hint)
     return found or {}
+
+
+def scoring_precision(asked: str, names: Iterable[str | None]) -> str:
+    """The precision to score runs with these names in: fp32 for `auto` where one of them was trained and scored in it.
+
+    Raises UserError where there is no such run.
+    """
+    if asked == "auto" and any(environment(find(name)[0]).get("precision") == "fp32" for name in names):
+        return "fp32"
+    return asked
 
 
 def _version(package: str) -> str | None:

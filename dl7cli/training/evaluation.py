@@ -76,7 +76,7 @@ def evaluate(
     for text in task.notes:
         note(text)
     if not isinstance(task, Translation):
-        result = result_of(found, task, split, task.evaluate(split), time.monotonic() - begin, folder.name)
+        result = result_of(found, task, split, task.evaluate(split), time.monotonic() - begin, folder.resolve().name)
         note_reading(found, {**result, "precision": runtime.precision})
         return result
     results: list[dict[str, Any]] = []
@@ -89,7 +89,7 @@ def evaluate(
         translations = task.translations(split, how)
         searched = time.monotonic() - searching
         scores = task.judge(split, translations, rouge=rouge)
-        result = result_of(found, task, split, scores, time.monotonic() - start, folder.name)
+        result = result_of(found, task, split, scores, time.monotonic() - start, folder.resolve().name)
         note_reading(found, {**result, **{name: value for name, value in settings.items() if value is not None}})
         results.append(result)
         sweep.append({"beam": beam, "scores": scores.values, "details": scores.details, "seconds": round(searched, 3)})

@@ -172,7 +172,10 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
             except Exception as problem:  # the first step makes what the optimiser keeps of each weight
                 if not out_of_memory(problem):
                     raise
-                raise _too_large(task, trainer.parts, forgetful=False) from problem
+                lower = f"lower `--set training.{task.batch_key}=…`"
+                raise UserError(
+                    "out of memory for what the optimiser keeps of each weight", hint=f"{lower} or the model"
+                ) from problem
             scaler.update()
             progress = progress._replace(batch=number, step=progress.step + 1)
             if trainer.average is not None:

@@ -39,7 +39,7 @@ def train(
 
     Of several workers each calls this, but only what the first is given counts, and only it returns anything; those
     that were started in the place of others go on with the run of these. Raises UserError for anything a user can put
-    right, before the run folder is made where possible, and Interrupted after a SIGINT or SIGTERM, when the run can be
+    right, before the run folder is made where possible, and Interrupted after one of `stop_signals`: the run can be
     resumed; workers but the first then just return.
     """
     begin = time.monotonic()
@@ -135,7 +135,7 @@ def _with_best(run: Run, task: Task, trainer: Trainer, saved: Checkpoint, listen
         listener.note(f"{problem.message}; the best epoch is chosen anew")
         if progress.epoch < saved.recipe.training.epochs:
             return progress._replace(best=None, best_epoch=None)
-        progress = progress._replace(best_epoch=progress.epoch)
+        progress = progress._replace(best=None, best_epoch=progress.epoch)
         saver = Saver(run, task)
         saver.save(trainer, progress, saved.scores, best=True)
         saver.wait()

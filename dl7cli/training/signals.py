@@ -11,7 +11,7 @@ from types import FrameType
 from dl7cli.distributed import Workers
 
 _LAUNCHER = os.getppid()
-"""Of a worker, read before anything that takes time: it may be gone after that."""
+"""Of a worker, read before a training begins: it may be gone after that."""
 
 
 class Interrupted(Exception):
@@ -33,8 +33,9 @@ def stop_signals() -> list[signal.Signals]:
 def signals(workers: Workers) -> Iterator[Callable[[], int]]:
     """Collect the signals that stop a training instead of stopping at once; a second one does stop at once.
 
-    To workers that dl7 has started, the launcher says that by killing them: what comes to them twice comes from it and
-    from a scheduler, which tells every process.
+    To one of several workers, the launcher says that by killing it: what comes to it twice comes from the launcher and
+    from a scheduler, which tells every process. And SIGHUP is no second one: where a terminal is closed both it and the
+    shell say so, and a service manager sends it after SIGTERM.
 
     Gives a function that all workers call after the same steps, and that tells all of them which signal one of them has
     got, or 0. A worker whose launcher has gone stops, too.
@@ -42,7 +43,7 @@ def signals(workers: Workers) -> Iterator[Callable[[], int]]:
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if received and workers.memory is not None:
+        if received and (workers.count > 1 or number == signal.SIGHUP):
             return
         if received:
             # Unwinds, so that the terminal is left as it was found; a checkpoint half-written does no harm.

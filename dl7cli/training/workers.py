@@ -67,8 +67,6 @@ def launch(arguments: Sequence[str], workers: int, *, nodes: Nodes, timeout: flo
     log = logging.getLogger("torch.distributed.elastic")
     log.propagate = False  # what matters of it is told here
     log.addHandler(logging.NullHandler())
-    # Torch would take SIGHUP, too, even where `nohup` has it ignored.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGTERM"
     # Workers do not look for modules in the current folder, which may be data. This process may have found dl7 there.
     own = str(Path(dl7cli.__file__).resolve().parents[1])
     if os.path.realpath(sys.path[0]) == own:
@@ -140,6 +138,7 @@ class _Agent(LocalElasticAgent):
         self._note = note
         self._processes: list[int] = []
         self._signal = 0
+        self._stops = stop_signals()
         self._attempt = 0
         self._master = "", ""
         self._moved: float | None = None
@@ -184,21 +183,22 @@ class _Agent(LocalElasticAgent):
         self._attempt += 1
         started: dict[int, int] = super()._start_workers(worker_group)
         self._processes = list(started.values())
-        self.listen()  # torch does now, too
+        self.listen()  # torch does now, too, and to SIGHUP even where `nohup` has it ignored
         if self._signal:
             self._pass_on(self._signal)
         return started
 
     def listen(self) -> None:
         """Take the signals that stop a training."""
-        for number in stop_signals():
-            signal.signal(number, self._receive)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._receive if number in self._stops else signal.SIG_IGN)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self._processes:
             raise SystemExit(128 + number)
         if self._signal:
-            self._pass_on(signal.SIGKILL)
+            if number != signal.SIGHUP:  # see `signals`
+                self._pass_on(signal.SIGKILL)
             return
         self._signal = number
         with suppress(OSError):

@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 class Taken(NamedTuple):
     seconds: float
     megabytes: float
-    """At most, of main memory."""
+    """At most, of main memory; on Linux no less than this process has."""
     lines: list[str]
 
 
@@ -57,8 +57,8 @@ def translate(run: str, file: Path, kind: Kind) -> Taken:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    per_megabyte = 1e6 if sys.platform == "darwin" else 1e3
-    return Taken(seconds, usage.ru_maxrss / per_megabyte, text.removesuffix("\n").split("\n"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Taken(seconds, usage.ru_maxrss * unit / 1e6, text.removesuffix("\n").split("\n"))
 
 
 def numbers(text: str) -> list[int]:
