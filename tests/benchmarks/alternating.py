@@ -1,11 +1,14 @@
-"""Training loops that take turns in one process, so that whatever else the machine does meets them all alike."""
+"""Training loops that take turns, so that whatever else the machine does meets them all alike."""
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from types import MappingProxyType
 from typing import Any
 
@@ -38,6 +41,30 @@ def own_loop(task: Task) -> Loop:
     while True:
         for report in fit(task, Trainer.of(task), start=Progress()):
             yield report.examples
+
+
+def apart(loop: Callable[..., Loop], **arguments: Any) -> Loop:
+    """A loop in a process of its own, which keeps and gives back memory as Python and torch do by themselves."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_take_steps, args=(there, loop, arguments))
+    process.start()
+    there.close()
+    try:
+        while True:
+            here.send(None)
+            yield here.recv()
+    finally:
+        here.close()
+        process.join()
+
+
+def _take_steps(asked: Connection, loop: Callable[..., Loop], arguments: Mapping[str, Any]) -> None:
+    steps = loop(**arguments)
+    with suppress(EOFError):
+        while True:
+            asked.recv()  # before the step, which is not to be made in the turn of another
+            asked.send(next(steps))
 
 
 def compare(

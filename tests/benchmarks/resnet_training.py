@@ -4,9 +4,9 @@ One is the bare step: a batch that is already in place, a compiled model in dl7'
 backward, the recipe's optimiser and nothing else. dl7's loop, compiled where the recipe's steps repay it (or with
 `--set training.compile=always`), should reach 0.95 of its rate.
 
-The other is the loop as commonly written: float32, NCHW, a DataLoader (tried with no worker and with two; the faster is
-compared first) that crops, flips and normalises one image at a time as torchvision's transforms do, SGD with momentum,
-`loss.item()` at every step.
+The other is the loop as commonly written, in a process of its own: float32, NCHW, a DataLoader (tried with no worker
+and with two; the faster is compared first) that crops, flips and normalises one image at a time as torchvision's
+transforms do, SGD with momentum, `loss.item()` at every step.
 
     python tests/benchmarks/resnet_training.py --data FOLDER
 """
@@ -16,7 +16,7 @@ import sys
 
 import numpy as np
 import torch
-from alternating import Loop, arguments, compare, own_loop
+from alternating import Loop, apart, arguments, compare, own_loop
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -137,8 +137,9 @@ def main() -> None:
     for workers in (0, 2):
         name = f"the usual loop with {workers} workers"
         goals[name] = OF_THE_USUAL_LOOP
-        loops[name] = usual_loop(
-            images,
+        loops[name] = apart(
+            usual_loop,
+            images=images,
             depth=options.depth,
             classes=len(task.assets["classes"]),
             batch=options.batch,

@@ -1,14 +1,15 @@
 """Target tokens per second in training: dl7's loop, the same in float32, and the loop as commonly written.
 
-The common one has the equations and sizes of dl7's model, so that only the manner differs: float32, shuffled batches of
-as many sentences as dl7's hold on average, a packed encoder, one Python step of LSTMCells and attention per target
-token, cross-entropy over all positions with padding ignored, `loss.item()` every step. Padding is never counted.
+The common one has the equations and sizes of dl7's model and a process of its own, so that only the manner differs:
+float32, shuffled batches of as many sentences as dl7's hold on average, a packed encoder, one Python step of LSTMCells
+and attention per target token, cross-entropy over all positions with padding ignored, `loss.item()` every step. Padding
+is never counted.
 
     python tests/benchmarks/seq2seq_training.py --data FOLDER [--set model.decoder_width=256]
 """
 
 import torch
-from alternating import Loop, arguments, compare, own_loop
+from alternating import Loop, apart, arguments, compare, own_loop
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
@@ -131,8 +132,13 @@ def main() -> None:
     loops = {"dl7": own_loop(task)}
     if runtime.precision != "fp32":
         loops["dl7 in fp32"] = own_loop(tasks.build(recipe, task.assets, runtime=device.choose(precision="fp32")))
-    loops["the usual loop"] = usual_loop(
-        pairs, len(task.pairs.source_vocabulary), task.recipe, batch=batch, on=runtime.device
+    loops["the usual loop"] = apart(
+        usual_loop,
+        pairs=pairs,
+        vocabulary=len(task.pairs.source_vocabulary),
+        recipe=task.recipe,
+        batch=batch,
+        on=runtime.device,
     )
     compare(loops, options, runtime=runtime, unit="target tokens", sentences_per_batch=batch, overrides=options.set)
 
