@@ -209,11 +209,21 @@ def _distributed(task: Task) -> DistributedDataParallel:
     """The task's loss, of which a backward pass leaves the mean of the workers' gradients on each.
 
     All begin with the first one's weights. As parameters may be unused, those that are added up together stay the same
-    from the first step on: a resumed training adds in the same order.
+    from the first step on: a resumed training adds in the same order. On a GPU they meet in parts, while the backward
+    pass goes on; a CPU that computes is not free for that, so there all meet at once.
     """
+    mebibytes = None
+    if task.runtime.device.type == "cpu":
+        mebibytes = 1 + sum(p.numel() * p.element_size() for p in task.model.parameters()) // 2**20
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of an argument that is to be called by another name
-        return DistributedDataParallel(_Loss(task), broadcast_buffers=False, find_unused_parameters=True)
+        return DistributedDataParallel(
+            _Loss(task),
+            broadcast_buffers=False,
+            bucket_cap_mb=mebibytes,
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,
+        )
 
 
 def _seed(*numbers: int) -> int:
