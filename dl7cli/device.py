@@ -27,6 +27,7 @@ _CUBLAS_REPEATABLE = (":16:8", ":4096:8")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MALLOC_THRESHOLDS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -238,9 +239,11 @@ def keep_heap() -> None:
     """Let glibc keep the main memory that is freed for what is asked for next; nothing where there is no glibc.
 
     Left alone it gives the large tensors of a step back to the system and is given them again in the next one, page by
-    page and each filled with zeros: up to a quarter of the time of a step.
+    page and each filled with zeros: up to a quarter of the time of a step. Where the environment has a threshold of its
+    own for that, by glibc's names, it stands.
     """
-    _keep_in_heap(pieces=1 << 30, in_all=(1 << 31) - 1)
+    if not any(os.environ.get(name) for name in _MALLOC_THRESHOLDS):
+        _keep_in_heap(pieces=1 << 30, in_all=(1 << 31) - 1)
 
 
 def _keep_in_heap(*, pieces: int, in_all: int) -> None:
