@@ -18,6 +18,8 @@ LOST = 75
 """Exit code of a worker that cannot go on where all may try again."""
 LOSING = "has lost the others"
 """How it says so where that is another worker's doing."""
+FULL = "is out of memory"
+"""How it says so where the next attempt takes less of it."""
 
 _PORTS = range(20_000, 30_000)
 
@@ -31,6 +33,8 @@ class Nodes:
     """Of this one, from 0; the first has the run folder."""
     rendezvous: str = "127.0.0.1:0"
     """HOST:PORT on the first node where they meet."""
+    name: str = "dl7"
+    """Of the training, among others whose nodes meet there."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +97,24 @@ def _slurm(environment: Mapping[str, str]) -> Nodes:
     count = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
     if count == 1:
         return Nodes()
+    refuse_other_tasks(environment)
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
+    # Steps of one job may run side by side.
+    port = _PORTS[(job + 101 * step) % len(_PORTS)]
+    where = f"{first_host(environment['SLURM_STEP_NODELIST'])}:{port}"
+    return Nodes(count, int(environment["SLURM_NODEID"]), where, f"dl7-{job}.{step}")
+
+
+def refuse_other_tasks(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise UserError where SLURM starts several processes on a node, each of which would start all its workers."""
+    count = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", str(count)))
     if tasks != count:
+        on = "1 node" if count == 1 else f"{count} nodes"
         raise UserError(
-            f"SLURM starts {tasks} tasks on {count} nodes; dl7 starts the workers of a node itself",
+            f"SLURM starts {tasks} tasks on {on}; dl7 starts the workers of a node itself",
             hint="use `srun --ntasks-per-node=1 dl7 train … --gpus all`",
         )
-    port = _PORTS[int(environment["SLURM_JOB_ID"]) % len(_PORTS)]
-    return Nodes(count, int(environment["SLURM_NODEID"]), f"{first_host(environment['SLURM_STEP_NODELIST'])}:{port}")
 
 
 def first_host(hosts: str) -> str:

@@ -239,17 +239,18 @@ def keep_heap() -> None:
     """Let glibc keep the main memory that is freed for what is asked for next; nothing where there is no glibc.
 
     Left alone it gives the large tensors of a step back to the system and is given them again in the next one, page by
-    page and each filled with zeros: up to a quarter of the time of a step. Where the environment has a threshold of its
-    own for that, by glibc's names, it stands.
+    page and each filled with zeros: up to a quarter of the time of a step.
     """
-    if not any(os.environ.get(name) for name in _MALLOC_THRESHOLDS):
-        _keep_in_heap(pieces=1 << 30, in_all=(1 << 31) - 1)
+    _keep_in_heap(pieces=1 << 30, in_all=(1 << 31) - 1)
 
 
 def _keep_in_heap(*, pieces: int, in_all: int) -> None:
-    """Take pieces of up to so many bytes from the heap, and give its end back where so many are free there."""
+    """Take pieces of up to so many bytes from the heap, and give its end back where so many are free there.
+
+    Where the environment has one of these thresholds, by glibc's names, both stay as they are.
+    """
     mallopt = _of_glibc("mallopt")
-    if mallopt is not None:
+    if mallopt is not None and not any(os.environ.get(name) for name in _MALLOC_THRESHOLDS):
         mallopt(_M_MMAP_THRESHOLD, pieces)
         mallopt(_M_TRIM_THRESHOLD, in_all)
 

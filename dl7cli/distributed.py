@@ -6,8 +6,10 @@ A process that trains alone is the only worker: everything is its own part, and 
 import json
 import os
 import re
+import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,13 +18,14 @@ from typing import Any, TypeVar
 import safetensors.torch
 import torch
 from torch import Tensor, distributed
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from dl7cli import files
 from dl7cli.cluster import LOSING, place
 
 Item = TypeVar("Item")
 
+_BEATS, _FAILED = "beats", "failed"
 _OF_CONNECTION = re.compile("gloo|NCCL|pair closure|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 
@@ -41,6 +44,10 @@ class Workers:
     """Connects them for what is in main memory; the default group is for what is on devices."""
     memory: Path | None = None
     """A folder of this node that stays while workers come and go."""
+    store: Store | None = None
+    """What all of them read and write, where they have met."""
+    timeout: float = 0.0
+    """Seconds that they wait for one of which they hear nothing."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Workers":
         """Itself: a copy of a model that knows its workers knows the same ones."""
@@ -115,6 +122,41 @@ class Workers:
             for tensor in tensors:
                 distributed.broadcast(tensor, 0)
 
+    @contextmanager
+    def preparing(self, what: str) -> Iterator[None]:
+        """Do something that may take one worker much longer than the others, and go on when all have done it.
+
+        Every worker enters it, by the same name and once, and waits at the end for each that has not done it yet, as
+        long as that shows that it is alive. Raises Lost where one has failed, or has not for the time-out.
+        """
+        if self.store is None:
+            yield
+            return
+        pause = min(1.0, self.timeout / 10)
+        done = threading.Event()
+        beat = threading.Thread(target=_beat, args=(self.store, self.rank, pause, done), name="beat", daemon=True)
+        beat.start()
+        try:
+            yield
+        except BaseException:
+            self.store.set(_FAILED, str(self.rank))
+            raise
+        finally:
+            done.set()
+            beat.join()
+        self.store.set(f"{what} {self.rank}", "")
+        heard = {rank: (-1, time.monotonic()) for rank in range(self.count)}
+        while waiting := [rank for rank in heard if not self.store.check([f"{what} {rank}"])]:
+            if self.store.check([_FAILED]):
+                raise Lost(f"{LOSING}: worker {self.store.get(_FAILED).decode()} has failed")
+            for rank in waiting:
+                beats, since = self.store.add(f"{_BEATS} {rank}", 0), time.monotonic()
+                if beats != heard[rank][0]:
+                    heard[rank] = beats, since
+                elif since - heard[rank][1] > self.timeout:
+                    raise Lost(f"{LOSING}: worker {rank} has not been heard of for {self.timeout:.0f} s")
+            time.sleep(pause / 10)
+
     def remember(self, name: str, value: str) -> None:
         """Let workers started after these, in their place, recall a value on this node."""
         if self.memory is not None:
@@ -159,13 +201,20 @@ def joined(device: torch.device, timeout: float) -> Iterator[Workers]:
         group = distributed.new_group(backend="gloo", timeout=waiting) if backend != "gloo" else None
     try:
         with _losing():
-            yield Workers(here.rank, here.count, group, here.memory)
+            yield Workers(here.rank, here.count, group, here.memory, attempt, timeout)
     except Exception:
         raise  # to be told first: as soon as this worker leaves, the others fail, too
     except BaseException:
         distributed.destroy_process_group()
         raise
     distributed.destroy_process_group()
+
+
+def _beat(store: Store, rank: int, pause: float, done: threading.Event) -> None:
+    """Count up every `pause` seconds, for others to see, until it is `done` or nobody can see it any more."""
+    with suppress(RuntimeError):  # which the worker meets, too
+        while not done.wait(pause):
+            store.add(f"{_BEATS} {rank}", 1)
 
 
 @contextmanager

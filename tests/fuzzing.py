@@ -24,6 +24,7 @@ _WRITTEN = r"""1e999 nan -inf -1 0 1 3 0.5 1.0 -0 1e-320 9223372036854775808 tru
 ''' "none" """
 _NESTED = ("[" * 500, "[" * 30_000, "{a=" * 300, "[" * 200 + "]" * 200, "[" * 20 + "]" * 20)
 _LONG = ("9" * 30, "9" * 5000, "0x" + "f" * 5000, f'"{"x" * 5000}"')
+SMALL_VALUES = st.sampled_from(_WRITTEN.split())
 TOML_VALUES = st.sampled_from([*_WRITTEN.split(), *_NESTED, *_LONG])
 SHIPPED = {name: recipes.find(name).read_text(encoding="utf-8") for name in recipes.shipped()}
 KEYS = sorted(

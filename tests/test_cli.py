@@ -186,8 +186,8 @@ def test_mistakes_that_can_be_put_right(
     [
         ("train", "give a RECIPE"),
         ("train resnet --resume runs/x", "RECIPE cannot be given with it"),
-        ("train --resume runs/x --data d --set a=1 --seed 1 --out o", "--data, --set, --seed, --out cannot be given"),
-        ("train --resume runs/x --seeds 2 --seed 1 --out o", "--seed cannot be given"),
+        ("train --resume runs/x --data d --set a=1 --seed 1 --out o", "--set, --seed, --out cannot be given"),
+        ("train --resume runs/x --seeds 2 --seed 1 --out o --data d", "--seed, --data cannot be given"),
         ("train resnet --seeds 0", "'--seeds'"),
         ("train resnet --seeds 2 --workers 2", "--workers cannot be given"),
         ("train resnet --depth 20", "No such option: --depth"),

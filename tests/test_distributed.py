@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -59,7 +60,114 @@ def test_two_workers_train_as_one_process(kind: str, tiny: dict[str, Path], tmp_
     assert both.err.count("epoch 1") == 1
 
 
+def test_two_workers_evaluate_as_one_process(tmp_path: Path) -> None:
+    """The same trained weights on 1,024 images and their mirror images: of each worker more than one batch."""
+    small = ("--set", "model.depth=8", "--set", "training.epochs=1", "--set", "training.compile=never")
+    arguments = ("train", "resnet", "--data", "builtin:shapes", *small, *ALONE, "--json", "--out", "run")
+    alone = succeed(*arguments, cwd=tmp_path).document
+    (tmp_path / "run" / "result.json").unlink()  # so that its evaluation is what is left to do
+    both = json.loads(together("train", "--resume", "run", *WORKERS, "--json", cwd=tmp_path).out)
+    assert both["examples"] == alone["examples"] == 1024
+    assert both["scores"] == pytest.approx(alone["scores"], rel=1e-6)
+    readings = runs.evaluations(Run(tmp_path / "run"))
+    assert [record["scores"] for record in readings] == [alone["scores"], both["scores"]]
+
+
 # Faults
+
+
+SPOILT = """
+    import os
+
+    if os.environ.get("RANK") == "1":
+        from dl7cli.errors import UserError
+        from dl7cli.training import session
+
+        def fit(task, trainer, *, start, fit=session.fit):
+            {before}
+            for report in fit(task, trainer, start=start):
+                {after}
+                yield report
+
+        session.fit = fit
+"""
+
+
+def spoilt(folder: Path, before: str = "pass", after: str = "pass") -> dict[str, str]:
+    """The environment in which worker 1 does something else before it trains, or after each step."""
+    (folder / "sitecustomize.py").write_text(textwrap.dedent(SPOILT).format(before=before, after=after))
+    return {"PYTHONPATH": os.pathsep.join((str(folder), ENVIRONMENT["PYTHONPATH"]))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [
+        ("UserError('the fifth step is too much', hint='rest')", "error: the fifth step is too much\nhint: rest\n"),
+        ("ZeroDivisionError('by nothing')", "ZeroDivisionError: by nothing\n"),
+    ],
+)
+def test_a_worker_that_fails_is_told_of_before_what_that_does_to_the_others(
+    problem: str, told: str, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    after = f"if report.progress.step == 5: raise {problem}"
+    arguments = ("train", str(tiny["seq2seq"]), *LONGER, *WORKERS, "--out", "run")
+    with started(*arguments, cwd=tmp_path, **spoilt(tmp_path, after=after)) as process:
+        result = ended(process)
+    assert result.code == 1
+    assert told + "so ended worker 1" in result.err.replace("\n\n", "\n")
+    assert "start again" not in result.err
+    assert "lost the others" not in result.err[: result.err.index("so ended worker 1")]
+    assert last(tmp_path / "run").progress.step <= 5
+
+
+@pytest.mark.slow
+def test_a_worker_out_of_memory_makes_all_go_on_with_parts_of_the_batch(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """A real limit, of one of them."""
+    before = (
+        "import resource, torch; torch.backends.mkldnn.set_flags(False);"
+        " pages = int(open('/proc/self/statm').read().split()[0]); most = pages * 4096 + 60_000_000;"
+        " resource.setrlimit(resource.RLIMIT_AS, (most, most))"
+    )
+    large = ("--set", "training.batch_size=26", "--set", "data.image_size=128", "--set", "training.epochs=1")
+    arguments = ("train", str(tiny["resnet"]), *large, "--set", "training.on_oom=halve", *WORKERS, "--out", "run")
+    environment = {**spoilt(tmp_path, before), "MALLOC_MMAP_THRESHOLD_": "131072"}
+    with started(*arguments, cwd=tmp_path, **environment) as process:
+        result = ended(process)
+    assert result.code == 0, result.err
+    found = last(tmp_path / "run")
+    parts = int(found.training["parts"])
+    assert parts > 1
+    assert f"worker 1 is out of memory: a batch is taken in {parts} parts from now on" in result.err
+    assert (found.progress.epoch, found.progress.step) == (1, 1), "the same global batch"
+    assert "of 3 times" not in result.err, "the attempts for want of memory are not counted"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["resnet", "seq2seq"])
+def test_all_workers_and_their_launcher_killed_again_and_again_cost_nothing(
+    kind: str, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    """While they start, and while they train or save."""
+    draw = random.Random(kind)
+    arguments = ("train", str(tiny[kind]), *LONGER, *WORKERS)
+    together(*arguments, "--out", "one", cwd=tmp_path)
+    steps = last(tmp_path / "one").progress.step
+    with started(*arguments, "--out", "run", cwd=tmp_path) as process:
+        wait_for_step(tmp_path / "run", 2, process)
+        time.sleep(draw.uniform(0, 0.1))
+        for victim in (process.pid, *workers_of(process.pid)):
+            os.kill(victim, signal.SIGKILL)
+    for kill in range(6):
+        with started("train", "--resume", "run", *WORKERS, cwd=tmp_path) as process:
+            if kill:
+                wait_for_step(tmp_path / "run", steps * kill // 7, process)
+            time.sleep(draw.uniform(0, 0.1 if kill else 4))
+            for victim in (process.pid, *workers_of(process.pid)):
+                os.kill(victim, signal.SIGKILL)
+    together("train", "--resume", "run", *WORKERS, cwd=tmp_path)
+    assert greatest_difference(last(tmp_path / "run").weights, last(tmp_path / "one").weights) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -87,20 +195,24 @@ def test_three_workers_train_as_one_though_some_batches_are_too_small_for_them(
     kind: str, tiny: dict[str, Path], tmp_path: Path
 ) -> None:
     """The last batch of an epoch has two images, and pairs of nearly 60 subwords are alone in theirs."""
-    smaller = {"resnet": (), "seq2seq": ("--set", "training.batch_tokens=20")}[kind]
-    arguments = ("train", str(tiny[kind]), *CHANGES[kind], *smaller, "--set", "training.epochs=2", *ALONE)
-    succeed(*arguments, "--out", "one", cwd=tmp_path)
-    together(*arguments, "--workers", "3", "--timeout", "60", "--out", "three", cwd=tmp_path)
+    smaller = {"resnet": (), "seq2seq": ("--set", "training.batch_tokens=20", "--set", "training.select=loss")}[kind]
+    arguments = ("train", str(tiny[kind]), *CHANGES[kind], *smaller, "--set", "training.epochs=2", *ALONE, "--json")
+    alone = succeed(*arguments, "--out", "one", cwd=tmp_path).document
+    three = together(*arguments, "--workers", "3", "--timeout", "60", "--out", "three", cwd=tmp_path)
+    assert json.loads(three.out)["scores"] == pytest.approx(alone["scores"], abs=1e-4)
     assert greatest_difference(last(tmp_path / "one").weights, last(tmp_path / "three").weights) < 1e-5
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "three"), abs=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("counts", [("2", "1"), ("1", "2")])
+@pytest.mark.parametrize(
+    ("kind", "counts"),
+    [("seq2seq", ("2", "1")), ("seq2seq", ("1", "2")), ("resnet", ("2", "1")), ("resnet", ("1", "2"))],
+)
 def test_a_run_goes_on_with_another_number_of_workers(
-    counts: tuple[str, str], tiny: dict[str, Path], tmp_path: Path
+    kind: str, counts: tuple[str, str], tiny: dict[str, Path], tmp_path: Path
 ) -> None:
-    arguments = ("train", str(tiny["seq2seq"]), *CHANGES["seq2seq"], *LONGER, *ALONE)
+    arguments = ("train", str(tiny[kind]), *CHANGES[kind], *LONGER, *ALONE)
     succeed(*arguments, "--out", "one", cwd=tmp_path)
     with started(*arguments, "--workers", counts[0], "--out", "run", cwd=tmp_path) as process:
         wait_for_step(tmp_path / "run", 9, process)
@@ -243,7 +355,9 @@ def test_a_worker_that_stays_silent_is_given_up_within_the_time_out(tiny: dict[s
     with started(*arguments, cwd=tmp_path) as process:
         wait_for_step(tmp_path / "run", 5, process)
         os.kill(workers_of(process.pid)[1], signal.SIGSTOP)
+        begin = time.monotonic()
         result = ended(process)
+    assert time.monotonic() - begin < 2 * 15 + 60 + 60  # as it says, and the rest of the training
     assert result.code == 0, result.err
     assert "worker 0 has lost the others" in result.err
     assert "start again from the last checkpoint (1 of 3 times)" in result.err
@@ -306,4 +420,29 @@ def test_workers_that_torchrun_has_started_again_do_not_begin_another_run(tmp_pa
     assert refused.code == 1
     assert "error: the launcher has started the workers again" in refused.err
     assert "`dl7 train --resume RUN` goes on from its last checkpoint" in refused.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (
+            ("--seeds", "2"),
+            {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            "`--seeds` trains each seed on one device",
+        ),
+        (
+            ("--workers", "2"),
+            {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "4"},
+            "SLURM starts 4 tasks on 1 node",
+        ),
+    ],
+)
+def test_what_a_launcher_would_start_several_times_over_is_refused(
+    arguments: tuple[str, ...], environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    refused = dl7("train", "resnet", *arguments, "--device", "cpu", cwd=tmp_path, **environment)
+    assert refused.code == 1
+    assert refused.err.startswith("error: ")
+    assert message in refused.err
     assert not list(tmp_path.iterdir())

@@ -19,6 +19,8 @@ import safetensors.torch
 from hypothesis import strategies as st
 from running import Outcome, dl7
 
+from dl7cli import checkpoint
+
 CASES = {
     "recipes": 400,
     "settings": 300,
@@ -31,6 +33,7 @@ CASES = {
     "checkpoints": 350,
     "weights": 100,
     "runs": 200,
+    "trainings": 120,
 }
 SHARE = 12
 """One of so many cases is drawn without `slow`."""
@@ -125,6 +128,25 @@ def test_settings(share: int, place: Place) -> None:
     names = st.sampled_from([*fuzzing.SHIPPED, "../resnet", "\x1b[31m", "x.toml", ""])
     settings = st.lists(fuzzing.settings(), min_size=1, max_size=3)
     draw("settings", share, st.tuples(names, settings, st.none() | fuzzing.arguments(9), st.booleans()), check)
+
+
+@every_kind_and_share
+def test_trainings(share: int, place: Place, tiny: dict[str, Path]) -> None:
+    """Whatever is set, a training ends well or with an error, and what it leaves can be gone on with."""
+    larger = ("data", "data.source", "training.epochs")  # than the rest of the test has time for
+    changes = st.builds("{}={}".format, st.sampled_from(sorted({*fuzzing.KEYS} - {*larger})), fuzzing.SMALL_VALUES)
+
+    def check(case: tuple[str, list[str], bool]) -> None:
+        kind, settings, as_json = case
+        flags = [text for setting in (*settings, "training.epochs=1") for text in ("--set", setting)]
+        place.run("train", str(tiny[kind]), *flags, "--device", "cpu", "--out", "case/run", *["--json"] * as_json)
+        folder = place.folder / "case" / "run"
+        if folder.exists():
+            assert checkpoint.load(folder / "last", training=True).training
+            shutil.rmtree(folder)
+
+    kinds, settings = st.sampled_from(["resnet", "seq2seq"]), st.lists(changes, min_size=1, max_size=3)
+    draw("trainings", share, st.tuples(kinds, settings, st.booleans()), check)
 
 
 @every_kind_and_share

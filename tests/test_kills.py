@@ -210,6 +210,20 @@ def test_a_second_training_in_a_folder_is_refused_and_a_full_disk_keeps_the_chec
     assert saved.training
 
 
+def test_a_run_left_by_a_process_that_was_killed_is_taken_over_with_a_line(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run")
+    with trained(tiny["resnet"], run) as process:
+        process.kill()
+        process.wait()
+    with start("train", "--resume", str(run.folder), "--device", "cpu", cwd=tmp_path) as resumed:
+        assert resumed.stderr is not None
+        told = f"run {run.folder} was left by process {process.pid}, which no longer holds it"
+        assert any(line.startswith(told) for line in resumed.stderr)
+        resumed.kill()
+
+
 SLOW = """
     import os, sys, threading, time
     from dl7cli.cli import main, progress

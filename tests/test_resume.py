@@ -251,6 +251,33 @@ def test_other_data_than_the_run_began_with_is_refused(
         resume(Run(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_where_its_data_has_been_moved(
+    kind: str, tiny: dict[str, Path], whole: Callable[..., Run], tmp_path: Path, every_step: None
+) -> None:
+    source = {"resnet": "images", "seq2seq": "pairs"}[kind]
+    folder = copied(tiny[kind].parent / source, tmp_path / "before")
+    recipe = resolve(str(tiny[kind]), data=str(folder)).recipe
+    with pytest.raises(training.Interrupted):
+        training.train(recipe, out=tmp_path / "run", runtime=CPU, listener=Stopping())
+    folder.rename(tmp_path / "after")
+    run = Run(tmp_path / "run")
+    with pytest.raises(UserError, match="before"):
+        resume(run)
+    training.resume(str(run.folder), data=str(tmp_path / "after"), runtime=CPU, listener=Silent())
+    assert_same_tensors(checkpoint.load(run.last).weights, checkpoint.load(whole(kind).last).weights)
+    assert result(run)["data"] == str(tmp_path / "after")
+    assert result(run)["scores"] == result(whole(kind))["scores"]
+    for recipe in (runs.read_recipe(run), checkpoint.load(run.best).recipe, checkpoint.load(run.last).recipe):
+        assert recipe.data.source == str(tmp_path / "after")
+    (run.folder / "result.json").unlink()
+    other = copied(tmp_path / "after", tmp_path / "other")
+    one, another, *_ = sorted(path for path in (other / "train").rglob("*.png")) or sorted(other.glob("train.*"))
+    another.write_bytes(one.read_bytes())
+    with pytest.raises(UserError, match="has changed since the run began"):
+        training.resume(str(run.folder), data=str(other), runtime=CPU, listener=Silent())
+
+
 def test_other_images_than_the_run_began_with_are_refused(
     tiny: dict[str, Path], tmp_path: Path, every_step: None
 ) -> None:

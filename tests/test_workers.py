@@ -1,6 +1,7 @@
 """What part of the work each of several workers has, and where a process stands among them. No process is started."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -12,10 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed import HashStore
 
 from dl7cli import cluster, metrics
 from dl7cli.cluster import Nodes
-from dl7cli.distributed import ALONE, Workers
+from dl7cli.distributed import ALONE, Lost, Workers
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
 from dl7cli.models.normalisation import SharedBatchNorm, share_statistics
@@ -55,6 +57,31 @@ def test_one_process_alone_has_everything_and_asks_nobody() -> None:
     assert ALONE.shared([1, None]) == [1, None]
     assert ALONE.shared_tensors({"a": tensor})["a"] is tensor
     assert ALONE.recall("run") is None
+
+
+def test_workers_wait_for_one_that_prepares_as_long_as_it_lives() -> None:
+    store = HashStore()
+    quick, slow = (Workers(rank, 2, store=store, timeout=0.5) for rank in range(2))
+    done = []
+
+    def prepare() -> None:
+        with slow.preparing("data"):
+            time.sleep(1.5)
+            done.append(True)
+
+    with ThreadPoolExecutor() as pool:
+        prepared = pool.submit(prepare)
+        with quick.preparing("data"):
+            pass
+        assert done
+        prepared.result()
+    silent = pytest.raises(Lost, match="has lost the others: worker 1 has not been heard of for 0 s")
+    with silent, quick.preparing("more"):
+        pass
+    with pytest.raises(ZeroDivisionError), slow.preparing("most"):
+        raise ZeroDivisionError
+    with pytest.raises(Lost, match="has lost the others: worker 1 has failed"), quick.preparing("most"):
+        pass
 
 
 # Batches
@@ -293,10 +320,16 @@ def test_a_slurm_step_on_several_nodes_is_read_from_its_environment() -> None:
         "SLURM_STEP_NODELIST": "n[4-6]",
         "SLURM_JOB_ID": "1234567",
     }
-    assert cluster.nodes(None, None, None, step) == Nodes(3, 2, "n4:24567")
+    assert cluster.nodes(None, None, None, step) == Nodes(3, 2, "n4:24567", "dl7-1234567.0")
+    beside = cluster.nodes(None, None, None, {**step, "SLURM_STEP_ID": "1"})
+    assert (beside.rendezvous, beside.name) == ("n4:24668", "dl7-1234567.1"), "a step of the same job meets elsewhere"
     assert cluster.nodes(2, 1, "host:5", step) == Nodes(2, 1, "host:5")  # flags go before it
     with pytest.raises(UserError, match="SLURM starts 12 tasks on 3 nodes"):
         cluster.nodes(None, None, None, {**step, "SLURM_STEP_NUM_TASKS": "12"})
+    with pytest.raises(UserError, match="SLURM starts 4 tasks on 1 node;"):
+        cluster.refuse_other_tasks({"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "4"})
+    cluster.refuse_other_tasks({"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"})
+    cluster.refuse_other_tasks({})
     batch_script = {"SLURM_JOB_NUM_NODES": "3", "SLURM_NNODES": "3", "SLURM_NODEID": "0", "SLURM_JOB_ID": "1"}
     assert cluster.nodes(None, None, None, batch_script) == Nodes()
     assert cluster.nodes(None, None, None, {}) == Nodes()

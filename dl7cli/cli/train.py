@@ -47,7 +47,8 @@ def train(
         str | None,
         typer.Option(
             metavar="RUN",
-            help="Go on with this run, as if it had never stopped. With --seeds: runs with commas between them.",
+            help="Go on with this run, as if it had never stopped; with --data where its data lies now. With --seeds:"
+            " runs with commas between them.",
         ),
     ] = None,
     deterministic: Annotated[
@@ -77,7 +78,12 @@ def train(
     ] = None,
     timeout: Annotated[
         float,
-        typer.Option(metavar="SECONDS", min=1, help="How long workers and machines wait for one that does not answer."),
+        typer.Option(
+            metavar="SECONDS",
+            min=1,
+            help="How long workers and machines wait for one that does not answer. It is given up, or started again, in"
+            " at most twice that and a minute.",
+        ),
     ] = 600,
     precision: options.Precision = "auto",
     offline: options.Offline = False,
@@ -91,9 +97,9 @@ def train(
     --json then prints runs, seeds and results, and of every score the mean in scores, the standard_deviation
     and the 95 % interval.
     """
-    given: dict[str, object] = {"RECIPE": name, "--data": data, "--set": overrides, "--seed": seed}
-    if seeds is None:  # else it says where those lie that have not begun
-        given["--out"] = out
+    given: dict[str, object] = {"RECIPE": name, "--set": overrides, "--seed": seed}
+    # --out says where those of several seeds lie that have not begun, --data where that of a single run lies now.
+    given |= {"--out": out} if seeds is None else {"--data": data}
     if resume is None and name is None:
         raise typer.BadParameter("give a RECIPE to train, or --resume RUN to go on with a run")
     if resume is not None and (refused := [flag for flag, value in given.items() if value not in (None, [])]):
@@ -104,6 +110,13 @@ def train(
         shared = {"--workers": workers, "--nodes": nodes, "--node-rank": node_rank, "--rendezvous": rendezvous}
         if refused := [flag for flag, value in shared.items() if value is not None]:
             raise typer.BadParameter(f"--seeds trains each seed on one device; {', '.join(refused)} cannot be given")
+        cluster.refuse_other_tasks()
+        place = cluster.place()
+        if (place is not None and place.count > 1) or cluster.nodes(None, None, None).count > 1:
+            raise UserError(
+                "`--seeds` trains each seed on one device, and a launcher has started several processes for it",
+                hint="start it once, on one machine: `dl7 train RECIPE --seeds N`, with `--gpus all` one on each GPU",
+            )
         begun = [] if resume is None else resume.split(",")
         if begun:
             precision, deterministic = as_it_began(begun[0], precision, deterministic)
@@ -124,6 +137,7 @@ def train(
     if place is None:
         together = cluster.nodes(nodes, node_rank, rendezvous)
         if together.count > 1 or workers not in (None, 1) or (gpus is not None and not gpus.isdecimal()):
+            cluster.refuse_other_tasks()
             if together.rank == 0:
                 _refuse_mistakes(name, overrides or [], data, seed, resume)
             _launch(device, gpus, workers, together, timeout)
@@ -151,7 +165,7 @@ def train(
             runtime = devices.choose(where, precision, workers=group, deterministic=deterministic)
             with console.display() if group.first else console.nothing() as display:
                 if resume is not None:
-                    result = training.resume(resume, runtime=runtime, offline=offline, listener=display)
+                    result = training.resume(resume, data=data, runtime=runtime, offline=offline, listener=display)
                 else:
                     result = training.train(recipe, out=out, runtime=runtime, offline=offline, listener=display)
     except training.Interrupted as stop:

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dl7cli import __version__, files
 from dl7cli.errors import UserError
-from dl7cli.runs.folder import Run, cannot_write, find, no_link, reason
+from dl7cli.recipe import Recipe, to_toml
+from dl7cli.runs.folder import Run, cannot_write, file_time, find, no_link, reason
 
 _RESULT = "result.json"
 _ENVIRONMENT = "environment.json"
@@ -108,6 +109,13 @@ def write_result(run: Run, record: dict[str, Any]) -> None:
 def result(run: Run) -> dict[str, Any] | None:
     """What `write_result` wrote; None where the run is not finished."""
     return _document(run.folder / _RESULT)
+
+
+def rewrite_recipe(run: Run, recipe: Recipe) -> None:
+    """Replace `recipe.toml`, whose time stays that of the run's beginning. Raises as `append_metrics`."""
+    begun = file_time(run.recipe_file)
+    _replace(run.recipe_file, to_toml(recipe).encode())
+    os.utime(run.recipe_file, ns=(begun, begun))
 
 
 def write_environment(run: Run, extra: dict[str, Any]) -> None:

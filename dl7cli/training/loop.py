@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dl7cli.checkpoint import Progress
+from dl7cli.cluster import FULL
 from dl7cli.device import out_of_memory, random_state, release_memory, restore_random_state, seed_everything, trim_heap
 from dl7cli.distributed import Lost
 from dl7cli.errors import UserError
@@ -277,8 +278,9 @@ def _gradient(
             if not halving or parts == most or forgetful:
                 raise _too_large(task, parts, forgetful) from problem
             if workers.count > 1:  # the others wait for this one's gradient
-                workers.remember(_PARTS, str(min(2 * parts, most)))
-                raise Lost(f"is out of memory: a batch is taken in {2 * parts} parts from now on") from problem
+                halved = min(2 * parts, most)
+                workers.remember(_PARTS, str(halved))
+                raise Lost(f"{FULL}: a batch is taken in {halved} parts from now on") from problem
         # Out of reach of the exception, which holds on to all that was made on the way. So does torch, on a CPU, to
         # what a backward pass that failed had still to do, until it comes to a node that is older.
         older.backward()  # type: ignore[no-untyped-call]

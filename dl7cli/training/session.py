@@ -3,6 +3,7 @@
 import math
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,14 @@ def train(
             return _run(run, task, trainer, _Watch(task, steps, Progress(), {}), {}, listener, begin)
 
 
-def resume(run: str | None, *, runtime: Runtime, offline: bool = False, listener: Listener) -> dict[str, Any]:
-    """Go on with an interrupted run from its last checkpoint, on any number of workers; as `train` otherwise."""
+def resume(
+    run: str | None, *, data: str | None = None, runtime: Runtime, offline: bool = False, listener: Listener
+) -> dict[str, Any]:
+    """Go on with an interrupted run from its last checkpoint, on any number of workers; as `train` otherwise.
+
+    `data` is where its data lies now, if it has been moved, which is then noted in the run; other training data than it
+    began with is refused.
+    """
     begin = time.monotonic()
     workers = runtime.workers
     if (done := _done_before(workers)) is not None:
@@ -82,8 +89,10 @@ def resume(run: str | None, *, runtime: Runtime, offline: bool = False, listener
                 listener.note(f"run {found.folder} {how}")
             saved = _last(found)
         saved = share(saved, workers)
+        data = workers.shared(data)
+        recipe = saved.recipe if data is None else _with_data(saved.recipe, data)
         task = build(
-            saved.recipe,
+            recipe,
             saved.assets,
             runtime=runtime,
             offline=offline,
@@ -97,10 +106,25 @@ def resume(run: str | None, *, runtime: Runtime, offline: bool = False, listener
         if found is None:
             return _follow(task, trainer, saved.progress, listener)
         workers.remember(_RUN, str(found.folder))
+        if recipe != saved.recipe:
+            _note_data(found, recipe)
         runs.trim_metrics(found, saved.progress.step, saved.progress.epoch)
         progress = _with_best(found, task, trainer, saved, listener)
         watch = _Watch(task, total_steps(task), progress, saved.training)
         return _run(found, task, trainer, watch, saved.scores, listener, begin)
+
+
+def _with_data(recipe: Recipe, source: str) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
+
+
+def _note_data(run: Run, recipe: Recipe) -> None:
+    """Have all of a run name its data as a recipe does."""
+    runs.rewrite_recipe(run, recipe)
+    for folder in (run.last, run.best, *runs.epochs(run).values()):
+        if runs.holds(folder):
+            saved = checkpoint.load(folder, training=True)
+            checkpoint.save(folder, replace(saved, recipe=_with_data(saved.recipe, recipe.data.source)))
 
 
 def _done_before(workers: Workers) -> dict[str, Any] | None:
@@ -224,7 +248,9 @@ def _run(
             watch.see(report)
             progress = report.progress._replace(seconds=start.seconds + watch.seconds)
             closed, stop = report.scores is not None, stopping()
-            due = time.monotonic() - saved_at > 60 * recipe.training.checkpoint_minutes
+            # Nothing is saved in a validation: it is to be as long as the one before.
+            ahead = 0.0 if closed or progress.batch < task.steps(progress.epoch) else watch.validation_seconds
+            due = time.monotonic() + ahead - saved_at > 60 * recipe.training.checkpoint_minutes
             recorded = closed or progress.step % STEPS_BETWEEN_RECORDS == 0
             told = report.loss, report.gradient_norm, progress.step, report.learning_rate
             if trainer.parts > parts:
@@ -297,11 +323,11 @@ class _Watch:
         self.steps = steps
         self.seconds = 0.0
         self.rate = 0.0
+        self.validation_seconds = 0.0
         self._task = task
         self._timed_examples = 0
         self._timed_seconds = 0.0
         self._timed_steps = 0
-        self._validation_seconds = 0.0
         self._losses = list(saved.get("watch.losses", torch.zeros(0)).float().flatten())
         self._loss, self._norm = torch.cat(
             [saved.get("watch.latest", torch.zeros(2)).float().flatten(), torch.zeros(2)]
@@ -313,7 +339,7 @@ class _Watch:
         now = time.monotonic()
         self.seconds = now - self._begin
         if report.scores is not None:
-            self._validation_seconds = now - self._previous
+            self.validation_seconds = now - self._previous
         else:
             self._loss, self._norm = report.loss, report.gradient_norm
             self._losses.append(report.loss)
@@ -370,5 +396,5 @@ class _Watch:
             gradient_norm=report.gradient_norm.item(),
             rate=self.rate,
             unit=self._task.unit,
-            remaining_seconds=steps_left * per_step + epochs_left * self._validation_seconds,
+            remaining_seconds=steps_left * per_step + epochs_left * self.validation_seconds,
         )

@@ -38,14 +38,17 @@ def build(
     workers = runtime.workers
     make = partial(tasks.build, runtime=runtime, offline=offline, progress=progress, weights=weights)
     task = None
-    if workers.first:
-        task = make(recipe, assets)
+    with workers.preparing("data of the first"):  # fetched, decoded, learnt from: it may take its time
+        if workers.first:
+            task = make(recipe, assets)
     assets = workers.shared(task.assets if task is not None else None)
-    if task is None:
-        task = make(recipe, assets)
+    with workers.preparing("data of all"):
+        if task is None:
+            task = make(recipe, assets)
+        own = [task.digest, task.test_digest] if workers.count > 1 else None
     # Made of data that only the first has read, perhaps.
     workers.copy_first(task.model.state_dict().values())
-    digests = workers.gathered([task.digest, task.test_digest]) if workers.count > 1 else []
+    digests = workers.gathered(own)
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is not None:
         raise UserError(

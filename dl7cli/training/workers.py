@@ -38,7 +38,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 import dl7cli
-from dl7cli.cluster import ATTEMPT, LOSING, LOST, MEMORY, NODE_RANK, Nodes
+from dl7cli.cluster import ATTEMPT, FULL, LOSING, LOST, MEMORY, NODE_RANK, Nodes
 from dl7cli.errors import UserError
 from dl7cli.training.signals import stop_signals
 
@@ -79,7 +79,7 @@ def launch(arguments: Sequence[str], workers: int, *, nodes: Nodes, timeout: flo
     parameters = RendezvousParameters(
         backend="c10d",
         endpoint=nodes.rendezvous,
-        run_id="dl7",
+        run_id=nodes.name,
         min_nodes=nodes.count,
         max_nodes=nodes.count,
         local_addr=address,
@@ -139,7 +139,7 @@ class _Agent(LocalElasticAgent):
         self._processes: list[int] = []
         self._signal = 0
         self._stops = stop_signals()
-        self._attempt = 0
+        self._logs = ""
         self._master = "", ""
         self._moved: float | None = None
 
@@ -153,7 +153,7 @@ class _Agent(LocalElasticAgent):
         def wait() -> None:
             while self._moved is None or time.monotonic() - self._moved < seconds:
                 time.sleep(1)
-            for file in sorted(self._folder.glob(f"*/attempt_{self._attempt - 1}/*/error.json")):
+            for file in sorted(self._folder.glob(f"{self._logs}/*/error.json")):
                 self._note(f"worker {self._first + int(file.parent.name)} {json.loads(file.read_bytes())['message']}")
             self._note(f"error: the other nodes have not been heard of for {seconds:.0f} s\nhint: {_RESUME}")
             self._pass_on(signal.SIGKILL)
@@ -180,7 +180,7 @@ class _Agent(LocalElasticAgent):
         worker_group.master_addr = store.get("MASTER_ADDR").decode()
         worker_group.master_port = int(store.get("MASTER_PORT"))
         os.environ[ATTEMPT] = store.compare_set("dl7/attempt", "", str(uuid.uuid4())).decode()
-        self._attempt += 1
+        self._logs = f"*/attempt_{RESTARTS - self._remaining_restarts}"
         started: dict[int, int] = super()._start_workers(worker_group)
         self._processes = list(started.values())
         self.listen()  # torch does now, too, and to SIGHUP even where `nohup` has it ignored
@@ -219,6 +219,10 @@ class _Agent(LocalElasticAgent):
             failures = list(result.failures.values())
             if self._signal or not _can_be_mended(failures):
                 self._remaining_restarts = 0
+            elif any(failure.message.startswith(FULL) for failure in failures):
+                # A batch can only be halved so often: that is bound enough.
+                self._remaining_restarts += 1
+                self._note(f"{self._reason(failures)}; all start again from the last checkpoint")
             elif self._remaining_restarts:
                 done = RESTARTS - self._remaining_restarts + 1
                 again = f"all start again from the last checkpoint ({done} of {RESTARTS} times)"
@@ -256,8 +260,7 @@ class _Agent(LocalElasticAgent):
 
     def _printed(self, local_rank: int) -> str | None:
         """What a worker has left on standard error in this attempt; None where it went to this process's own."""
-        pattern = f"*/attempt_{self._attempt - 1}/{local_rank}/stderr.log"
-        files = sorted(self._folder.glob(pattern))
+        files = sorted(self._folder.glob(f"{self._logs}/{local_rank}/stderr.log"))
         if not files:
             return None
         text = files[-1].read_text(encoding="utf-8", errors="replace").strip()
