@@ -328,7 +328,13 @@ DISK = """
                     time.sleep(0.01)
     else:
         subprocess.run(["mount", "--bind", "disk", "disk"], check=True)
-        subprocess.run(["mount", "-o", "remount,bind,ro", "disk"], check=True)
+        # Refused while a file is open for writing, as one is at most moments.
+        for _ in range(1000):
+            if subprocess.run(["mount", "-o", "remount,bind,ro", "disk"], capture_output=True).returncode == 0:
+                break
+            time.sleep(0.01)
+        else:
+            first.kill()
     text = first.communicate()[1]
     saved = step()
     if what == "full":
