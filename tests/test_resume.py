@@ -278,6 +278,23 @@ def test_a_run_goes_on_where_its_data_has_been_moved(
         training.resume(str(run.folder), data=str(other), runtime=CPU, listener=Silent())
 
 
+def test_a_damaged_best_does_not_keep_a_run_from_going_on_where_its_data_has_been_moved(
+    tiny: dict[str, Path], tmp_path: Path, every_step: None
+) -> None:
+    folder = copied(tiny["resnet"].parent / "images", tmp_path / "before")
+    recipe = resolve(str(tiny["resnet"]), data=str(folder)).recipe
+    run = Run(tmp_path / "run")
+    steps = tasks.build(recipe, runtime=CPU).steps(0)
+    with pytest.raises(training.Interrupted):
+        training.train(recipe, out=run.folder, runtime=CPU, listener=Stopping(call=steps + 1))
+    (run.best / "model.safetensors").write_bytes(b"?")
+    folder.rename(tmp_path / "after")
+    heard = Heard()
+    training.resume(str(run.folder), data=str(tmp_path / "after"), runtime=CPU, listener=heard)
+    assert "the best epoch is chosen anew" in heard.notes[0]
+    assert checkpoint.load(run.best).recipe.data.source == str(tmp_path / "after")
+
+
 def test_other_images_than_the_run_began_with_are_refused(
     tiny: dict[str, Path], tmp_path: Path, every_step: None
 ) -> None:

@@ -123,7 +123,10 @@ def _note_data(run: Run, recipe: Recipe) -> None:
     runs.rewrite_recipe(run, recipe)
     for folder in (run.last, run.best, *runs.epochs(run).values()):
         if runs.holds(folder):
-            saved = checkpoint.load(folder, training=True)
+            try:
+                saved = checkpoint.load(folder, training=True)
+            except UserError:
+                continue  # it is told of where it is needed, and need not keep the run from going on
             checkpoint.save(folder, replace(saved, recipe=_with_data(saved.recipe, recipe.data.source)))
 
 
