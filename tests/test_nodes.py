@@ -58,7 +58,7 @@ def test_a_node_that_is_lost_for_good_ends_the_training_within_the_time_out(
             wait_for_step(tmp_path / "run", 10, one)
         begin = time.monotonic()
         result = ended(one)
-    assert time.monotonic() - begin < 2 * 10 + 60
+    assert time.monotonic() - begin < 60  # ten seconds twice, and a busy machine
     assert result.code == 1
     lost, gone = result.err.index("worker 0 has lost the others"), result.err.index("error: the 2 nodes do not meet")
     assert lost < gone
@@ -98,7 +98,7 @@ def test_the_error_of_another_node_is_told_there_before_anything_else(tiny: dict
     ):
         begin = time.monotonic()
         results = [ended(one), ended(two)]
-    assert time.monotonic() - begin < 2 * 30 + 60 + 30  # the last to start
+    assert time.monotonic() - begin < 30, "at once, not when the time is out"
     assert [result.code for result in results] == [1, 1]
     assert results[1].err.startswith("error: ")
     assert "./pairs" in results[1].err.splitlines()[0]

@@ -272,7 +272,7 @@ def test_a_run_goes_on_where_its_data_has_been_moved(
         assert recipe.data.source == str(tmp_path / "after")
     (run.folder / "result.json").unlink()
     other = copied(tmp_path / "after", tmp_path / "other")
-    one, another, *_ = sorted(path for path in (other / "train").rglob("*.png")) or sorted(other.glob("train.*"))
+    one, another, *_ = sorted((other / "train").rglob("*.png")) or sorted(other.glob("train.*"))
     another.write_bytes(one.read_bytes())
     with pytest.raises(UserError, match="has changed since the run began"):
         training.resume(str(run.folder), data=str(other), runtime=CPU, listener=Silent())
