@@ -45,6 +45,8 @@ class Place:
     count: int
     local_rank: int
     """Among those of its node."""
+    one_machine: bool
+    """Whether all are of its node."""
     attempt: str
     memory: Path | None
     """As `MEMORY`."""
@@ -66,7 +68,8 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
         rank = int(environment[NODE_RANK]) * here + local_rank
     attempt = environment.get(ATTEMPT, environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
     memory = Path(environment[MEMORY]) if MEMORY in environment else None
-    return Place(rank, count, local_rank, attempt, memory)
+    one_machine = environment.get("LOCAL_WORLD_SIZE") == str(count)
+    return Place(rank, count, local_rank, one_machine, attempt, memory)
 
 
 def nodes(

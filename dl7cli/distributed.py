@@ -42,6 +42,8 @@ class Workers:
     count: int = 1
     group: distributed.ProcessGroup | None = None
     """Connects them for what is in main memory; the default group is for what is on devices."""
+    one_machine: bool = False
+    """Whether a launcher has started all of them on the same node."""
     memory: Path | None = None
     """A folder of this node that stays while workers come and go."""
     store: Store | None = None
@@ -71,6 +73,11 @@ class Workers:
         if self.count > 1:
             distributed.all_reduce(tensor)
         return tensor
+
+    def wait(self) -> None:
+        """Until all workers have come here."""
+        if self.count > 1:
+            distributed.barrier(self.group)
 
     def stack(self, tensor: Tensor) -> Tensor:
         """The tensors of all workers, of one shape, on a new first axis."""
@@ -201,7 +208,7 @@ def joined(device: torch.device, timeout: float) -> Iterator[Workers]:
         group = distributed.new_group(backend="gloo", timeout=waiting) if backend != "gloo" else None
     try:
         with _losing():
-            yield Workers(here.rank, here.count, group, here.memory, attempt, timeout)
+            yield Workers(here.rank, here.count, group, here.one_machine, here.memory, attempt, timeout)
     except Exception:
         raise  # to be told first: as soon as this worker leaves, the others fail, too
     except BaseException:

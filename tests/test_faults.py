@@ -189,7 +189,7 @@ def test_workers_start_again_with_a_batch_in_parts(
     build: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others wait for a gradient, and cannot be told. Where nothing is remembered, there is no use in it."""
-    monkeypatch.setattr(loop, "_distributed", lambda task: task.loss)
+    monkeypatch.setattr(loop, "meeting", lambda task: task.loss)
     task = build("resnet", HALVE)
     narrow(task, 2)
     task.runtime = replace(task.runtime, workers=Alike(0, 2))

@@ -357,14 +357,15 @@ def test_flags_of_nodes_that_do_not_go_together(
 def test_the_place_of_a_worker_is_what_its_launcher_says() -> None:
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     torchrun = {**address, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "TORCHELASTIC_RESTART_COUNT": "2"}
-    assert cluster.place(torchrun) == cluster.Place(3, 4, 1, "2", None)
+    assert cluster.place(torchrun) == cluster.Place(3, 4, 1, False, "2", None)
+    assert cluster.place({**torchrun, "LOCAL_WORLD_SIZE": "4"}) == cluster.Place(3, 4, 1, True, "2", None)
     own = {
         **torchrun,
         **{"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"},
         **{cluster.NODE_RANK: "0", cluster.ATTEMPT: "a", cluster.MEMORY: "/m"},
     }
     assert cluster.place(own) == cluster.Place(
-        1, 4, 1, "a", Path("/m")
+        1, 4, 1, False, "a", Path("/m")
     )  # whatever number the rendezvous gave this node
     assert cluster.place({}) is None
     assert cluster.place(address) is None

@@ -1,7 +1,6 @@
 """The training loop: a generator of reports. It knows no disk and no console; its reader saves and prints."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dl7cli.checkpoint import Progress
 from dl7cli.cluster import FULL
@@ -18,6 +16,7 @@ from dl7cli.distributed import Lost
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
 from dl7cli.tasks import Task
+from dl7cli.training.exchange import meeting
 from dl7cli.training.optimisation import (
     WeightAverage,
     build_optimiser,
@@ -126,7 +125,7 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
     training, optim = task.recipe.training, task.recipe.optim
     optimiser, scaler = trainer.optimiser, trainer.scaler
     workers = task.runtime.workers
-    loss_of: Callable[[Any], tuple[Tensor, int]] = task.loss if workers.count == 1 else _distributed(task)
+    loss_of: Callable[[Any], tuple[Tensor, int]] = task.loss if workers.count == 1 else meeting(task)
     trainer.parts = max(trainer.parts, workers.greatest(int(workers.recall(_PARTS) or 1)))
     parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     guarded = training.on_nonfinite == "skip" or training.on_oom == "halve"
@@ -192,39 +191,6 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
         if progress.best is None or scores.score > progress.best:
             progress = progress._replace(best=scores.score, best_epoch=epoch + 1)
         yield Report(progress, loss, norm, rate, 0, scores)
-
-
-class _Loss(nn.Module):
-    """The task's loss as the forward pass of a module, which is where gradients are told to meet."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.model = task.model
-        self._loss = task.loss
-
-    def forward(self, batch: Any) -> tuple[Tensor, int]:
-        return self._loss(batch)
-
-
-def _distributed(task: Task) -> DistributedDataParallel:
-    """The task's loss, of which a backward pass leaves the mean of the workers' gradients on each.
-
-    All begin with the first one's weights. As parameters may be unused, those that are added up together stay the same
-    from the first step on: a resumed training adds in the same order. On a GPU they meet in parts, while the backward
-    pass goes on; a CPU that computes is not free for that, so there all meet at once.
-    """
-    mebibytes = None
-    if task.runtime.device.type == "cpu":
-        mebibytes = 1 + sum(p.numel() * p.element_size() for p in task.model.parameters()) // 2**20
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of an argument that is to be called by another name
-        return DistributedDataParallel(
-            _Loss(task),
-            broadcast_buffers=False,
-            bucket_cap_mb=mebibytes,
-            find_unused_parameters=True,
-            gradient_as_bucket_view=True,
-        )
 
 
 def _seed(*numbers: int) -> int:
