@@ -16,6 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from dl7cli.distributed import Workers
 from dl7cli.tasks import Task
 
+_AT_ONCE = 1 << 22
+"""Numbers of a gradient in shared memory at a time: 16 MiB a worker."""
+
 
 class _Loss(nn.Module):
     """The task's loss as the forward pass of a module, which is where gradients are told to meet."""
@@ -49,33 +52,36 @@ def meeting(task: Task) -> DistributedDataParallel:
             gradient_as_bucket_view=True,
         )
     if on_cpu and workers.one_machine and {parameter.dtype for parameter in parameters} == {torch.float32}:
-        memory = shared_memory(workers, sum(parameter.numel() for parameter in parameters))
+        memory = shared_memory(workers, min(sum(parameter.numel() for parameter in parameters), _AT_ONCE))
         if memory is not None:
             module.register_comm_hook(SharedMean(workers, memory), _mean)
     return module
 
 
 class SharedMean:
-    """Takes the mean of all workers' tensors of so many numbers, over memory (workers + 1, numbers) that they share.
+    """Takes the mean of all workers' tensors over memory (workers + 1, some numbers) that they share.
 
-    Every worker leaves its own in a row of it and adds up its part of all rows in the last one, from where all take it.
-    That is a few copies of the tensor, where a network on the machine itself has the kernel make many more; and as each
-    number is made by one worker, it is the same on all.
+    Every worker leaves its own in a row of it and adds up its part of all rows in the last one, from where all take it,
+    so many numbers at a time as a row has. That is a few copies of the tensor, where a network on the machine itself
+    has the kernel make many more; and as each number is made by one worker, it is the same on all.
     """
 
     def __init__(self, workers: Workers, memory: Tensor) -> None:
         self._workers = workers
         self._rows, self._mean = memory[:-1], memory[-1]
-        self._part = workers.part(memory.shape[1])
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The mean in place of `tensor` (numbers,). Raises what waiting for a worker that has gone does."""
-        self._rows[self._workers.rank].copy_(tensor)
-        self._workers.wait()
-        torch.mean(self._rows[:, self._part], dim=0, out=self._mean[self._part])
-        # Who begins again writes to its own row, which nobody reads any more, and waits for all before it adds.
-        self._workers.wait()
-        return tensor.copy_(self._mean)
+        """The mean in place of `tensor` (N,), float32. Raises what waiting for a worker that has gone does."""
+        for some in tensor.split(len(self._mean)):
+            count = len(some)
+            self._rows[self._workers.rank, :count].copy_(some)
+            self._workers.wait()
+            part = self._workers.part(count)
+            torch.mean(self._rows[:, part], dim=0, out=self._mean[part])
+            # Who goes on writes to its own row, which nobody reads any more, and waits for all before it adds.
+            self._workers.wait()
+            some.copy_(self._mean[:count])
+        return tensor
 
 
 def _mean(mean: SharedMean, bucket: GradBucket) -> Future[Tensor]:
@@ -100,10 +106,13 @@ def shared_memory(workers: Workers, numbers: int) -> Tensor | None:
 
 def _created(size: int, token: str, held: ExitStack) -> str | None:
     """A path by which others open new memory of `size` bytes, which ends with `token`, as long as it is `held`."""
-    # Another system may not have it, or not so much of it.
-    with suppress(AttributeError, OSError):
+    if not hasattr(os, "memfd_create"):  # it is Linux's
+        return None
+    with suppress(OSError):
         memory = os.memfd_create("dl7")
         held.callback(os.close, memory)
+        # Taken now: where there is not so much, using it would end the process.
+        os.posix_fallocate(memory, 0, size + len(token))
         os.pwrite(memory, token.encode(), size)
         return f"/proc/{os.getpid()}/fd/{memory}"
     return None
