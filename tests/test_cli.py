@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ SURFACE = {
     "classify": f"IMAGE --run --top {COMMON}",
     "recipes": "",
     "recipes list": "--json",
-    "recipes show": "NAME --data --set --seed --json",
+    "recipes show": "NAME --data --set --seed --explain --json",
     "recipes copy": "NAME FILE",
     "runs": "",
     "runs list": "--json",
@@ -322,6 +323,22 @@ def test_a_recipe_is_shown_for_which_the_built_in_set_could_not_stand_in(tmp_pat
     assert outcome.document["recipe"]["model"]["decoder_width"] == 512
     assert outcome.document["fallback"] is None
     assert outcome.err.startswith("note: recipe `seq2seq` with its keys for `builtin:phrases` has one mistake:")
+
+
+def test_recipes_show_explains_every_key_in_a_file_that_means_the_same(tmp_path: Path) -> None:
+    plain = succeed("recipes", "show", "resnet", cwd=tmp_path).out
+    shown = succeed("recipes", "show", "resnet", "--explain", cwd=tmp_path).out
+    assert tomllib.loads(shown) == tomllib.loads(plain)
+    lines = shown.splitlines()
+    flip = lines.index('flip = "random"')
+    assert " ".join(line.removeprefix("# ") for line in lines[flip - 2 : flip]) == (
+        "How training images are mirrored; `alternating`: half of them in one epoch, the other half in the next. "
+        "[none | random | alternating]"
+    )
+    assert max(map(len, lines)) <= 120
+    assert "# data.image: Name of the image column; found by its type where it is not given." in lines
+    keys = succeed("recipes", "show", "resnet", "--explain", "--json", cwd=tmp_path).document["keys"]
+    assert keys["model.depth"].startswith("Layers with weights")
 
 
 def test_recipes_list_and_copy(tmp_path: Path) -> None:

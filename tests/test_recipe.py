@@ -50,6 +50,35 @@ def test_the_written_recipe_reads_back_to_the_same(tmp_path: Path) -> None:
         assert recipe.from_document(recipe.to_document(first), origin="test") == first
 
 
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_every_key_of_every_recipe_is_explained(name: str) -> None:
+    found = recipe.resolve(name).recipe
+    keys = {"name", *(f"{table}.{key}" for table in found.model_fields_set - {"name"} for key in _keys(found, table))}
+    explained = recipe.explanations(found)
+    assert explained.keys() >= keys
+    assert [key for key, text in explained.items() if not text or text.startswith("[")] == []
+
+
+def _keys(found: recipe.Recipe, table: str) -> list[str]:
+    return list(getattr(found, table).model_dump())
+
+
+def test_choices_and_bounds_of_keys_are_told() -> None:
+    explained = recipe.explanations(recipe.resolve("resnet").recipe)
+    ends = {
+        "optim.name": "[sgd | adamw | muon]",
+        "model.residual": "[true | false]",
+        "data.image_size": "[from 8 to 512]",  # which may also be left out
+        "training.ema_decay": "[from 0 below 1]",
+        "model.survival": "[above 0 to 1]",
+        "data.source": "`builtin:shapes`.",
+        "optim.milestones": "He et al. 2015.",
+    }
+    for key, end in ends.items():
+        assert explained[key].endswith(end), explained[key]
+    assert explained["data.flip"].startswith("How training images are mirrored; `alternating`:")
+
+
 def test_overrides_win_over_flags_and_the_file() -> None:
     changed = recipe.resolve("resnet", ["model.depth=32", "training.seed=9"], seed=4, data="builtin:shapes").recipe
     assert changed.model.depth == 32  # type: ignore[union-attr]
@@ -124,6 +153,10 @@ def test_all_mistakes_are_reported_at_once_with_their_keys() -> None:
         (["optim.learning_rate=0"], "`optim.learning_rate` is `0`"),
         (["optim.name=adam"], "`optim.name`"),
         (["model.encoder_width=64"], "unknown key `model.encoder_width`"),
+        (["model.depth=18"], "the nearest is 20; ResNet-18 and its like have `model.stages = 4`"),
+        (["model.learned_beta=true"], 'it needs `model.activation = "swish"`'),
+        (["model.beta=2.0", "model.activation=maxout"], 'it needs `model.activation = "swish"`'),
+        (["model.pieces=3"], 'it needs `model.activation = "maxout"`'),
         (["a..b=1"], "is not a key"),
         (["=1"], "is not a key"),
     ],
@@ -133,6 +166,14 @@ def test_a_mistake_names_its_key(overrides: list[str], seen: str) -> None:
         recipe.resolve("resnet", overrides)
     assert seen in caught.value.message
     assert caught.value.hint
+
+
+def test_what_the_activation_has_use_for_is_taken() -> None:
+    recipe.resolve("resnet", ["model.activation=maxout", "model.pieces=3", "model.beta=1.0"])
+    recipe.resolve("resnet", ["model.activation=swish", "model.beta=2.0", "model.learned_beta=true"])
+    with pytest.raises(UserError) as caught:
+        recipe.resolve("resnet", ["model.stages=4", "model.depth=101"])
+    assert "ResNet-18 and its like" not in caught.value.message
 
 
 def test_the_nearest_key_is_one_of_the_chosen_model() -> None:

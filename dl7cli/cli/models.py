@@ -15,8 +15,8 @@ def models(as_json: options.Json = False) -> None:
     """List architectures with their size: those of the shipped recipes and the published ones.
 
     Parameters, depth, and multiply-adds for one image, with ten classes and images of 32x32 (224x224 where
-    the stem is ImageNet's), or with the vocabulary of the recipe. KEYS are what makes the
-    model from dl7 train resnet, as --set model.KEY=VALUE.
+    the stem is ImageNet's), or with the vocabulary of the recipe. KEYS, of a residual network, are what
+    makes it from dl7 train resnet, as --set model.KEY=VALUE; of any other, what its recipe changes.
     """
     from dl7cli import recipe as recipes
     from dl7cli.models.architectures import ARCHITECTURES

@@ -1,6 +1,9 @@
 """`dl7 recipes`: the recipes that come with dl7, and how to make one's own."""
 
+import re
 import sys
+import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -26,12 +29,13 @@ def list_recipes(as_json: options.Json = False) -> None:
         console.table(("RECIPE", "TITLE"), titles.items())
 
 
-@app.command(epilog="Example: dl7 recipes show resnet --set model.depth=56")
+@app.command(epilog="Example: dl7 recipes show resnet --explain")
 def show(
     name: Name,
     data: options.Data = None,
     overrides: options.Set = None,
     seed: options.Seed = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what each key means and may be.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Print every key of a recipe with its value, as TOML."""
@@ -39,6 +43,7 @@ def show(
 
     resolved = recipes.resolve(name, overrides or [], data=data, seed=seed)
     header = recipes.header(name)
+    explained = recipes.explanations(resolved.recipe) if explain else {}
     if as_json:
         fallback = None
         if resolved.fallback is not None:
@@ -46,16 +51,36 @@ def show(
                 fallback = recipes.to_document(resolved.fallback())
             except UserError as problem:  # the recipe is sound; only the built-in set could not stand in
                 console.note(f"note: {problem}")
-        console.document({"header": header, "recipe": recipes.to_document(resolved.recipe), "fallback": fallback})
+        document = {"header": header, "recipe": recipes.to_document(resolved.recipe), "fallback": fallback}
+        console.document({**document, "keys": explained} if explain else document)
         return
     for line in [
         *(f"# {line}".rstrip() for line in header),
-        *recipes.to_toml(resolved.recipe).rstrip("\n").split("\n"),
+        *_commented(recipes.to_toml(resolved.recipe).rstrip("\n").split("\n"), explained),
     ]:
         console.pass_on(line, sys.stdout)
-    if unset := recipes.unset_keys(resolved.recipe):
+    unset = recipes.unset_keys(resolved.recipe)
+    if unset:
         console.write("")
         console.write(f"# not set: {', '.join(unset)}")
+    for key in unset if explain else ():
+        for line in _comment(f"{key}: {explained[key]}"):
+            console.write(line)
+
+
+def _commented(lines: list[str], explained: Mapping[str, str]) -> Iterator[str]:
+    """Yield the lines of a TOML file, each key of those that are explained after a comment that says so."""
+    table = ""
+    for line in lines:
+        if header := re.fullmatch(r"\[(\w+)\]", line):
+            table = f"{header[1]}."
+        elif key := re.match(r"(\w+) = ", line):
+            yield from _comment(explained.get(f"{table}{key[1]}", ""))
+        yield line
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(text, 100, initial_indent="# ", subsequent_indent="# ")
 
 
 @app.command(epilog="Example: dl7 recipes copy resnet mine.toml && dl7 train mine.toml")

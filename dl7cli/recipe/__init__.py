@@ -5,6 +5,7 @@ sixth table of the file, `fallback`, holds the keys that change when the built-i
 """
 
 from dl7cli.recipe.classification import ClassificationRecipe, FastResNetModel, ImageData, ResNetModel
+from dl7cli.recipe.explaining import explanations
 from dl7cli.recipe.files import (
     Recipe,
     decoding,
@@ -37,6 +38,7 @@ __all__ = [
     "TransformerModel",
     "TranslationRecipe",
     "decoding",
+    "explanations",
     "find",
     "folder",
     "from_document",

@@ -48,6 +48,7 @@ def _depths(stages: int, block: str, preactivation: bool) -> tuple[str, list[int
 
 class ResNetModel(Section):
     kind: Literal["resnet"]
+    """He et al. 2015 and what was made of it since: residual networks and their plain counterparts."""
     stages: Literal[3, 4] = 3
     """3: stages of n blocks each, for small images; 4: ResNet-18 to 152 (He et al. 2015, table 1)."""
     block: Literal["basic", "bottleneck"] = "basic"
@@ -73,13 +74,14 @@ class ResNetModel(Section):
     squeeze_excitation: Annotated[int, Field(ge=0, le=1024)] = 0
     """Reduction of squeeze and excitation (Hu et al. 2018), often 16; 0: none."""
     dropout: Fraction = 0.0
-    """Before the second convolution of each block."""
+    """Part of what the second convolution of each block reads that is dropped."""
     survival: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability that the last block takes part in a step; from 1 it falls linearly to it (Huang et al. 2016)."""
     activation: Literal[
         "relu", "leaky_relu", "prelu", "elu", "gelu", "swish", "su", "mish",
         "tanh", "sigmoid", "hardtanh", "softsign", "maxout", "glu",
     ] = "relu"  # fmt: skip
+    """What stands between the convolutions."""
     pieces: Annotated[int, Field(ge=2, le=64)] = 2
     """Inputs that Maxout takes the greatest of."""
     beta: float = 1.0
@@ -99,7 +101,12 @@ class ResNetModel(Section):
             allowed, depths = _depths(data["stages"], data["block"], data["preactivation"])
             if depth not in depths:
                 near = min(depths, key=lambda known: abs(known - depth))
-                raise ValueError(f"depth must be {allowed}; the nearest is {near}")
+                other = (
+                    "; ResNet-18 and its like have `model.stages = 4`"
+                    if data["stages"] == 3 and depth in (18, 34, 50, 101, 152)
+                    else ""
+                )
+                raise ValueError(f"depth must be {allowed}; the nearest is {near}{other}")
         return depth
 
     @field_validator("groups")
@@ -118,6 +125,15 @@ class ResNetModel(Section):
             raise ValueError('a group width needs `model.block = "bottleneck"`')
         return width
 
+    @field_validator("pieces", "beta", "learned_beta")
+    @classmethod
+    def _fits_the_activation(cls, value: float, info: ValidationInfo) -> float:
+        assert info.field_name is not None
+        needed = "maxout" if info.field_name == "pieces" else "swish"
+        if value != cls.model_fields[info.field_name].default and info.data.get("activation", needed) != needed:
+            raise ValueError(f'it needs `model.activation = "{needed}"`')
+        return value
+
     @field_validator("survival")
     @classmethod
     def _survival_fits(cls, survival: float, info: ValidationInfo) -> float:
@@ -128,6 +144,7 @@ class ResNetModel(Section):
 
 class FastResNetModel(Section):
     kind: Literal["fast_resnet"]
+    """A wide residual network that begins with a whitening layer, for few epochs."""
     widths: Annotated[tuple[Width, ...], Field(strict=False, min_length=1, max_length=3)] = (
         64,
         256,
@@ -138,6 +155,7 @@ class FastResNetModel(Section):
 
 class ImageTraining(Training):
     batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 128
+    """Images of a step, of all workers together."""
     mixup: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Each batch is blended with itself in another order, by a weight from Beta(mixup, mixup); 0: never."""
     cutmix: Annotated[float, Field(ge=0, le=100)] = 0.0
@@ -145,6 +163,7 @@ class ImageTraining(Training):
     small_size: Annotated[int, Field(ge=8, le=512)] | None = None
     """Side in pixels that training images are shrunk to in the first `small_part` of all steps."""
     small_part: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Part of all steps that have images of `small_size`, where it is given."""
     batch_norm: Literal["local", "sync"] = "local"
     """On several workers, whether each normalises by its own part of a batch or all by the whole batch, as one would.
 
@@ -166,6 +185,7 @@ class Evaluation(Section):
 
 class ClassificationRecipe(Section):
     name: Name
+    """What its runs are called after."""
     data: ImageData = ImageData()
     model: Annotated[ResNetModel | FastResNetModel, Field(discriminator="kind")]
     training: ImageTraining

@@ -100,7 +100,7 @@ def from_document(document: dict[str, Any], mistakes: Iterable[str] = (), *, ori
     what = "one mistake" if len(found) == 1 else f"{len(found)} mistakes"
     raise UserError(
         "\n  ".join([f"{origin} has {what}:", *found]),
-        hint="`dl7 recipes show NAME` prints every key with its value",
+        hint="`dl7 recipes show NAME --explain` prints every key with what it means and may be",
     )
 
 
@@ -183,7 +183,8 @@ def find(name: str) -> Path:
     if name not in shipped():
         raise UserError(
             f"there is no recipe `{name}`{_suggest(name, shipped())}",
-            hint=f"the shipped recipes are {_choices(shipped())}; a file of your own must end in `.toml`",
+            hint=f"the shipped recipes are {_choices(shipped())}; a file of your own must end in `.toml`; "
+            "`dl7 models` lists other networks with the keys that make them of a recipe",
         )
     return folder() / f"{name}.toml"
 

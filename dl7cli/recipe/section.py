@@ -7,9 +7,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """One table of a recipe: frozen, and any key it does not know is an error."""
+    """One table of a recipe: frozen, and any key it does not know is an error.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    What stands below a key here is what `dl7 recipes show --explain` says of it.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def _writable(text: str) -> str:
@@ -35,7 +40,9 @@ Width = Annotated[int, Field(ge=1, le=1 << 20)]
 
 class Training(Section):
     epochs: Annotated[int, Field(ge=1, le=10_000_000)]
+    """How many times the training examples are gone through."""
     label_smoothing: Fraction = 0.0
+    """The part of the probability that all answers share evenly (Szegedy et al. 2016, §7)."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
     """A checkpoint is written after every epoch and at least this often; a crash loses that and what writing takes."""
     ema_decay: Fraction = 0.0
@@ -51,6 +58,7 @@ class Training(Section):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What happens where a loss or its gradient is NaN or infinite; `skip`: the step is left out and counted."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    """What the first weights, the order of the examples and all that is drawn in training depend on."""
 
 
 class Optim(Section):

@@ -13,7 +13,9 @@ class PairData(Section):
     source: Text = "bentrevett/multi30k"
     """A hub id, a folder of parallel text files, TSV or JSONL, one such file, or `builtin:phrases`."""
     source_language: Text = "en"
+    """The language that is read, by the name that its column, field or file has in the data."""
     target_language: Text = "de"
+    """The language that is written, likewise."""
     lowercase: bool = False
     """Whether the model reads and writes lower case alone; the references of a score stay as they are."""
     vocabulary: Literal["bpe", "unigram", "word", "character"] = "bpe"
@@ -45,18 +47,23 @@ class PairData(Section):
 
 class Seq2SeqModel(Section):
     kind: Literal["seq2seq"]
+    """Recurrent encoder and decoder, from Sutskever et al. 2014 on."""
     embedding_width: Width = 256
+    """Of a word's vector."""
     cell: Literal["lstm", "gru", "rnn"] = "lstm"
-    """Of encoder and decoder."""
+    """What the layers of encoder and decoder are made of."""
     encoder_width: Width = 256
     """Units of the encoder in each direction."""
     encoder_layers: Annotated[int, Field(ge=1, le=8)] = 1
+    """Of the encoder, one above the other."""
     encoder_direction: Literal["both", "forward"] = "both"
+    """How a sentence is read: also from its end to its beginning (Schuster & Paliwal 1997), or only forward."""
     encoder_stack: Literal["bidirectional", "alternating"] = "bidirectional"
     """Each layer reads both directions of the one below; or two stacks that turn round at each layer."""
     transition_depth: Annotated[int, Field(ge=1, le=16)] = 1
     """Cells in a step of the encoder; the first reads the input, the others only the state (Pascanu et al. 2014)."""
     decoder_width: Width = 512
+    """Units of each layer of the decoder."""
     residual: bool = False
     """Whether each layer but the first adds its input to what it gives, in encoder and decoder."""
     attention: Literal["none", "additive", "dot", "general", "concat", "multihead"] = "general"
@@ -83,6 +90,7 @@ class Seq2SeqModel(Section):
     copying: bool = False
     """Whether words of the source can be copied (See et al. 2017, eq. 8 and 9)."""
     dropout: Fraction = 0.3
+    """Of embeddings, of what goes from layer to layer, of the encoder's outputs and of the readout."""
     locked_dropout: bool = False
     """Whether what is dropped is the same at every step of a sentence (Gal & Ghahramani 2016)."""
 
@@ -154,6 +162,7 @@ def _memory_width(model: dict[str, Any]) -> int:
 
 class TransformerModel(Section):
     kind: Literal["transformer"]
+    """Vaswani et al. 2017, with the normalisation before each layer."""
     width: Annotated[int, Field(ge=2, le=4096, multiple_of=2)] = 128
     """Of embeddings and of what every layer gives; even, as positions are pairs of a sine and a cosine."""
     heads: Annotated[int, Field(ge=1, le=64, validate_default=True)] = 4
@@ -161,7 +170,9 @@ class TransformerModel(Section):
     feedforward_width: Width = 256
     """Between the two matrices that follow each attention."""
     encoder_layers: Annotated[int, Field(ge=1, le=64)] = 4
+    """Each an attention over the source and two matrices."""
     decoder_layers: Annotated[int, Field(ge=1, le=64)] = 4
+    """Each an attention over the target words so far, one over the source, and two matrices."""
     dropout: Fraction = 0.3
     """Of embeddings and of what attention and feed-forward layers add."""
     tied: Tied = "all"
@@ -177,10 +188,13 @@ class TransformerModel(Section):
 
 class ConvS2SModel(Section):
     kind: Literal["convs2s"]
+    """Gehring et al. 2017: gated convolutions."""
     embedding_width: Width = 256
+    """Of a word's vector and of a position's."""
     width: Width = 256
     """Channels of every convolution, after its gate."""
     encoder_layers: Annotated[int, Field(ge=1, le=64)] = 4
+    """Convolutions one above the other."""
     decoder_layers: Annotated[int, Field(ge=1, le=64)] = 3
     """Each with an attention of its own."""
     kernel: Annotated[int, Field(ge=1, le=15)] = 3
@@ -214,6 +228,7 @@ class Decoding(Section):
     method: Literal["beam", "sample"] = "beam"
     """The best that a beam finds, or words drawn at random by their probabilities."""
     beam: Annotated[int, Field(ge=1, le=100)] = 5
+    """Hypotheses that go on at each step; 1: greedy search."""
     length_normalisation: Literal["gnmt", "average"] = "gnmt"
     """What a log-probability is divided by to rank: by Wu et al. 2016, eq. 14, or the length itself."""
     length_penalty: Annotated[float, Field(ge=0, le=5)] = 0.6
@@ -247,6 +262,7 @@ class Decoding(Section):
 
 class TranslationRecipe(Section):
     name: Name
+    """What its runs are called after."""
     data: PairData = PairData()
     model: Annotated[Seq2SeqModel | TransformerModel | ConvS2SModel, Field(discriminator="kind")]
     training: PairTraining
