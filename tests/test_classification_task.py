@@ -234,3 +234,17 @@ def test_all_files_are_read_before_any_is_scored(
     assert first == "3 of 4 files cannot be classified:"
     assert [line.split("`")[1] for line in rest] == [str(path) for path in bad]
     assert several.value.hint == one.value.hint
+
+
+def test_one_image_that_cannot_be_normalised_is_told(build: Callable[..., Any]) -> None:
+    """26 images by fives leave one, of which a last stage of one pixel has one value a channel."""
+    keys = ["data.image_size=8", "model.stages=4", "model.depth=18", "model.width=4"]
+    task = build("resnet", *keys, "training.batch_size=5")
+    *_, last = task.batches(0)
+    assert len(last.labels) == 1
+    with pytest.raises(
+        UserError, match="one image, which a batch or a worker's part of it has, leaves one value a channel"
+    ):
+        task.loss(last)
+    total, _ = task.loss(next(iter(task.batches(0))))
+    assert torch.isfinite(total)

@@ -101,6 +101,25 @@ def test_muon_is_the_published_step_for_filters_and_sgd_for_the_rest() -> None:
             assert torch.allclose(value, next(remaining), atol=1e-6), name
 
 
+def test_muon_takes_filters_with_more_rows_than_columns_and_all_but_the_first() -> None:
+    """A bank of 64 1x1 filters over 16 channels: the step is √(64/16) times the orthogonal matrix. Few channels are no
+    colours: the second convolution reads three, too.
+    """
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 16, 3), nn.Conv2d(16, 64, 1))
+    muon = build_optimiser(model, optim(name="muon", learning_rate=0.1, momentum=0.0))
+    filters = [group["params"] for group in muon.param_groups if group["orthogonal"]]
+    assert [[id(p) for p in chosen] for chosen in filters] == [[id(model[1].weight), id(model[2].weight)]]
+    bank = model[2].weight
+    bank.grad = torch.randn_like(bank)
+    before, gradient = (value.detach().double().numpy().reshape(64, 16) for value in (bank, bank.grad))
+    expected = before * math.sqrt(64) / np.linalg.norm(before) - 0.1 * 2 * newton_schulz(gradient)
+    for group in muon.param_groups:
+        group["lr"] = 0.1
+    muon.step()
+    assert np.abs(bank.detach().numpy().reshape(64, 16) - expected).max() < 1e-4
+
+
 def test_what_has_no_gradient_or_wants_none_is_left_as_it_is() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     model[0].weight.requires_grad_(False)

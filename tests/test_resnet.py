@@ -193,6 +193,7 @@ def variants() -> dict[str, dict[str, Any]]:
         "wide": {"depth": 10, "preactivation": True, "shortcut": "B", "widening": 2, "dropout": 0.3},
         "squeeze": {"depth": 8, "squeeze_excitation": 4},
         "stochastic": {"depth": 14, "survival": 0.3},
+        "stochastic, pre": {"depth": 8, "survival": 0.3, "preactivation": True},
         "stochastic, pre, B": {"depth": 14, "survival": 0.3, "preactivation": True, "shortcut": "B"},
     }
     return {name: {"width": 4, "classes": 3, **options} for name, options in small.items()}
@@ -319,6 +320,60 @@ def test_a_preactivation_block_is_its_formula() -> None:
     y = functional.conv2d(norm(y).relu(), block.convolution2.weight, padding=1, stride=2)
     y = functional.conv2d(norm(y).relu(), block.convolution3.weight)
     torch.testing.assert_close(block(x), y + functional.conv2d(activated, block.projection.weight, stride=2))
+
+
+def test_the_first_preactivation_block_of_a_network_passes_on_what_is_activated() -> None:
+    """He et al. 2016, appendix: the first activation comes before the paths part; the others leave their input be."""
+    torch.manual_seed(0)
+    net = ResNet(14, classes=3, preactivation=True).double()
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    norm = lambda y: functional.batch_norm(y, None, None, training=True)  # noqa: E731
+    x = functional.conv2d(images, net.convolution.weight, padding=1)
+    for number, block in enumerate(net.blocks):
+        assert isinstance(block, Block)
+        activated = norm(x).relu()
+        y = functional.conv2d(activated, block.convolution1.weight, padding=1, stride=block.stride)
+        y = functional.conv2d(norm(y).relu(), block.convolution2.weight, padding=1)
+        short = activated if number == 0 else x
+        if block.new_channels:
+            half = block.new_channels // 2
+            short = functional.pad(short[:, :, ::2, ::2], (0, 0, 0, 0, half, half))
+        x = short + y
+    x = norm(x).relu().mean(dim=(2, 3))
+    torch.testing.assert_close(net(images), functional.linear(x, net.classifier.weight, net.classifier.bias))
+
+
+def test_a_bottleneck_with_projection_is_its_formula() -> None:
+    """He et al. 2015, figure 5 and option B; squeeze and excitation scales what is added (Hu et al. 2018, figure 3)."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    norm = lambda y: functional.batch_norm(y, None, None, training=True)  # noqa: E731
+    for reduction in (0, 2):
+        options = Options("bottleneck", shortcut="B", squeeze_excitation=reduction)
+        block = Block(4, 8, 2, inner=3, options=options).double()
+        assert block.projection is not None
+        y = norm(functional.conv2d(x, block.convolution1.weight)).relu()
+        y = norm(functional.conv2d(y, block.convolution2.weight, padding=1, stride=2)).relu()
+        y = norm(functional.conv2d(y, block.convolution3.weight))
+        y = y if block.squeeze_excitation is None else block.squeeze_excitation(y)
+        short = norm(functional.conv2d(x, block.projection.weight, stride=2))
+        torch.testing.assert_close(block(x), (short + y).relu())
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_dropout_is_between_the_two_convolutions(preactivation: bool) -> None:
+    """Zagoruyko & Komodakis 2016, §2.4: what the second convolution reads has zeros, what the first reads has none."""
+    torch.manual_seed(0)
+    block = Block(4, 4, 1, options=Options(preactivation=preactivation, dropout=0.5, activation=Activation("sigmoid")))
+    read: dict[str, Tensor] = {}
+    for name in ("convolution1", "convolution2"):
+        getattr(block, name).register_forward_hook(
+            lambda module, inputs, output, name=name: read.update({name: inputs[0]})
+        )
+    block(torch.randn(2, 4, 5, 5))
+    zeros = {name: float((x == 0).float().mean()) for name, x in read.items()}
+    assert zeros["convolution1"] == 0
+    assert 0.3 < zeros["convolution2"] < 0.7
 
 
 def test_squeeze_and_excitation_costs_what_its_paper_says() -> None:

@@ -164,3 +164,48 @@ def test_gradients_reach_every_parameter(keys: dict[str, Any]) -> None:
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
         assert parameter.grad.abs().sum() > 0, parameter_name
+
+
+def test_concat_is_additive_attention() -> None:
+    """Luong et al. 2015, eq. 8: vᵀ tanh(W [q; m]), W being what Bahdanau et al. 2015 call W and U side by side."""
+    source, lengths = sources()
+    previous = torch.tensor([[BOS, 5, 6, 4], [BOS, 9, 0, 0], [BOS, 7, 8, 0]])
+    found = [
+        all_log_probabilities(model(attention=name, decoder="luong").eval(), source, lengths, previous)
+        for name in ("concat", "additive")
+    ]
+    assert torch.equal(*found)
+
+
+def test_what_is_locked_is_dropped_at_every_step_of_a_sentence() -> None:
+    """Gal & Ghahramani 2016: one mask for a sentence, in whole sequences and step by step."""
+    source, lengths = sources()
+    previous = torch.tensor([[BOS, 5, 6, 4], [BOS, 9, 8, 7], [BOS, 7, 8, 5]])
+    for locked, keys in product((False, True), ({}, {"decoder": "luong", "input_feeding": True, "decoder_layers": 2})):
+        net = model(locked_dropout=locked, dropout=0.5, **keys).train()
+        kept: list[Tensor] = []
+        by_step: dict[int, list[Tensor]] = {}
+        net.dropout.register_forward_hook(lambda module, inputs, output, kept=kept: kept.append(output != 0))
+        by_steps = net.dropout.by_steps
+
+        def noted(by_steps: Any = by_steps, by_step: dict[int, list[Tensor]] = by_step) -> Any:
+            drop = by_steps()
+
+            def wrapped(place: int, x: Tensor) -> Tensor:
+                answer: Tensor = drop(place, x)
+                by_step.setdefault(place, []).append(answer != 0)
+                return answer
+
+            return wrapped
+
+        net.dropout.by_steps = noted  # type: ignore[method-assign]
+        net(source, lengths, previous)
+        # Real steps: the embedding of padding is zero by itself.
+        same = [bool((one[:1, :2] == one[:1, :1]).all()) for one in kept]
+        assert len(kept) >= 2
+        assert all(same) == locked
+        assert bool(by_step) == bool(keys)
+        assert by_step.keys() == ({-1, 0, 1} if keys else set())
+        for masks in by_step.values():
+            assert len(masks) == 4
+            assert all(torch.equal(mask, masks[0]) for mask in masks[1:]) == locked

@@ -37,7 +37,8 @@ class Block(Foldable):
 
     F is two 3x3 convolutions, or a 1x1, a 3x3 and a 1x1 one (He et al. 2015, figure 5; the 3x3 has the stride, as in
     all later work). Normalisation and the activation f follow each convolution, f but the last one, which follows the
-    sum; with pre-activation they precede each (He et al. 2016, arXiv 1603.05027, figure 4e).
+    sum; with pre-activation they precede each (He et al. 2016, arXiv 1603.05027, figure 4e). Then the shortcut of the
+    `first` block of a network, and one that is a projection, is of what is activated, too (appendix there).
 
     An activation of k inputs gets them from the k-fold output channels of the convolution before. Where it is given the
     stream that shortcuts pass on, it is given k copies: after a sum f(k copies of x + F(x)), which is x + max F_j for
@@ -51,6 +52,7 @@ class Block(Foldable):
         stride: int,
         *,
         inner: int | None = None,
+        first: bool = False,
         survival: float = 1.0,
         options: Options = Options(),
     ) -> None:
@@ -68,11 +70,11 @@ class Block(Foldable):
         pre = options.preactivation
         outer_k = 1 if pre else k  # of the convolution before the sum
         activation = partial(options.activation.module, inplace=True)
-        first, second = (1, 3) if self.bottleneck else (3, 3)
+        kernel, second = (1, 3) if self.bottleneck else (3, 3)
         second_stride, groups = (stride, options.groups) if self.bottleneck else (1, 1)
         second_out = k * inner if self.bottleneck else outer_k * width
         self.convolution1 = nn.Conv2d(
-            width_in, k * inner, first, 1 if self.bottleneck else stride, padding=first // 2, bias=False
+            width_in, k * inner, kernel, 1 if self.bottleneck else stride, padding=kernel // 2, bias=False
         )
         self.normalisation1 = nn.BatchNorm2d(k * width_in if pre else k * inner)
         self.activation1 = activation(width_in if pre else inner)
@@ -92,14 +94,15 @@ class Block(Foldable):
             self.projection = nn.Conv2d(width_in, width, 1, stride, bias=False)
             if not pre:
                 self.projection_normalisation = nn.BatchNorm2d(width)
+        self.activates_shortcut = first or self.projection is not None
         if pre and options.activation.name == "maxout":
             spread(self.normalisation1, k)
 
     def foldable(self) -> dict[str, str]:
         """As `Foldable` says.
 
-        With pre-activation the first normalisation of a block is of what the shortcut needs as it is, and the last
-        convolution goes to the sum.
+        With pre-activation the first normalisation of a block is of what came before it, which most shortcuts need as
+        it is, and the last convolution goes to the sum.
         """
         if self.preactivation:
             pairs = {"convolution1": "normalisation2"}
@@ -140,7 +143,7 @@ class Block(Foldable):
             residual = self.convolution3(self.activation3(self.normalisation3(residual)))
         residual = self._scaled(residual)
         if self.residual:
-            residual = residual.add_(self.shortcut(x if self.projection is None else activated))
+            residual = residual.add_(self.shortcut(activated if self.activates_shortcut else x))
         return residual
 
     def _skip(self, x: Tensor) -> Tensor:
@@ -150,7 +153,7 @@ class Block(Foldable):
                 self._without_gradient(copies(self.shortcut(x), self.copies))
             )
             return y
-        if self.projection is not None:
+        if self.activates_shortcut:
             x = self.activation1(self.normalisation1(copies(x, self.copies)))
         return self._without_gradient(self.shortcut(x))
 

@@ -131,7 +131,15 @@ class ResNet(Foldable):
                 stride = 2 if number > 0 and position == 0 else 1
                 lasting = 1 - (len(blocks) + 1) / total * (1 - survival)
                 blocks.append(
-                    Block(width_in, layout.width, stride, inner=layout.inner, survival=lasting, options=options)
+                    Block(
+                        width_in,
+                        layout.width,
+                        stride,
+                        inner=layout.inner,
+                        first=not blocks,
+                        survival=lasting,
+                        options=options,
+                    )
                 )
                 width_in = layout.width
         self.blocks = nn.Sequential(*blocks)

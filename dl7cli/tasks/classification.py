@@ -171,12 +171,24 @@ class Classification:
                 value.copy_(kept[name])
 
     def loss(self, batch: ImageBatch) -> tuple[Tensor, int]:
-        """Cross-entropy summed over this worker's part of a batch, and how many images the whole has."""
+        """Cross-entropy summed over this worker's part of a batch, and how many images the whole has.
+
+        Raises UserError where a part is too small to be normalised.
+        """
         forward: Callable[[Tensor], Tensor] = self.model
         if self._compiled is not None and len(batch.labels) == self.whole_batch:
             forward = self._compiled
-        with self.runtime.autocast():
-            scores = forward(batch.images)
+        try:
+            with self.runtime.autocast():
+                scores = forward(batch.images)
+        except ValueError as problem:
+            if "more than 1 value per channel" not in str(problem):
+                raise
+            raise UserError(
+                "one image, which a batch or a worker's part of it has, leaves one value a channel in the last stage, "
+                "and that cannot be normalised",
+                hint="choose a `training.batch_size` that leaves more to the last batch of an epoch, or larger images",
+            ) from problem
         total = self._cross_entropy(scores, batch.labels)
         if batch.other_labels is not None:
             total = batch.weight * total + (1 - batch.weight) * self._cross_entropy(scores, batch.other_labels)

@@ -103,7 +103,7 @@ def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     0.98 (Vaswani et al. 2017, §5.3), `muon` is `Muon`. A group's `share` is its rate as a part of the recipe's.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    filters = {p for p in parameters if optim.name == "muon" and _is_filter(p)}
+    filters = _filters(model) if optim.name == "muon" else set()
     others = [p for p in parameters if p not in filters]
     share = 1.0
     if optim.name == "muon" and optim.other_learning_rate is not None:
@@ -133,9 +133,10 @@ def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
             return Muon([*groups, {"params": inner, "orthogonal": True, "share": 1.0}], momentum=optim.momentum)
 
 
-def _is_filter(parameter: Tensor) -> bool:
-    """Whether Muon applies: filters of a convolution, but not of the one that reads the three colours."""
-    return parameter.ndim == 4 and parameter.shape[1] > 3
+def _filters(model: nn.Module) -> set[Tensor]:
+    """What Muon applies to: the filters of all convolutions but the first, which reads the colours."""
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return {convolution.weight for convolution in convolutions[1:]}
 
 
 class WeightAverage:
