@@ -20,6 +20,12 @@ SOURCE_WORDS = (5, 10, 15, 20, 30, 50)
 """Most words of a source in each of the groups whose BLEU is given; longer ones are the last group."""
 RESAMPLES = 1000
 """Of the sentences, for an interval; fewer where the sentences are so many that memory would not hold them."""
+_CHINESE = frozenset({"zh", "zho", "cmn", "yue"})
+_WITHOUT_SPACES = frozenset({"ja", "jpn", "th", "tha", "lo", "lao", "km", "khm", "my", "mya"})
+"""Other languages whose words have no spaces between them: ISO 639-1 and 639-3."""
+_UNSPACED = r"\u3041-\u3096\u30a1-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
+"""Kana and Chinese characters."""
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 TER_WORDS = 30
 """Most words a reference may have, on average, for TER: looking for what was moved takes an hour in 1,000 summaries."""
 
@@ -139,18 +145,31 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int) -
     return float(gaps.abs().sum()) / len(confidence)
 
 
-def bleu(hypotheses: Sequence[str], references: Sequence[str], *, cased: bool = True) -> Scores:
+def bleu(
+    hypotheses: Sequence[str], references: Sequence[str], *, cased: bool = True, language: str | None = None
+) -> Scores:
     """Give the BLEU of a corpus, 0 to 100, as the `sacrebleu` command computes it (Post 2018).
 
-    Tokenised by sacrebleu itself (13a), one reference for each hypothesis; as `bleu`, or not `cased` as
+    Tokenised by sacrebleu itself as `tokenizer` says, one reference for each hypothesis; as `bleu`, or not `cased` as
     `bleu_lowercase`. Both are plain text: the pieces of a vocabulary have to be joined before. Raises ValueError for
     unequal numbers and when there is nothing to score.
     """
     from sacrebleu.metrics.bleu import BLEU
 
     name = "bleu" if cased else "bleu_lowercase"
-    score, signature = _corpus(BLEU(lowercase=not cased), hypotheses, references)
+    metric = BLEU(lowercase=not cased, tokenize=tokenizer(language))
+    score, signature = _corpus(metric, hypotheses, references)
     return Scores(name, {name: score.score}, len(hypotheses), signature)
+
+
+def tokenizer(language: str | None) -> str:
+    """Give the name of sacrebleu's tokenizer for a language such as `de` or `zh_CN`.
+
+    It is 13a, the one for Chinese, or where words of another language have no spaces between them single characters:
+    what sacrebleu has for those needs a dictionary or a model.
+    """
+    code = re.split("[-_]", (language or "").lower())[0]
+    return "zh" if code in _CHINESE else "char" if code in _WITHOUT_SPACES else "13a"
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str], *, cased: bool = True) -> Scores:
@@ -171,10 +190,11 @@ def translation(
     references: Sequence[str],
     *,
     cased: bool = True,
+    language: str | None = None,
     with_rouge: bool = False,
 ) -> Scores:
-    """Give the BLEU of translations as `bleu` does, beside it that with or without case, whichever it is not, and chrF
-    as `chrf` does; and `rouge` where asked for.
+    """Give the BLEU of translations into a language as `bleu` does, beside it that with or without case, whichever it
+    is not, and chrF as `chrf` does; and `rouge` where asked for.
 
     These are the details, with case where BLEU is `cased`, but for TER, which never is:
 
@@ -199,11 +219,14 @@ def translation(
 
     resamples = max(39, min(RESAMPLES, 10_000_000 // max(len(hypotheses), 1)))  # 39: the fewest that have a 40th
     names = ("bleu", "bleu_lowercase") if cased else ("bleu_lowercase", "bleu")
-    main, signature = _corpus(BLEU(lowercase=not cased), hypotheses, references)
+    tokenize = tokenizer(language)
+    main, signature = _corpus(BLEU(lowercase=not cased, tokenize=tokenize), hypotheses, references)
     assert isinstance(main, BLEUScore)
     # `force`: what sacrebleu says of text that looks tokenised is said once.
-    resampled, interval = _corpus(BLEU(lowercase=not cased, force=True), hypotheses, references, resamples)
-    other, other_signature = _corpus(BLEU(lowercase=cased, force=True), hypotheses, references)
+    quiet = BLEU(lowercase=not cased, tokenize=tokenize, force=True)
+    resampled, interval = _corpus(quiet, hypotheses, references, resamples)
+    turned = BLEU(lowercase=cased, tokenize=tokenize, force=True)
+    other, other_signature = _corpus(turned, hypotheses, references)
     characters = chrf(hypotheses, references, cased=cased)
     short = sum(len(reference.split()) for reference in references) <= TER_WORDS * len(references)
     edits, ter_signature = _corpus(TER(), hypotheses, references) if short else (None, None)
@@ -220,7 +243,7 @@ def translation(
             characters.primary: characters.signature,
             "ter": ter_signature,
         },
-        "source_lengths": _by_source_length(sources, hypotheses, references, cased=cased),
+        "source_lengths": _by_source_length(sources, hypotheses, references, quiet),
         "repetition": _repetition(hypotheses),
     }
     if with_rouge:
@@ -247,11 +270,8 @@ def _interval(score: "Score", signature: str) -> list[float]:
 
 
 def _by_source_length(
-    sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str], *, cased: bool
+    sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str], metric: "Metric"
 ) -> list[dict[str, Any]]:
-    from sacrebleu.metrics.bleu import BLEU
-
-    metric = BLEU(lowercase=not cased, force=True)
     groups: list[dict[str, Any]] = []
     words = [len(source.split()) for source in sources]
     for least, most in zip((0, *(end + 1 for end in SOURCE_WORDS)), (*SOURCE_WORDS, None), strict=True):
@@ -266,11 +286,12 @@ def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, flo
     """Give `rouge_1`, `rouge_2` and `rouge_l`, 0 to 100: the means over all pairs of their F1 (Lin 2004, §2 and §3).
 
     ROUGE-N counts the n-grams two texts share, ROUGE-L the words of their longest common subsequence, each text taken
-    as one sequence. Words are runs of letters and digits in lower case, not stemmed; a text without any scores 0.
+    as one sequence. Words are runs of letters and digits in lower case, not stemmed, and of Chinese and Japanese, which
+    do not part them, single characters; a text without any scores 0.
     """
     sums = {"rouge_1": 0.0, "rouge_2": 0.0, "rouge_l": 0.0}
     for hypothesis, reference in zip(hypotheses, references, strict=True):
-        own, wanted = (re.findall(r"[^\W_]+", text.lower()) for text in (hypothesis, reference))
+        own, wanted = (_WORD.findall(text.lower()) for text in (hypothesis, reference))
         for name, size in (("rouge_1", 1), ("rouge_2", 2)):
             found, sought = (
                 Counter(tuple(words[at : at + size]) for at in range(len(words) - size + 1)) for words in (own, wanted)

@@ -124,13 +124,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def paired_bleu(
-    first: Sequence[str], others: Sequence[Sequence[str]], references: Sequence[str], *, cased: bool = True
+    first: Sequence[str],
+    others: Sequence[Sequence[str]],
+    references: Sequence[str],
+    *,
+    cased: bool = True,
+    tokenize: str = "13a",
 ) -> list[PairedBleu]:
     """Test each of `others` against `first`, translations of the same sentences, by sacrebleu's own paired tests.
 
-    BLEU is that of `metrics.bleu`. Samples are drawn from a fixed seed, fewer of them where the sentences are so many
-    that memory would not hold them. Paired bootstrap: Koehn 2004; approximate randomisation: Riezler & Maxwell 2005,
-    who find that it takes chance for a difference less often.
+    BLEU is that of `metrics.bleu`, by sacrebleu's tokenizer `tokenize`. Samples are drawn from a fixed seed, fewer of
+    them where the sentences are so many that memory would not hold them. Paired bootstrap: Koehn 2004; approximate
+    randomisation: Riezler & Maxwell 2005, who find that it takes chance for a difference less often.
 
     Of randomisation, sacrebleu counts the exchanges of sentences that differ by more than what was seen. Here those
     that differ by as much count, too, as the test demands: where few sentences differ, or many in the same way, they
@@ -145,7 +150,7 @@ def paired_bleu(
 
         def __init__(self) -> None:
             # `force`: what it says of text that looks tokenised was said when it was scored.
-            super().__init__(lowercase=not cased, force=True)
+            super().__init__(lowercase=not cased, tokenize=tokenize, force=True)
             self.noted: list[float] = []
 
         def _aggregate_and_compute(self, stats: list[list[int]]) -> BLEUScore:

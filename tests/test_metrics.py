@@ -11,6 +11,7 @@ from statistics import NormalDist
 from typing import Any
 
 import pytest
+import sacrebleu
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from dl7cli.metrics import (
     classification,
     expected_calibration_error,
     rouge,
+    tokenizer,
     translation,
     wilson_interval,
 )
@@ -353,3 +355,38 @@ def test_a_class_without_examples_has_no_accuracy() -> None:
 def test_details_of_nothing() -> None:
     with pytest.raises(ValueError, match="no examples"):
         classification(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("language", "name"),
+    [
+        ("de", "13a"),
+        ("zh", "zh"),
+        ("zh_CN", "zh"),
+        ("zh-Hans", "zh"),
+        ("zho_Hans", "zh"),
+        ("ja", "char"),
+        ("th", "char"),
+        (None, "13a"),
+    ],
+)
+def test_languages_without_spaces_have_a_tokenizer_of_their_own(language: str | None, name: str) -> None:
+    """As whole lines, two sentences that differ in a character share nothing."""
+    assert tokenizer(language) == name
+    hypotheses, references = ["我喜欢红色的猫和狗。"], ["我喜欢黑色的猫和狗。"]
+    scores = bleu(hypotheses, references, language=language)
+    assert f"tok:{name}|" in str(scores.signature)
+    assert scores.score == sacrebleu.corpus_bleu(hypotheses, [references], tokenize=name).score
+    whole = translation(["one"], hypotheses, references, language=language)
+    assert whole.values["bleu"] == scores.score
+    assert {f"tok:{name}|" in whole.details["signatures"][one] for one in ("bleu", "bleu_lowercase")} == {True}
+    assert whole.details["source_lengths"][0]["bleu"] == scores.score
+    assert (scores.score > 30) == (name != "13a")
+
+
+def test_rouge_of_chinese_is_of_characters() -> None:
+    """猫 喜 欢 我 and 我 喜 欢 猫: all four shared, one of three pairs, and two in order."""
+    found = rouge(["猫喜欢我"], ["我喜欢猫!"])
+    assert found == pytest.approx({"rouge_1": 100, "rouge_2": 100 / 3, "rouge_l": 50})
+    assert rouge(["BERT 模型2"], ["bert模型 2"])["rouge_l"] == 100
+    assert rouge(["ラーメン・うどん"], ["らーめん ・"])["rouge_1"] == pytest.approx(100 * 2 * 2 / (7 + 4))

@@ -349,6 +349,9 @@ def test_bleu_is_of_the_translations(build: Callable[..., Any]) -> None:
     sources = [source for source, _ in task.pairs.splits["validation"]]
     greedy = [line.text for line in task.translate(sources, decoding.updated(beam=1))]
     assert task.validate() == bleu(greedy, [target for _, target in task.pairs.splits["validation"]])
+    task.assets["target_language"] = "zh"
+    assert all("tok:zh|" in str(one.signature) for one in (task.validate(), task.evaluate("test", decoding)))
+    task.assets["target_language"] = "de"
     own = [(source, line.text) for (source, _), line in zip(pairs, task.translate([s for s, _ in pairs]), strict=True)]
     task.pairs.splits["test"][:] = own
     assert task.evaluate("test").score == pytest.approx(100)

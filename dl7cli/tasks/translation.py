@@ -209,8 +209,9 @@ class Translation:
             return Scores("log_likelihood", {"log_likelihood": mean}, len(scored))
         texts = self.translations("validation", self.recipe.decoding.updated(method="beam", beam=1))
         references = [target for _, target in self.pairs.split("validation")]
-        score = bleu if select == "bleu" else chrf
-        return score(texts, references, cased=self.cased)
+        if select == "chrf":
+            return chrf(texts, references, cased=self.cased)
+        return bleu(texts, references, cased=self.cased, language=self.assets["target_language"])
 
     def evaluate(self, split: str, decoding: Decoding | None = None) -> Scores:
         """What `judge` says of a split's translations. Raises UserError where the data has no such split."""
@@ -235,7 +236,8 @@ class Translation:
         """
         sources, references = zip(*self.pairs.split(split), strict=True)
         cased = self.cased if cased is None else cased
-        scores = translation(sources, translations, references, cased=cased, with_rouge=rouge)
+        language = self.assets["target_language"]
+        scores = translation(sources, translations, references, cased=cased, language=language, with_rouge=rouge)
         limit = self.recipe.data.max_length
         cut = sum(len(ids) > limit for ids in self.pairs.source_ids(sources))
         return replace(scores, details={**scores.details, "cut_sources": cut})
@@ -256,8 +258,9 @@ class Translation:
         By the method `sample` the n best are n samples in the order drawn; they depend on `decoding.seed` and on the
         number of the line, counted from `first_line`. `prefixes` are texts that the translations begin with, `others`
         the rest of an ensemble. `attention`: whether candidates have theirs. Lines of like length are searched
-        together, which in float32 changes no result, only the time. Raises UserError where `n_best` is more than the
-        beam, where a prefix has what the vocabulary has not, and ValueError where models of an ensemble do not agree.
+        together, which in float32 changes a result where two tie within rounding, and else only the time. Raises
+        UserError where `n_best` is more than the beam, where a prefix has what the vocabulary has not, and ValueError
+        where models of an ensemble do not agree.
         """
         decoding = self.recipe.decoding if decoding is None else decoding
         if decoding.method == "beam" and n_best > decoding.beam:

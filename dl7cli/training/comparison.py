@@ -9,7 +9,7 @@ from dl7cli import runs, significance, tasks
 from dl7cli.data.sources import Progress, silent
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
-from dl7cli.metrics import Scores, among_first
+from dl7cli.metrics import Scores, among_first, tokenizer
 from dl7cli.recipe import with_seed
 from dl7cli.runs import Run
 from dl7cli.significance import LEVEL
@@ -93,7 +93,9 @@ def compare(
         test, tested = "mcnemar", [_by_correctness(first, other) for other in others]
     else:
         references = [target for _, target in task.pairs.split(split)]
-        test, tested = "approximate randomisation", _by_translations(first, others, references, cased=cased)
+        tokenize = tokenizer(task.assets["target_language"])
+        test = "approximate randomisation"
+        tested = _by_translations(first, others, references, cased=cased, tokenize=tokenize)
     names = [",".join(one.name for one in side) for side in contestants]
     adjusted = significance.holm([one["p_value"] for one in tested])
     return {
@@ -217,7 +219,7 @@ def _by_correctness(first: Sequence[bool], second: Sequence[bool]) -> dict[str, 
 
 
 def _by_translations(
-    first: Sequence[str], others: Sequence[Sequence[str]], references: Sequence[str], *, cased: bool
+    first: Sequence[str], others: Sequence[Sequence[str]], references: Sequence[str], *, cased: bool, tokenize: str
 ) -> list[dict[str, Any]]:
     return [
         {
@@ -226,5 +228,5 @@ def _by_translations(
             "bootstrap_p_value": found.bootstrap,
             "signatures": dict(zip(("approximate_randomisation", "bootstrap"), found.signatures, strict=True)),
         }
-        for found in significance.paired_bleu(first, others, references, cased=cased)
+        for found in significance.paired_bleu(first, others, references, cased=cased, tokenize=tokenize)
     ]
