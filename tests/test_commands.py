@@ -152,7 +152,7 @@ def test_of_many_classes_the_worst_are_shown(capsys: pytest.CaptureFixture[str])
         confusion[number][(number + 1) % 30] = 40 + number
     print_result(result_of(confusion, [f"c{number}" for number in range(30)]), as_json=False)
     *_, said, header = (lines := capsys.readouterr().out.splitlines())[:-10]
-    assert (said, header.split()[0]) == ("the worst 10 of 30 classes:", "CLASS")
+    assert (said, header.split()[0]) == ("the worst 10 of 30 classes (--json has all):", "CLASS")
     rows = [line.split() for line in lines[-10:]]
     assert [row[0] for row in rows] == [f"c{number}" for number in range(28, 18, -1)]
     assert rows[0] == ["c28", "100", "0.3200", "c29", "(68)"]
@@ -218,7 +218,9 @@ def test_eval_of_translation_takes_a_beam(work: Path) -> None:
 
 def test_classify(work: Path, images: Path) -> None:
     files = [str(images / "test" / label / "0.png") for label in ("red", "blue")]
-    rows = [line.split("\t") for line in succeed("classify", *files, cwd=work).out.splitlines()]
+    shown = succeed("classify", *files, cwd=work)
+    assert shown.err == "by runs/resnet-1\n", "it was not named"
+    rows = [line.split("\t") for line in shown.out.splitlines()]
     assert [row[0] for row in rows] == [files[0], files[0], files[1], files[1]]
     for first, second in (rows[:2], rows[2:]):
         assert {first[1], second[1]} == {"red", "blue"}

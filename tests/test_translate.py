@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,10 +20,9 @@ import pytest
 from running import ENVIRONMENT, TINY_SEQ2SEQ, dl7, succeed
 
 from dl7cli.cli import main
-from dl7cli.cli.sentences import BATCH, Line, field, read
-from dl7cli.cli.translate import as_document, draw
+from dl7cli.cli.progress import Nothing, Plain
+from dl7cli.cli.sentences import BATCH, Line, display, field, read
 from dl7cli.errors import UserError
-from dl7cli.tasks.translation import Candidate, TranslatedLine
 
 
 def test_one_line_in_one_line_out(translator: Path, tmp_path: Path) -> None:
@@ -294,6 +294,31 @@ def test_samples_depend_on_the_seed_and_on_nothing_else(translator: Path) -> Non
     assert len(set(first[:7])) > 1
 
 
+def test_a_seed_is_of_sampling(translator: Path) -> None:
+    failed = dl7("translate", "red", "--seed", "3", cwd=translator)
+    assert (failed.code, failed.out) == (2, "")
+    assert "--seed is of what --sample draws; add --sample" in failed.err
+    drawn = succeed("translate", "red blue", "--seed", "3", "--set", "decoding.method=sample", cwd=translator).out
+    assert drawn == succeed("translate", "red blue", "--seed", "3", "--sample", cwd=translator).out
+
+
+def test_it_is_told_how_far_a_file_has_come(translator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dl7cli.cli.progress.FIRST_SECONDS", 0.0)
+    monkeypatch.setattr("dl7cli.cli.progress.EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("dl7cli.cli.sentences.BATCH", 2)
+    (tmp_path / "in.txt").write_text("red\nblue\nbig\n", encoding="utf-8")
+    read = ("--input", str(tmp_path / "in.txt"))
+    for flags in (("--output", str(tmp_path / "out.txt")), ("--json",)):
+        assert succeed("translate", *read, *flags, cwd=translator).err == "translating  2\ntranslating  3\n"
+    assert succeed("translate", *read, cwd=translator).err == "", "each answer is seen itself"
+    (tmp_path / "in.txt").write_text("red\trot\n" * 3, encoding="utf-8")
+    told = succeed("score", *read, "--json", cwd=translator).err.splitlines()
+    assert told[:2] == ["scoring  2", "scoring  3"]
+    with (tmp_path / "out.txt").open("w") as file, contextlib.redirect_stdout(file):
+        assert isinstance(display(None, is_silent=False), Plain)
+    assert isinstance(display(None, is_silent=False), Nothing)
+
+
 def test_a_beam_that_is_given_is_searched_with(translator: Path) -> None:
     flags = ("red blue big small", "--set", "decoding.temperature=9.0", "--set", "decoding.method=sample")
     searched = succeed("translate", *flags[:3], "--beam", "1", cwd=translator).out
@@ -331,6 +356,29 @@ def test_several_runs_are_an_ensemble(translator: Path) -> None:
     (one,), (two,) = alone["translations"], twice["translations"]
     assert (one["text"], one["alignment"]) == (two["text"], two["alignment"])
     assert one["score"] == pytest.approx(two["score"], abs=1e-5)
+
+
+def test_runs_of_other_validation_sentences_and_seeds_are_an_ensemble(
+    translator: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """What they read and write is the same: the vocabulary is learnt from the training sentences."""
+    changed = tmp_path / "pairs"
+    shutil.copytree(pairs, changed)
+    for language in ("en", "de"):
+        file = changed / f"validation.{language}"
+        file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[1:]), encoding="utf-8")
+    flags = (*TINY_SEQ2SEQ, "--set", "training.epochs=3", "--seed", "2", "--out", "other")
+    succeed("train", "seq2seq", "--data", str(changed), *flags, cwd=tmp_path)
+    members = ("--run", "runs/seq2seq-1", "--run", str(tmp_path / "other"))
+    one, two, both = (
+        succeed("translate", "red blue big", *chosen, "--beam", "1", "--json", cwd=translator).document
+        for chosen in (members[:2], members[2:], members)
+    )
+    assert both["others"] == [str(tmp_path / "other")]
+    scores = [told["translations"][0]["log_probability"] for told in (one, two, both)]
+    assert len(set(scores)) == 3
+    scored = succeed("score", *members, "--json", cwd=translator, stdin=b"red blue\trot blau\n").document
+    assert scored["pairs"][0]["log_probability"] < 0
 
 
 def test_checkpoints_of_one_run_are_told_apart(translator: Path) -> None:
@@ -406,10 +454,13 @@ def test_attention_is_of_one_sentence(
     assert "ends in neither `.png` nor `.svg`" in failed.err
 
 
-def test_a_model_that_looks_at_nothing_cannot_be_drawn(tmp_path: Path) -> None:
-    candidate = Candidate("rot", -1.0, -1.0, ["▁rot", "</s>"], [-0.5, -0.5], None)
-    line = TranslatedLine("rot", -1.0, ["▁red", "</s>"], [candidate], None)
-    with pytest.raises(UserError, match="the model of run `runs/x` has no attention to draw"):
-        draw(tmp_path / "a.png", line, "runs/x")
-    assert as_document("red", line, 1, matrix=True)["alignment"] is None
-    assert list(tmp_path.iterdir()) == []
+def test_a_model_that_looks_at_nothing_cannot_be_drawn(pairs: Path, tmp_path: Path) -> None:
+    keys = ("model.attention=none", "model.decoder_width=16", "training.epochs=1")
+    settings = [text for key in keys for text in ("--set", key)]
+    succeed("train", "seq2seq", "--data", str(pairs), *TINY_SEQ2SEQ, *settings, cwd=tmp_path)
+    failed = dl7("translate", "red", "--attention", "a.png", cwd=tmp_path)
+    assert (failed.code, failed.out) == (1, ""), "it is told before anything is translated"
+    assert failed.err.startswith("error: the model of run `runs/seq2seq-1` has no attention to draw\nhint: ")
+    assert not (tmp_path / "a.png").exists()
+    (told,) = succeed("translate", "red", "--json", cwd=tmp_path).document["translations"]
+    assert told["alignment"] is None

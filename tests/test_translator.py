@@ -19,6 +19,7 @@ from dl7cli.models.translator import Translator
 from dl7cli.recipe import ConvS2SModel, Seq2SeqModel, TransformerModel
 from dl7cli.runs import Run
 from dl7cli.search import Hypothesis, Rules, beam_search
+from dl7cli.tasks.decoding import search
 from dl7cli.tasks.translation import translator
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
@@ -301,3 +302,38 @@ def test_a_trained_run_scores_the_same_when_loaded(name: str, tied: str, tiny: d
     width = loaded.model.words.target.embedding_dim
     words = {len(loaded.pairs.source_vocabulary), len(loaded.pairs.target_vocabulary)}
     assert sum(shapes.count((count, width)) for count in words) == {"all": 1, "output": 2, "none": 3}[tied]
+
+
+def test_an_ensemble_of_other_kinds_of_models_has_the_mean_of_their_probabilities() -> None:
+    """Each keeps its own context and state, whichever hypotheses go on and whichever sentences leave."""
+    members = [model(name, seed) for seed, name in enumerate(("seq2seq-copying", "transformer", "seq2seq-blind"))]
+    for method in ("beam", "sample"):
+        decoding = recipes.Decoding(method=method, beam=3, max_length_ratio=2, max_length_offset=1, length_penalty=0)
+        found = search(
+            members,
+            SOURCE,
+            LENGTHS,
+            decoding,
+            subwords=[5, 3, 2],
+            prefixes=[(), (), ()],
+            numbers=[1, 2, 3],
+            n_best=3,
+            attention=True,
+        )
+        lengths = {len(hypothesis.ids) for hypotheses in found for hypothesis in hypotheses}
+        assert len(lengths) > 1, "they leave at different steps"
+        for row, hypotheses in enumerate(found):
+            source, length = SOURCE[row : row + 1, : LENGTHS[row]], LENGTHS[row : row + 1]
+            for hypothesis in hypotheses:
+                ids = (*hypothesis.ids, EOS)
+                probabilities = torch.zeros(len(ids), dtype=torch.float64)
+                looked = []
+                for member in members:
+                    decoded, context = member(source, length, torch.tensor([[BOS, *hypothesis.ids]]))
+                    scores = member.logits(decoded, context).softmax(dim=1)
+                    probabilities += scores[range(len(ids)), ids] / len(members)
+                    looked += [] if decoded.attention is None else [decoded.attention[0].float()]
+                assert hypothesis.log_probability == pytest.approx(probabilities.log().sum().item(), abs=1e-4)
+                torch.testing.assert_close(
+                    torch.tensor(hypothesis.attention)[:, : LENGTHS[row]], torch.stack(looked).mean(dim=0)
+                )

@@ -37,6 +37,8 @@ def classify(
         ]
         console.document({"run": str(found.folder), "images": listed})
         return
+    if run is None:
+        console.note(f"by {runs.called(found, folder)}")
     for image, classes in zip(images, answers, strict=True):
         for name, probability in classes:
             console.row(image, name, f"{probability:.4f}")

@@ -210,7 +210,7 @@ def _print_classification(scores: dict[str, float], details: dict[str, Any]) -> 
     if len(rows) > MOST_CLASSES:
         seen = [number for number, entry in enumerate(details["classes"]) if entry["examples"]]
         worst = sorted(seen, key=lambda number: float(details["classes"][number]["accuracy"]))[:WORST_CLASSES]
-        console.write(f"the worst {len(worst)} of {len(rows)} classes:")
+        console.write(f"the worst {len(worst)} of {len(rows)} classes (--json has all):")
         rows = [rows[number] for number in worst]
     console.table(("CLASS", "IMAGES", "ACCURACY", "MOST OFTEN TAKEN FOR"), rows)
 

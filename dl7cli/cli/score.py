@@ -33,6 +33,8 @@ def score(
         name, batches = stack.enter_context(sentences.opened(source))
         output = sys.stdout if target is None else stack.enter_context(sentences.replacing(target))
         names, task, others = load(run, device, precision, gpus, offline=offline)
+        display = sentences.display(source, is_silent=target is not None or as_json)
+        stack.enter_context(display)
         documents: list[dict[str, Any]] = []
         pairs = tokens = 0
         total = 0.0
@@ -49,6 +51,7 @@ def score(
                 if target is not None or not as_json:
                     output.write(as_line(scored) + "\n")
             output.flush()
+            display.progress("scoring", batch[-1].number, 0)
     from dl7cli.tasks.translation import perplexity
 
     if as_json:

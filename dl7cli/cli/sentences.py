@@ -6,15 +6,19 @@ import errno
 import io
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, cast
 
 from dl7cli import files
 from dl7cli.cli import console
 from dl7cli.errors import UserError
+
+if TYPE_CHECKING:
+    from dl7cli.cli.progress import Nothing, Plain, Terminal
 
 BATCH = 1024
 CHUNK = 1 << 18
@@ -39,6 +43,16 @@ def opened(path: Path | None) -> Iterator[tuple[str, Iterator[list[Line]]]]:
         raise UserError(f"`{path}` cannot be read: {console.reason(error)}") from None
     with stream:
         yield str(path), read(stream, str(path))
+
+
+def display(path: Path | None, *, is_silent: bool) -> "Plain | Terminal | Nothing":
+    """Return what shows how far `path`, or standard input, has been read, where no answer is seen meanwhile: where that
+    `is_silent`, or into a file.
+    """
+    typed = path is None and sys.stdin.isatty()
+    with contextlib.suppress(OSError, ValueError):  # what stands in for standard output may have no number
+        is_silent = is_silent or stat.S_ISREG(os.fstat(sys.stdout.fileno()).st_mode)
+    return console.display() if is_silent and not typed else console.nothing()
 
 
 def arguments(texts: Sequence[str]) -> Iterator[list[Line]]:

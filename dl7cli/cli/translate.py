@@ -13,6 +13,7 @@ from dl7cli.cli import console, figures, options, sentences
 from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
+    from dl7cli.data.sources import Progress
     from dl7cli.tasks.translation import Candidate, TranslatedLine, Translation
 
 
@@ -92,7 +93,18 @@ def translate(
         )
         begun = None if prefix is None else sentences.argument(prefix, "`--prefix`")
         output = sys.stdout if target is None else stack.enter_context(sentences.replacing(target))
-        names, task, others = load(run, device, precision, gpus, offline=offline)
+        display = sentences.display(source, is_silent=target is not None or as_json)
+        stack.enter_context(display)
+        before = 0
+
+        def progress(what: str, done: int, total: int) -> None:
+            display.progress(what, before + done, 0)
+
+        names, task, others = load(run, device, precision, gpus, offline=offline, progress=progress)
+        if attention is not None and all(_is_blind(one) for one in (task, *others)):
+            raise UserError(
+                f"the model of run `{' + '.join(names)}` has no attention to draw", hint="leave `--attention` out"
+            )
         decoding = recipes.decoding(
             task.recipe,
             overrides or (),
@@ -101,6 +113,8 @@ def translate(
             method="sample" if sample else None if beam is None else "beam",
             seed=seed,
         )
+        if seed is not None and decoding.method != "sample":
+            raise typer.BadParameter("--seed is of what --sample draws; add --sample")
         fields = (task.assets["source_language"], "source", "text")
         documents: list[dict[str, Any]] = []
         sought = 0
@@ -135,6 +149,7 @@ def translate(
                     for text in as_lines(line.number, translated, n_best):
                         console.pass_on(text, output)
             output.flush()
+            before += len(batch)
         if attention is not None:
             if looked is None:
                 raise UserError("there is no sentence whose attention could be drawn", hint="give one sentence")
@@ -144,7 +159,13 @@ def translate(
 
 
 def load(
-    names: Sequence[str] | None, device: str, precision: options.PrecisionName, gpus: str | None, *, offline: bool
+    names: Sequence[str] | None,
+    device: str,
+    precision: options.PrecisionName,
+    gpus: str | None,
+    *,
+    offline: bool,
+    progress: "Progress" = lambda what, done, total: None,
 ) -> tuple[list[str], "Translation", list["Translation"]]:
     """Load the newest translator or those named: what they are called, the first, and the rest of an ensemble."""
     from dl7cli import device as devices
@@ -153,7 +174,7 @@ def load(
 
     found = [runs.find(name, task="translation") for name in names or (None,)]
     runtime = devices.choose(device, precision, gpus, searches=True)
-    loaded = [tasks.load(folder, runtime=runtime, offline=offline) for _, folder in found]
+    loaded = [tasks.load(folder, runtime=runtime, offline=offline, progress=progress) for _, folder in found]
     called = [runs.called(run, folder) for run, folder in found]
     first, *others = (task for task in loaded if isinstance(task, Translation))
     for name, other in zip(called[1:], others, strict=True):
@@ -216,11 +237,14 @@ def _as_document(candidate: "Candidate") -> dict[str, Any]:
     }
 
 
+def _is_blind(task: "Translation") -> bool:
+    return getattr(task.recipe.model, "attention", "") == "none"
+
+
 def draw(path: Path, translated: "TranslatedLine", run: str) -> None:
-    """Draw what the best translation of a line looked at; raise UserError where its model looks at nothing."""
+    """Draw what the best translation of a line looked at, by a model that has attention."""
     best = translated.alternatives[0]
-    if best.attention is None:
-        raise UserError(f"the model of run `{run}` has no attention to draw", hint="leave `--attention` out")
+    assert best.attention is not None
     figure, notes = figures.attention_map(
         best.attention, translated.source_tokens, best.tokens, run, suffix=path.suffix
     )

@@ -196,7 +196,8 @@ class SentencePairs:
         """Whether both have the same vocabularies and languages, and their models read a text alike."""
         one, two = self._data, other._data
         read_alike = (one.source_order, one.lowercase) == (two.source_order, two.lowercase)
-        return self.assets == other.assets and read_alike
+        words = ("vocabulary", "target_vocabulary", "source_language", "target_language")
+        return read_alike and all(self.assets.get(name) == other.assets.get(name) for name in words)
 
     def _learn_vocabularies(self) -> dict[str, Any]:
         """The assets `vocabulary`, of the source or of both languages, and `target_vocabulary` where they have two."""

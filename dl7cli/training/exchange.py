@@ -72,7 +72,7 @@ class SharedMean:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The mean in place of `tensor` (N,), float32. Raises what waiting for a worker that has gone does."""
-        for some in tensor.split(len(self._mean)):
+        for some in torch.split(tensor, len(self._mean)):
             count = len(some)
             self._rows[self._workers.rank, :count].copy_(some)
             self._workers.wait()
