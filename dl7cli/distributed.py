@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -89,11 +89,21 @@ class Workers:
 
     def greatest(self, number: int) -> int:
         """Of the workers' numbers, without waiting for a device."""
+        return self.greatest_later(number)()
+
+    def greatest_later(self, number: int) -> Callable[[], int]:
+        """As `greatest`, but no other worker is waited for until what this gives is called."""
         if self.count == 1:
-            return number
+            return lambda: number
         tensor = torch.tensor(number)
-        distributed.all_reduce(tensor, distributed.ReduceOp.MAX, group=self.group)
-        return int(tensor)
+        work = distributed.all_reduce(tensor, distributed.ReduceOp.MAX, group=self.group, async_op=True)
+        assert work is not None
+
+        def answer() -> int:
+            work.wait()
+            return int(tensor)
+
+        return answer
 
     def gathered(self, value: Any) -> list[Any]:
         """The values of all workers, in their order: what JSON can hold."""

@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dl7cli.distributed import Workers
 from dl7cli.tasks import Task
 
-_AT_ONCE = 1 << 22
-"""Numbers of a gradient in shared memory at a time: 16 MiB a worker."""
+_AT_ONCE = 1 << 23
+"""Numbers of a gradient in shared memory at a time: 32 MiB a worker."""
 
 
 class _Loss(nn.Module):

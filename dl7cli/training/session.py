@@ -179,7 +179,7 @@ def _follow(task: Task, trainer: Trainer, start: Progress, listener: Listener) -
         compilation.prepare(task, listener.note)
     with signals(workers) as stopping:
         for _ in fit(task, trainer, start=start):
-            if stopping():
+            if stopping(late=True):
                 return {}
         if stopping():
             return {}
@@ -250,7 +250,7 @@ def _run(
         for report in fit(task, trainer, start=start):
             watch.see(report)
             progress = report.progress._replace(seconds=start.seconds + watch.seconds)
-            closed, stop = report.scores is not None, stopping()
+            closed, stop = report.scores is not None, stopping(late=True)
             # Nothing is saved in a validation: it is to be as long as the one before.
             ahead = 0.0 if closed or progress.batch < task.steps(progress.epoch) else watch.validation_seconds
             due = time.monotonic() + ahead - saved_at > 60 * recipe.training.checkpoint_minutes

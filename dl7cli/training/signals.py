@@ -7,11 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from dl7cli.distributed import Workers
 
 _LAUNCHER = os.getppid()
 """Of a worker, read before a training begins: it may be gone after that."""
+
+
+class Stopping(Protocol):
+    """As `signals` says."""
+
+    def __call__(self, *, late: bool = False) -> int: ...
 
 
 class Interrupted(Exception):
@@ -30,7 +37,7 @@ def stop_signals() -> list[signal.Signals]:
 
 
 @contextmanager
-def signals(workers: Workers) -> Iterator[Callable[[], int]]:
+def signals(workers: Workers) -> Iterator["Stopping"]:
     """Collect the signals that stop a training instead of stopping at once; a second one does stop at once.
 
     To one of several workers, the launcher says that by killing it: what comes to it twice comes from the launcher and
@@ -38,9 +45,11 @@ def signals(workers: Workers) -> Iterator[Callable[[], int]]:
     shell say so, and a service manager sends it after SIGTERM.
 
     Gives a function that all workers call after the same steps, and that tells all of them which signal one of them has
-    got, or 0. A worker whose launcher has gone stops, too.
+    got, or 0. A worker whose launcher has gone stops, too. Called with `late`, several workers do not wait for one
+    another: it tells what had come by the call before.
     """
     received: list[int] = []
+    asked: list[Callable[[], int]] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
         if received and (workers.count > 1 or number == signal.SIGHUP):
@@ -55,10 +64,16 @@ def signals(workers: Workers) -> Iterator[Callable[[], int]]:
         with suppress(OSError):
             os.write(2, b"\nstopping after this step; once more stops at once\n")
 
-    def stopping() -> int:
+    def stopping(*, late: bool = False) -> int:
         if workers.count > 1 and os.getppid() != _LAUNCHER:
             received.append(signal.SIGTERM)
-        return workers.greatest(received[0] if received else 0)
+        before = asked.pop()() if asked else 0
+        now = workers.greatest_later(received[0] if received else 0)
+        if late and workers.count > 1 and not before:
+            asked.append(now)
+            return 0
+        received_now = now()  # in any case: nothing is to be under way that nobody asks for any more
+        return before or received_now
 
     if threading.current_thread() is not threading.main_thread():
         yield stopping
