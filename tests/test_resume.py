@@ -68,6 +68,19 @@ def test_a_training_with_everything_that_draws_or_remembers_goes_on_exactly(
     check_every_report(resolve(str(tiny["resnet"]), changes).recipe, CPU, tmp_path)
 
 
+def test_a_fast_resnet_goes_on_exactly(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """Its whitening, which is of the training images, is kept; the first images are small ones."""
+    text = tiny["resnet"].read_text()
+    plain, fast = 'model = { kind = "resnet", depth = 8 }', 'model = { kind = "fast_resnet", widths = [8, 8] }'
+    assert plain in text
+    (tmp_path / "fast.toml").write_text(text.replace(plain, fast))
+    changes = [
+        *("data.image_size=16", "data.crop_fill=reflect", "data.flip=alternating", "evaluation.shift=1"),
+        *("training.small_size=8", "training.small_part=0.4", "optim.name=muon", "optim.other_learning_rate=0.1"),
+    ]
+    check_every_report(resolve(str(tmp_path / "fast.toml"), changes).recipe, CPU, tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_a_training_on_subwords_drawn_at_random_goes_on_exactly(
     kind: str, tiny: dict[str, Path], tmp_path: Path
