@@ -15,6 +15,7 @@ import torch
 from running import ENVIRONMENT, Silent, dl7
 from stopping import CPU, Stopping, assert_same_run, until_stopped
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dl7cli import checkpoint, runs, tasks, training
 from dl7cli.checkpoint import Progress
@@ -424,6 +425,53 @@ def test_a_record_of_steps_that_were_all_left_out_is_json(build: Callable[..., T
     watch.see(Report(Progress(step=1), nan, nan, 0.1, 8))
     record = watch.record(Report(Progress(step=1), nan, nan, 0.1, 8))
     assert json.loads(json.dumps(record, allow_nan=False))["loss"] is None
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would have a processor wait for a device: asking for a number, or for how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("overrides", [(), (SKIP,)], ids=["stop", "skip"])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("resnet", ("training.mixup=0.4", "training.cutmix=1.0", "training.ema_decay=0.9", "optim.clip_norm=1.0")),
+        ("resnet", ("optim.name=adamw",)),
+        ("resnet", ("optim.name=muon", "optim.other_learning_rate=0.1")),
+        ("seq2seq", ("model.attention=additive", "training.ema_decay=0.9")),
+        ("seq2seq", ("model.decoder=luong", "model.input_feeding=true")),
+    ],
+)
+def test_no_number_is_asked_for_in_a_step_but_to_see_whether_it_is_finite(
+    kind: str,
+    changes: tuple[str, ...],
+    overrides: tuple[str, ...],
+    tiny: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which on a GPU is looked at every 50 steps. Batches are made beforehand, on the processor."""
+    task = tasks.build(resolve(str(tiny[kind]), [*changes, *overrides]).recipe, runtime=CPU)
+    batches = list(task.batches(0))
+    monkeypatch.setattr(task, "batches", lambda epoch, start=0: iter(batches[start:]))
+    monkeypatch.setattr(loop, "check_finite", lambda *arguments, **more: None)
+    reports = fit(task, Trainer.of(task), start=Progress())
+    next(reports)
+    with Waits() as waits:
+        loss = next(reports).loss
+        # Muon asks whether the step is to be left out, as its docstring says.
+        asked = int("optim.name=muon" in changes and SKIP in overrides)
+        assert len(waits.seen) == asked
+        loss.item()
+        assert len(waits.seen) == asked + 1, "it does count"
 
 
 @pytest.mark.gpu
