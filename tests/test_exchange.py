@@ -108,7 +108,7 @@ def among_workers(folder: Path, what: str) -> list[Any]:
         ]
         for worker in workers:  # before the with statement waits for them
             stack.callback(worker.kill)
-        told = [worker.communicate(timeout=60) for worker in workers]
+        told = [worker.communicate(timeout=240) for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * WORKERS, told
     return [json.loads(out) for out, _ in told]
 

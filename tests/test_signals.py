@@ -2,12 +2,13 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import cast
 
 import pytest
 
-from dl7cli.distributed import ALONE
+from dl7cli.distributed import ALONE, Workers
 from dl7cli.training.signals import signals, stop_signals
 
 
@@ -47,3 +48,49 @@ def test_what_nohup_has_ignored_does_not_stop() -> None:
     with signals(ALONE) as stopping:
         signal.raise_signal(signal.SIGHUP)
         assert stopping() == 0
+
+
+class Answering:
+    """Stands in for two workers, of which this is the first. What the other one has got comes with each request."""
+
+    count = 2
+
+    def __init__(self, *others: int) -> None:
+        self.others = list(others)
+        self.waited: list[bool] = []
+
+    def greatest_later(self, number: int) -> Callable[[], int]:
+        turn, other = len(self.waited), self.others[len(self.waited)]
+        self.waited.append(False)
+
+        def answer() -> int:
+            self.waited[turn] = True
+            return max(number, other)
+
+        return answer
+
+
+def test_late_is_told_one_call_later_and_leaves_nothing_unasked() -> None:
+    workers = Answering(0, signal.SIGTERM, 0, 0)
+    with signals(cast(Workers, workers)) as stopping:
+        assert stopping(late=True) == 0
+        assert workers.waited == [False]
+        assert stopping(late=True) == 0, "the other worker's signal came with this call"
+        assert workers.waited == [True, False]
+        assert stopping(late=True) == signal.SIGTERM
+        assert workers.waited == [True, True, True]
+    workers = Answering(0, signal.SIGINT, 0)
+    with signals(cast(Workers, workers)) as stopping:
+        assert stopping(late=True) == 0
+        assert stopping() == signal.SIGINT, "without it the call itself is waited for"
+    workers = Answering(signal.SIGHUP, 0)
+    with signals(cast(Workers, workers)) as stopping:
+        assert stopping(late=True) == 0
+        assert stopping() == signal.SIGHUP, "and what is told is not forgotten"
+        assert workers.waited == [True, True]
+
+
+def test_one_process_is_told_at_once() -> None:
+    with signals(ALONE) as stopping:
+        signal.raise_signal(signal.SIGTERM)
+        assert stopping(late=True) == signal.SIGTERM

@@ -178,8 +178,8 @@ def _follow(task: Task, trainer: Trainer, start: Progress, listener: Listener) -
     if workers.shared(None) and start.epoch < task.recipe.training.epochs:
         compilation.prepare(task, listener.note)
     with signals(workers) as stopping:
-        for _ in fit(task, trainer, start=start):
-            if stopping(late=True):
+        for report in fit(task, trainer, start=start):
+            if stopping(late=_is_amid(report, task)):
                 return {}
         if stopping():
             return {}
@@ -250,9 +250,10 @@ def _run(
         for report in fit(task, trainer, start=start):
             watch.see(report)
             progress = report.progress._replace(seconds=start.seconds + watch.seconds)
-            closed, stop = report.scores is not None, stopping(late=True)
+            closed, amid = report.scores is not None, _is_amid(report, task)
+            stop = stopping(late=amid)
             # Nothing is saved in a validation: it is to be as long as the one before.
-            ahead = 0.0 if closed or progress.batch < task.steps(progress.epoch) else watch.validation_seconds
+            ahead = 0.0 if closed or amid else watch.validation_seconds
             due = time.monotonic() + ahead - saved_at > 60 * recipe.training.checkpoint_minutes
             recorded = closed or progress.step % STEPS_BETWEEN_RECORDS == 0
             told = report.loss, report.gradient_norm, progress.step, report.learning_rate
@@ -313,6 +314,11 @@ def _run(
     note_reading(run, result)
     runs.write_result(run, result)
     return result
+
+
+def _is_amid(report: Report, task: Task) -> bool:
+    """Whether the next report comes after one more step, and not after a validation or a new epoch's preparations."""
+    return report.scores is None and report.progress.batch < task.steps(report.progress.epoch)
 
 
 class _Watch:
