@@ -315,6 +315,7 @@ def poison(task: Task, *steps: int, where: str = "loss") -> None:
         *(("seq2seq", where, []) for where in ("loss", "gradient")),
         ("resnet", "images", ["optim.name=muon", "training.ema_decay=0.9", "optim.clip_norm=1.0"]),
         ("resnet", "images", ["optim.name=adamw", "training.ema_decay=0.9"]),
+        ("seq2seq", "gradient", ["optim.name=muon"]),
     ],
 )
 def test_a_step_left_out_changes_nothing(
@@ -448,6 +449,7 @@ class Waits(TorchDispatchMode):
         ("resnet", ("optim.name=adamw",)),
         ("resnet", ("optim.name=muon", "optim.other_learning_rate=0.1")),
         ("seq2seq", ("model.attention=additive", "training.ema_decay=0.9")),
+        ("seq2seq", ("optim.name=muon",)),
         ("seq2seq", ("model.decoder=luong", "model.input_feeding=true")),
     ],
 )

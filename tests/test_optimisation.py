@@ -16,6 +16,7 @@ from dl7cli.device import Runtime
 from dl7cli.models.resnet import ResNet
 from dl7cli.recipe import Optim, resolve
 from dl7cli.runs import Run
+from dl7cli.tasks.translation import translator
 from dl7cli.training.loop import Trainer, fit
 from dl7cli.training.optimisation import (
     WeightAverage,
@@ -108,8 +109,7 @@ def test_muon_takes_filters_with_more_rows_than_columns_and_all_but_the_first() 
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 16, 3), nn.Conv2d(16, 64, 1))
     muon = build_optimiser(model, optim(name="muon", learning_rate=0.1, momentum=0.0))
-    filters = [group["params"] for group in muon.param_groups if group["orthogonal"]]
-    assert [[id(p) for p in chosen] for chosen in filters] == [[id(model[1].weight), id(model[2].weight)]]
+    assert [id(p) for p in muon.param_groups[-1]["params"]] == [id(model[1].weight), id(model[2].weight)]
     bank = model[2].weight
     bank.grad = torch.randn_like(bank)
     before, gradient = (value.detach().double().numpy().reshape(64, 16) for value in (bank, bank.grad))
@@ -118,6 +118,71 @@ def test_muon_takes_filters_with_more_rows_than_columns_and_all_but_the_first() 
         group["lr"] = 0.1
     muon.step()
     assert np.abs(bank.detach().numpy().reshape(64, 16) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "words", "others"),
+    [
+        ("transformer-tiny", ["model.heads=2"], {"words.target.weight"}, set()),
+        (
+            "transformer-tiny",
+            ["model.tied=none"],
+            {f"words.{one}.weight" for one in ("source", "target", "output")},
+            set(),
+        ),
+        ("seq2seq", ["model.attention=additive"], {"embedding.weight"}, {"attention.energy.weight"}),
+        ("seq2seq", ["model.tied=none"], {"embedding.weight", "source_embedding.weight", "output_weight"}, set()),
+    ],
+)
+def test_muon_takes_a_translators_matrices_and_adamw_the_rest(
+    kind: str, overrides: list[str], words: set[str], others: set[str]
+) -> None:
+    """Liu et al. 2025: each step is the orthogonal matrix times 0.2·√(the longer side), as large as those of AdamW."""
+    sizes = {
+        "transformer-tiny": ["width=8", "feedforward_width=16", "encoder_layers=1", "decoder_layers=1"],
+        "seq2seq": ["embedding_width=8", "encoder_width=6", "decoder_width=8"],
+    }
+    torch.manual_seed(1)
+    model = translator(resolve(kind, [*(f"model.{one}" for one in sizes[kind]), *overrides]).recipe.model, 20, 20)
+    muon = build_optimiser(
+        model, optim(name="muon", learning_rate=0.1, other_learning_rate=0.03, momentum=0.8, weight_decay=0.01)
+    )
+    for group in muon.param_groups:
+        group["lr"] = 0.1 * group["share"]
+    own = {name: value.detach().double().numpy().copy() for name, value in model.named_parameters()}
+    matrices = {name for name, value in own.items() if value.ndim == 2} - words - others
+    assert len(matrices) > 5
+    rest = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in model.named_parameters()
+        if name not in matrices
+    }
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [value for value in rest.values() if value.ndim > 1], "weight_decay": 0.01},
+            {"params": [value for value in rest.values() if value.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=0.03,
+        betas=(0.8, 0.98),
+    )
+    momentum = {name: np.zeros_like(own[name]) for name in matrices}
+    for _ in range(3):
+        for name, value in model.named_parameters():
+            value.grad = torch.randn_like(value)
+            if name in rest:
+                rest[name].grad = value.grad.clone()
+                continue
+            gradient = value.grad.double().numpy()
+            momentum[name] = 0.8 * momentum[name] + 0.2 * gradient
+            step = newton_schulz(0.2 * gradient + 0.8 * momentum[name]) * 0.2 * math.sqrt(max(gradient.shape))
+            own[name] = own[name] * (1 - 0.1 * 0.01) - 0.1 * step
+        muon.step()
+        adamw.step()
+    for name, value in model.named_parameters():
+        if name in matrices:  # torch iterates in bfloat16
+            assert np.abs(value.detach().numpy() - own[name]).max() < 0.01, name
+        else:
+            assert torch.allclose(value, rest[name], atol=1e-6), name
 
 
 def test_what_has_no_gradient_or_wants_none_is_left_as_it_is() -> None:

@@ -223,10 +223,6 @@ def test_keys_of_the_recurrent_model_that_do_not_go_together_are_named(overrides
         ),
         (["training.coverage_weight=1"], "`training`: `training.coverage_weight` needs `model.coverage = true`"),
         (
-            ["optim.name=muon"],
-            "`optim`: `muon` is for the filters of convolutions over images, of which a translator has none",
-        ),
-        (
             ["model.attention=none", "decoding.coverage_penalty=0.2"],
             "`decoding`: `decoding.coverage_penalty` is of attention, and `model.attention` is none",
         ),

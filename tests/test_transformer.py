@@ -166,7 +166,6 @@ def test_tied_matrices_are_one_and_padding_is_nothing() -> None:
         ("model.with=64", "did you mean `model.width`?"),
         ("data.joint=false", 'a vocabulary for each language needs `model.tied = "output"`'),
         ("training.coverage_weight=1.0", "needs `model.coverage = true`"),
-        ("optim.name=muon", "`muon` is for the filters of convolutions"),
     ],
 )
 def test_a_mistake_names_its_key(override: str, seen: str) -> None:

@@ -63,15 +63,19 @@ class Training(Section):
 
 class Optim(Section):
     name: Literal["sgd", "adamw", "muon"]
-    """`sgd` is with Nesterov momentum; `muon` is for the filters of convolutions, with `sgd` for everything else."""
+    """`sgd` is with Nesterov momentum; `muon` is for what is inside, with another for everything else.
+
+    Of a classifier for the filters of all convolutions but the first, with `sgd`; of a translator for the matrices of
+    its layers but those of words, with `adamw`.
+    """
     learning_rate: Annotated[float, Field(gt=0)]
     """The greatest one, reached at the end of the warm-up."""
     other_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Of `muon`: the rate of what is not the filters of a convolution; theirs where it is not given."""
+    """Of `muon`: the rate of what it is not for; that of the rest where it is not given."""
     momentum: Fraction = 0.9
-    """Of `sgd` and `muon`; the first beta of `adamw`."""
+    """Of `sgd` and `muon`; the first beta of `adamw`, beside `muon` too."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Not applied to biases and normalisation parameters, nor by `muon` to the filters, whose norm it keeps."""
+    """Not applied to biases and normalisation parameters, nor by `muon` to filters, whose norm it keeps."""
     schedule: Literal["constant", "linear", "cosine", "step", "one-cycle", "inverse-sqrt"] = "cosine"
     """How the learning rate falls from its greatest value, to zero but for `constant`, `step` and `inverse-sqrt`.
 

@@ -290,13 +290,6 @@ class TranslationRecipe(Section):
             raise ValueError("`training.coverage_weight` needs `model.coverage = true`")
         return training
 
-    @field_validator("optim")
-    @classmethod
-    def _optim_fits(cls, optim: Optim) -> Optim:
-        if optim.name == "muon":
-            raise ValueError("`muon` is for the filters of convolutions over images, of which a translator has none")
-        return optim
-
     @field_validator("decoding")
     @classmethod
     def _decoding_fits(cls, decoding: Decoding, info: ValidationInfo) -> Decoding:

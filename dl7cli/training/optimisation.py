@@ -8,49 +8,61 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dl7cli.models.embedding import Embeddings
 from dl7cli.recipe import Optim
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for the filters of convolutions; SGD with Nesterov momentum for everything else.
+class Together(torch.optim.Optimizer):
+    """Several optimisers, each of parameters of its own, as one.
 
-    Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon) in the form they use for CIFAR: a bank of filters,
-    seen as a matrix of one row per output channel, keeps the norm √rows, and each step adds the nearest semi-orthogonal
-    matrix to its momentum, times the rate. What normalises afterwards makes the scale of filters meaningless.
-    torch.optim.Muon takes matrices alone, one by one; here filters of one shape go through the iteration together.
-
-    A group with `orthogonal` set holds filters, of at least two dimensions; the rate of a group is its `lr`. A step is
-    left out where `found_inf` is not 0, as by torch's fused optimisers, though the processor waits for a GPU to say so.
+    A step is left out where `found_inf` is not 0, as by torch's fused optimisers, though the processor waits for a GPU
+    to say so.
     """
 
     found_inf: Tensor | None = None
 
-    def __init__(self, groups: list[dict[str, Any]], *, momentum: float) -> None:
-        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, "orthogonal": False})
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        for part in parts:
+            self.state.update(part.state)
+            part.state = self.state
+        self._parts = parts
 
-    @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # a loss is never evaluated twice here
-        """One step by the gradients that are there; a parameter without one is left as it is."""
+        """One step of each by the gradients that are there; a parameter without one is left as it is."""
         if self.found_inf is not None and self.found_inf.item():
             return
+        for part in self._parts:
+            part.step()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for the filters of convolutions.
+
+    Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon) in the form they use for CIFAR: a bank of filters,
+    seen as a matrix of one row per output channel, keeps the norm √rows, and each step adds the nearest semi-orthogonal
+    matrix to its Nesterov momentum, times the rate. What normalises afterwards makes the scale of filters meaningless.
+    torch.optim.Muon takes matrices alone, one by one; here filters of one shape go through the iteration together.
+    """
+
+    def __init__(self, filters: Sequence[Tensor], *, lr: float, momentum: float) -> None:
+        super().__init__([{"params": filters}], {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step by the gradients that are there; a bank without one is left as it is."""
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            if not parameters:
+            filters = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in filters if p.grad is not None]
+            if not filters:
                 continue
-            for p in parameters:
+            for p in filters:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-            if group["weight_decay"]:
-                gradients = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
+            buffers = [self.state[p]["momentum_buffer"] for p in filters]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, gradients)
-            updates = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
-            if group["orthogonal"]:
-                _turn(parameters, updates, group["lr"])
-            else:
-                torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+            _turn(filters, torch._foreach_add(gradients, buffers, alpha=group["momentum"]), group["lr"])
 
 
 def _turn(filters: Sequence[Tensor], updates: Sequence[Tensor], rate: float) -> None:
@@ -100,43 +112,69 @@ def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """The recipe's optimiser over the model's parameters; weight decay spares vectors (biases, normalisation).
 
     `sgd` is with Nesterov momentum (Sutskever et al. 2013), `adamw` is Loshchilov & Hutter 2019 with a second beta of
-    0.98 (Vaswani et al. 2017, §5.3), `muon` is `Muon`. A group's `share` is its rate as a part of the recipe's.
+    0.98 (Vaswani et al. 2017, §5.3). `muon` is `Muon` for filters with `sgd` for the rest; where a model has no
+    convolutions over images, torch.optim.Muon for its matrices with `adamw` for the rest, of steps as large as those of
+    `adamw` (Liu et al. 2025, arXiv 2502.16982, §2.2). A group's `share` is its rate as a part of the recipe's.
     """
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    filters = _filters(model) if optim.name == "muon" else set()
-    others = [p for p in parameters if p not in filters]
+    inner: list[Tensor] = []
     share = 1.0
-    if optim.name == "muon" and optim.other_learning_rate is not None:
-        share = optim.other_learning_rate / optim.learning_rate
+    if optim.name == "muon":
+        # The first convolution reads the colours.
+        chosen = {one.weight for one in convolutions[1:]} if convolutions else _matrices(model)
+        inner = [p for p in parameters if p in chosen]
+        parameters = [p for p in parameters if p not in chosen]
+        if optim.other_learning_rate is not None:
+            share = optim.other_learning_rate / optim.learning_rate
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in others if p.ndim > 1], "weight_decay": optim.weight_decay, "share": share},
-        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0, "share": share},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay, "share": share},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "share": share},
     ]
     match optim.name:
         case "sgd":
-            sgd = torch.optim.SGD(
-                groups,
-                lr=optim.learning_rate,
-                momentum=optim.momentum,
-                nesterov=optim.momentum > 0,
-                fused=True,
-            )
-            if optim.momentum > 0:
-                # Left to the first step, it would be whatever lay in memory where that step is left out.
-                for p in parameters:
-                    sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            return sgd
+            return _sgd(groups, optim)
         case "adamw":
-            return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.momentum, 0.98), fused=True)
+            return _adamw(groups, optim)
         case "muon":
-            inner = [parameter for parameter in parameters if parameter in filters]
-            return Muon([*groups, {"params": inner, "orthogonal": True, "share": 1.0}], momentum=optim.momentum)
+            whole: torch.optim.Optimizer
+            if convolutions:
+                whole = Together(_sgd(groups, optim), Muon(inner, lr=optim.learning_rate, momentum=optim.momentum))
+            else:
+                matrices = torch.optim.Muon(
+                    [{"params": inner}],
+                    lr=optim.learning_rate,
+                    momentum=optim.momentum,
+                    weight_decay=optim.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+                whole = Together(_adamw(groups, optim), matrices)
+            whole.param_groups[-1]["share"] = 1.0
+            return whole
 
 
-def _filters(model: nn.Module) -> set[Tensor]:
-    """What Muon applies to: the filters of all convolutions but the first, which reads the colours."""
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    return {convolution.weight for convolution in convolutions[1:]}
+def _sgd(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.SGD:
+    sgd = torch.optim.SGD(
+        groups, lr=optim.learning_rate, momentum=optim.momentum, nesterov=optim.momentum > 0, fused=True
+    )
+    if optim.momentum > 0:
+        # Left to the first step, it would be whatever lay in memory where that step is left out.
+        for group in groups:
+            for p in group["params"]:
+                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
+
+
+def _adamw(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.momentum, 0.98), fused=True)
+
+
+def _matrices(model: nn.Module) -> set[Tensor]:
+    """The matrices of linear and recurrent layers but those of words; a row or a column alone is none."""
+    words = {p for module in model.modules() if isinstance(module, Embeddings) for p in module.parameters()}
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.RNNBase)]
+    within = {p for layer in layers for p in layer.parameters(recurse=False) if p.ndim == 2 and min(p.shape) > 1}
+    return within - words
 
 
 class WeightAverage:
@@ -244,5 +282,10 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tenso
         like = parameter if value.shape == parameter.shape else value
         own = torch.empty_like(like, dtype=value.dtype, device=parameter.device)
         optimiser.state[parameter][name] = own.copy_(value)
-    if len({frozenset(optimiser.state.get(parameter, {})) for parameter in parameters}) > 1:
+    # Optimisers that are together keep different things; what its groups are described by tells which one it is of.
+    known: dict[frozenset[str], set[frozenset[str]]] = {}
+    for group in optimiser.param_groups:
+        kept = {frozenset(optimiser.state.get(parameter, {})) for parameter in group["params"]}
+        known.setdefault(frozenset(group), set()).update(kept)
+    if any(len(kept) > 1 for kept in known.values()):
         raise ValueError("the optimiser knows more of one parameter than of another")
