@@ -343,9 +343,10 @@ def test_a_step_left_out_changes_nothing(
     assert trainer.skipped == 1
 
 
-def test_the_first_step_in_fp16_may_overflow(build: Callable[..., Task]) -> None:
+@pytest.mark.parametrize("optimiser", ["sgd", "muon"])
+def test_the_first_step_in_fp16_may_overflow(optimiser: str, build: Callable[..., Task]) -> None:
     """What the scaler leaves out must not become the momentum; that of torch would be whatever lies in memory."""
-    task = build("resnet")
+    task = build("resnet", f"optim.name={optimiser}")
     trainer = Trainer.of(task)
     trainer.scaler = torch.amp.GradScaler("cpu")
     poison(task, 1, where="gradient")
@@ -355,9 +356,12 @@ def test_the_first_step_in_fp16_may_overflow(build: Callable[..., Task]) -> None
     assert not any(value.any() for value in moments)
 
 
-def test_a_step_whose_loss_alone_is_not_finite_is_left_out_in_fp16(build: Callable[..., Task]) -> None:
+@pytest.mark.parametrize(("kind", "optimiser"), [("resnet", "sgd"), ("resnet", "muon"), ("seq2seq", "muon")])
+def test_a_step_whose_loss_alone_is_not_finite_is_left_out_in_fp16(
+    kind: str, optimiser: str, build: Callable[..., Task]
+) -> None:
     """Its gradient is of no use, though the scaler would find nothing wrong with it."""
-    task = build("resnet", SKIP)
+    task = build(kind, SKIP, f"optim.name={optimiser}")
     trainer = Trainer.of(task)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     poison(task, 2, where="constant")
@@ -469,7 +473,7 @@ def test_no_number_is_asked_for_in_a_step_but_to_see_whether_it_is_finite(
     next(reports)
     with Waits() as waits:
         loss = next(reports).loss
-        # Muon asks whether the step is to be left out, as its docstring says.
+        # With Muon it is asked whether the step is to be left out, as the docstring of `Together` says.
         asked = int("optim.name=muon" in changes and SKIP in overrides)
         assert len(waits.seen) == asked
         loss.item()

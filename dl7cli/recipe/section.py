@@ -63,15 +63,15 @@ class Training(Section):
 
 class Optim(Section):
     name: Literal["sgd", "adamw", "muon"]
-    """`sgd` is with Nesterov momentum; `muon` is for what is inside, with another for everything else.
+    """`sgd` is with Nesterov momentum; `muon` is for inner weights, with another for the rest.
 
     Of a classifier for the filters of all convolutions but the first, with `sgd`; of a translator for the matrices of
-    its layers but those of words, with `adamw`.
+    linear and recurrent layers, with `adamw`, which takes those of words.
     """
     learning_rate: Annotated[float, Field(gt=0)]
     """The greatest one, reached at the end of the warm-up."""
     other_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Of `muon`: the rate of what it is not for; that of the rest where it is not given."""
+    """Of `muon`: the rate of the rest; `learning_rate` where it is not given."""
     momentum: Fraction = 0.9
     """Of `sgd` and `muon`; the first beta of `adamw`, beside `muon` too."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

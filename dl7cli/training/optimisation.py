@@ -13,7 +13,7 @@ from dl7cli.recipe import Optim
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimisers, each of parameters of its own, as one.
+    """Several optimisers, each of parameters of its own, as one; `parts` share its state and its groups.
 
     A step is left out where `found_inf` is not 0, as by torch's fused optimisers, though the processor waits for a GPU
     to say so.
@@ -26,64 +26,71 @@ class Together(torch.optim.Optimizer):
         for part in parts:
             self.state.update(part.state)
             part.state = self.state
-        self._parts = parts
+        self.parts = parts
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # a loss is never evaluated twice here
         """One step of each by the gradients that are there; a parameter without one is left as it is."""
         if self.found_inf is not None and self.found_inf.item():
             return
-        for part in self._parts:
+        for part in self.parts:
             part.step()
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for the filters of convolutions.
+    """Momentum made orthogonal: a step is the nearest semi-orthogonal matrix to Nesterov's momentum, times the rate.
 
-    Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon) in the form they use for CIFAR: a bank of filters,
-    seen as a matrix of one row per output channel, keeps the norm √rows, and each step adds the nearest semi-orthogonal
-    matrix to its Nesterov momentum, times the rate. What normalises afterwards makes the scale of filters meaningless.
-    torch.optim.Muon takes matrices alone, one by one; here filters of one shape go through the iteration together.
+    Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon). A group with `norm_kept` is of filters, in the form
+    they use for CIFAR: a bank of filters, seen as a matrix of one row per output channel, keeps the norm √rows, since
+    what normalises afterwards makes the scale of filters meaningless. Other groups are of matrices, with weight decay
+    and steps as large as those of AdamW (Liu et al. 2025, arXiv 2502.16982, §2.2).
+
+    torch.optim.Muon takes matrices one by one and in bfloat16, for which a CPU without it needs many times as long as
+    for a step of the model; here those of one shape go through the iteration together, in their own precision.
     """
 
-    def __init__(self, filters: Sequence[Tensor], *, lr: float, momentum: float) -> None:
-        super().__init__([{"params": filters}], {"lr": lr, "momentum": momentum})
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "norm_kept": False})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step by the gradients that are there; a bank without one is left as it is."""
+        """One step by the gradients that are there; what has none is left as it is."""
         for group in self.param_groups:
-            filters = [p for p in group["params"] if p.grad is not None]
-            gradients = [p.grad for p in filters if p.grad is not None]
-            if not filters:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if not parameters:
                 continue
-            for p in filters:
+            for p in parameters:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in filters]
+            buffers = [self.state[p]["momentum_buffer"] for p in parameters]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, gradients)
-            _turn(filters, torch._foreach_add(gradients, buffers, alpha=group["momentum"]), group["lr"])
+            updates = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
+            rate = group["lr"]
+            for p, step in zip(parameters, _orthogonal(updates), strict=True):
+                if rate == 0:  # nothing changes, but the work is done: what a step costs is timed so
+                    continue
+                rows, columns = step.shape
+                if group["norm_kept"]:
+                    p.mul_(rows**0.5 / p.norm().clamp(min=1e-12))
+                    # With more rows than columns not all rows can be of length one; a factor keeps the norm √rows.
+                    size = max(1.0, rows / columns) ** 0.5
+                else:
+                    p.mul_(1 - rate * group["weight_decay"])
+                    size = 0.2 * max(rows, columns) ** 0.5
+                p.sub_(step.view(p.shape), alpha=rate * size)
 
 
-def _turn(filters: Sequence[Tensor], updates: Sequence[Tensor], rate: float) -> None:
-    """Bring each bank of filters to the norm √rows and take a step of `rate` along its update made orthogonal.
-
-    At a rate of 0 nothing changes, but the update is made all the same: what a step costs is timed so.
-    """
+def _orthogonal(updates: Sequence[Tensor]) -> list[Tensor]:
+    """`orthogonalise` of each update, seen as a matrix with a row for each of its first dimension."""
+    matrices = [update.flatten(1) for update in updates]
     by_shape: dict[torch.Size, list[int]] = {}
-    for number, bank in enumerate(filters):
-        by_shape.setdefault(bank.shape, []).append(number)
-    for shape, numbers in by_shape.items():
-        rows = shape[0]
-        steps = orthogonalise(torch.stack([updates[number].reshape(rows, -1) for number in numbers]))
-        if rate == 0:
-            continue
-        columns = steps.shape[2]
-        for number, step in zip(numbers, steps, strict=True):
-            bank = filters[number]
-            bank.mul_(rows**0.5 / bank.norm().clamp(min=1e-12))
-            # With more rows than columns the rows cannot all be of length one; the norm √rows is kept by a factor.
-            bank.sub_(step.view(shape), alpha=rate * max(1.0, rows / columns) ** 0.5)
+    for number, matrix in enumerate(matrices):
+        by_shape.setdefault(matrix.shape, []).append(number)
+    found: dict[int, Tensor] = {}
+    for numbers in by_shape.values():
+        found.update(zip(numbers, orthogonalise(torch.stack([matrices[number] for number in numbers])), strict=True))
+    return [found[number] for number in range(len(matrices))]
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
@@ -112,24 +119,23 @@ def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """The recipe's optimiser over the model's parameters; weight decay spares vectors (biases, normalisation).
 
     `sgd` is with Nesterov momentum (Sutskever et al. 2013), `adamw` is Loshchilov & Hutter 2019 with a second beta of
-    0.98 (Vaswani et al. 2017, §5.3). `muon` is `Muon` for filters with `sgd` for the rest; where a model has no
-    convolutions over images, torch.optim.Muon for its matrices with `adamw` for the rest, of steps as large as those of
-    `adamw` (Liu et al. 2025, arXiv 2502.16982, §2.2). A group's `share` is its rate as a part of the recipe's.
+    0.98 (Vaswani et al. 2017, §5.3). `muon` is `Muon` for the filters of convolutions over images, with `sgd` for the
+    rest; where a model has none, for the matrices of its layers, with `adamw`. A group's `share` is its rate as a part
+    of the recipe's.
     """
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inner: list[Tensor] = []
+    chosen: set[Tensor] = set()
     share = 1.0
     if optim.name == "muon":
         # The first convolution reads the colours.
         chosen = {one.weight for one in convolutions[1:]} if convolutions else _matrices(model)
-        inner = [p for p in parameters if p in chosen]
-        parameters = [p for p in parameters if p not in chosen]
         if optim.other_learning_rate is not None:
             share = optim.other_learning_rate / optim.learning_rate
+    others = [p for p in parameters if p not in chosen]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay, "share": share},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "share": share},
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": optim.weight_decay, "share": share},
+        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0, "share": share},
     ]
     match optim.name:
         case "sgd":
@@ -137,20 +143,10 @@ def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         case "adamw":
             return _adamw(groups, optim)
         case "muon":
-            whole: torch.optim.Optimizer
-            if convolutions:
-                whole = Together(_sgd(groups, optim), Muon(inner, lr=optim.learning_rate, momentum=optim.momentum))
-            else:
-                matrices = torch.optim.Muon(
-                    [{"params": inner}],
-                    lr=optim.learning_rate,
-                    momentum=optim.momentum,
-                    weight_decay=optim.weight_decay,
-                    adjust_lr_fn="match_rms_adamw",
-                )
-                whole = Together(_adamw(groups, optim), matrices)
-            whole.param_groups[-1]["share"] = 1.0
-            return whole
+            inner: dict[str, Any] = {"params": [p for p in parameters if p in chosen], "share": 1.0}
+            inner |= {"norm_kept": True} if convolutions else {"weight_decay": optim.weight_decay}
+            muon = Muon([inner], lr=optim.learning_rate, momentum=optim.momentum)
+            return Together(_sgd(groups, optim) if convolutions else _adamw(groups, optim), muon)
 
 
 def _sgd(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.SGD:
@@ -170,10 +166,12 @@ def _adamw(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.AdamW:
 
 
 def _matrices(model: nn.Module) -> set[Tensor]:
-    """The matrices of linear and recurrent layers but those of words; a row or a column alone is none."""
+    """The matrices of linear and recurrent layers, a row or a column alone being none, but those of words."""
     words = {p for module in model.modules() if isinstance(module, Embeddings) for p in module.parameters()}
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.RNNBase)]
-    within = {p for layer in layers for p in layer.parameters(recurse=False) if p.ndim == 2 and min(p.shape) > 1}
+    within: set[Tensor] = {
+        p for layer in layers for p in layer.parameters(recurse=False) if p.ndim == 2 and min(p.shape) > 1
+    }
     return within - words
 
 
@@ -282,10 +280,8 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tenso
         like = parameter if value.shape == parameter.shape else value
         own = torch.empty_like(like, dtype=value.dtype, device=parameter.device)
         optimiser.state[parameter][name] = own.copy_(value)
-    # Optimisers that are together keep different things; what its groups are described by tells which one it is of.
-    known: dict[frozenset[str], set[frozenset[str]]] = {}
-    for group in optimiser.param_groups:
-        kept = {frozenset(optimiser.state.get(parameter, {})) for parameter in group["params"]}
-        known.setdefault(frozenset(group), set()).update(kept)
-    if any(len(kept) > 1 for kept in known.values()):
-        raise ValueError("the optimiser knows more of one parameter than of another")
+    parts = optimiser.parts if isinstance(optimiser, Together) else (optimiser,)
+    for part in parts:
+        kept = {frozenset(part.state.get(p, {})) for group in part.param_groups for p in group["params"]}
+        if len(kept) > 1:
+            raise ValueError("the optimiser knows more of one parameter than of another")
