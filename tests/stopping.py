@@ -1,4 +1,4 @@
-"""Trainings that stop themselves, and whether two runs are the same."""
+"""Trainings that stop themselves, what they change, and whether two runs are the same."""
 
 import json
 import os
@@ -13,6 +13,8 @@ from torch import Tensor
 from dl7cli import checkpoint, runs, training
 from dl7cli.device import Runtime
 from dl7cli.runs import Run
+from dl7cli.tasks import Task
+from dl7cli.training.loop import Trainer
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
 
@@ -39,11 +41,21 @@ def until_stopped(action: Callable[[], Any]) -> bool:
     return False
 
 
+def state(task: Task, trainer: Trainer) -> dict[str, Tensor]:
+    """Copies of all that a training changes: weights, running statistics, optimiser, average, random streams."""
+    everything = {**task.model.state_dict(), **trainer.tensors(task.runtime.device)}
+    return {name: value.detach().clone() for name, value in everything.items()}
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """Which of the same names have other bits."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
 def assert_same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     """The same names and the same bits."""
-    assert one.keys() == other.keys()
-    differing = [name for name in one if not torch.equal(one[name], other[name])]
-    assert not differing
+    assert not differing(one, other)
 
 
 def assert_same_run(one: Run, other: Run) -> None:

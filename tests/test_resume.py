@@ -96,11 +96,12 @@ def test_a_training_on_subwords_drawn_at_random_goes_on_exactly(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("overrides", [[], ["optim.name=muon"]])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loop_goes_on_from_a_report_on_a_gpu(
-    kind: str, precision: str, tiny: dict[str, Path], tmp_path: Path
+    kind: str, overrides: list[str], precision: str, tiny: dict[str, Path], tmp_path: Path
 ) -> None:
-    recipe = resolve(str(tiny[kind])).recipe
+    recipe = resolve(str(tiny[kind]), overrides).recipe
     check_every_report(recipe, Runtime(torch.device("cuda", 0), precision, "gpu", "as asked"), tmp_path, exact=False)
 
 

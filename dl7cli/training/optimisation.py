@@ -13,7 +13,7 @@ from dl7cli.recipe import Optim
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimisers, each of parameters of its own, as one; `parts` share its state and its groups.
+    """Several optimisers, each of parameters of its own, as one; `parts` share its state and groups as they now are.
 
     A step is left out where `found_inf` is not 0, as by torch's fused optimisers, though the processor waits for a GPU
     to say so.
@@ -37,15 +37,15 @@ class Together(torch.optim.Optimizer):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal: a step is the nearest semi-orthogonal matrix to Nesterov's momentum, times the rate.
+    """Momentum made orthogonal: a step goes along the semi-orthogonal matrix that is nearest to Nesterov's momentum.
 
     Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon). A group with `norm_kept` is of filters, in the form
-    they use for CIFAR: a bank of filters, seen as a matrix of one row per output channel, keeps the norm √rows, since
-    what normalises afterwards makes the scale of filters meaningless. Other groups are of matrices, with weight decay
-    and steps as large as those of AdamW (Liu et al. 2025, arXiv 2502.16982, §2.2).
+    they use for CIFAR: a bank of filters, seen as a matrix of one row per output channel, is brought to the norm √rows
+    before each step, since what normalises afterwards makes the scale of filters meaningless. Other groups are of
+    matrices, with weight decay and steps as large as those of AdamW (Liu et al. 2025, arXiv 2502.16982, §2.2).
 
-    torch.optim.Muon takes matrices one by one and in bfloat16, for which a CPU without it needs many times as long as
-    for a step of the model; here those of one shape go through the iteration together, in their own precision.
+    torch.optim.Muon takes matrices one by one and in bfloat16, which is very slow on a CPU that lacks it; here those of
+    one shape go through the iteration together, in their own precision.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float) -> None:
@@ -67,38 +67,41 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(buffers, gradients)
             updates = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
             rate = group["lr"]
-            for p, step in zip(parameters, _orthogonal(updates), strict=True):
-                if rate == 0:  # nothing changes, but the work is done: what a step costs is timed so
-                    continue
-                rows, columns = step.shape
-                if group["norm_kept"]:
+            for number, direction in _directions(updates):
+                p = parameters[number]
+                rows, columns = direction.shape
+                if not group["norm_kept"]:
+                    p.mul_(1 - rate * group["weight_decay"])
+                    size = 0.2 * max(rows, columns) ** 0.5
+                elif rate > 0:  # at a rate of 0 the weights stay: what a step costs is timed so
                     p.mul_(rows**0.5 / p.norm().clamp(min=1e-12))
                     # With more rows than columns not all rows can be of length one; a factor keeps the norm √rows.
                     size = max(1.0, rows / columns) ** 0.5
                 else:
-                    p.mul_(1 - rate * group["weight_decay"])
-                    size = 0.2 * max(rows, columns) ** 0.5
-                p.sub_(step.view(p.shape), alpha=rate * size)
+                    continue
+                p.sub_(direction.view(p.shape), alpha=rate * size)
 
 
-def _orthogonal(updates: Sequence[Tensor]) -> list[Tensor]:
-    """`orthogonalise` of each update, seen as a matrix with a row for each of its first dimension."""
-    matrices = [update.flatten(1) for update in updates]
-    by_shape: dict[torch.Size, list[int]] = {}
-    for number, matrix in enumerate(matrices):
-        by_shape.setdefault(matrix.shape, []).append(number)
-    found: dict[int, Tensor] = {}
+def _directions(updates: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """The number of each update and `orthogonalise` of it as a matrix, a row for each of its first dimension.
+
+    Those of one shape come one after another, as they are worked out together.
+    """
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for number, update in enumerate(updates):
+        by_shape.setdefault((len(update), update[0].numel()), []).append(number)
     for numbers in by_shape.values():
-        found.update(zip(numbers, orthogonalise(torch.stack([matrices[number] for number in numbers])), strict=True))
-    return [found[number] for number in range(len(matrices))]
+        yield from zip(numbers, orthogonalise(torch.stack([updates[n].flatten(1) for n in numbers])), strict=True)
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """(N, rows, columns) → for each about U·Vᵀ of its singular value decomposition U·S·Vᵀ, singular values 0.7 to 1.2.
+    """(N, rows, columns) → for each about U·Vᵀ of its singular value decomposition U·S·Vᵀ: singular values from 0.7 to
+    1.2, but for those that were next to nothing.
 
     The quintic Newton-Schulz iteration of Jordan et al. 2024, with their coefficients, which go for speed rather than
     for singular values of exactly one: X ← (aI + bXXᵀ + c(XXᵀ)²)·X. Every factor is a polynomial of the first XXᵀ, so
-    they commute, and iterating on that square alone takes less than half the work where it is small.
+    they commute, and iterating on that square alone takes less than half the work where it is small. It needs real
+    float32, since what XXᵀ is off by grows some 10⁴-fold; TF32 or bfloat16 do not do.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
@@ -106,11 +109,11 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     square = x @ x.mT
     identity = torch.eye(square.shape[1], device=x.device, dtype=x.dtype)
-    product = identity.expand_as(square)
-    for _ in range(iterations):
+    factor = product = torch.baddbmm(square, square, square, beta=b, alpha=c) + a * identity
+    for _ in range(iterations - 1):
+        square = factor @ square @ factor
         factor = torch.baddbmm(square, square, square, beta=b, alpha=c) + a * identity
         product = factor @ product
-        square = factor @ square @ factor
     orthogonal: Tensor = product @ x
     return orthogonal.mT if tall else orthogonal
 
@@ -166,7 +169,7 @@ def _adamw(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.AdamW:
 
 
 def _matrices(model: nn.Module) -> set[Tensor]:
-    """The matrices of linear and recurrent layers, a row or a column alone being none, but those of words."""
+    """The matrices of linear and recurrent layers, without those of words and without single rows and columns."""
     words = {p for module in model.modules() if isinstance(module, Embeddings) for p in module.parameters()}
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.RNNBase)]
     within: set[Tensor] = {
