@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -357,10 +358,24 @@ def test_by_chrf(train: Callable[..., Any]) -> None:
         task = tasks.load(run.epoch(number), runtime=CPU)
         assert isinstance(task, Translation)
         greedy = task.translations("validation", task.recipe.decoding.updated(beam=1))
-        assert epoch.scores == chrf(greedy, [target for _, target in task.pairs.splits["validation"]])
+        sources, references = zip(*task.pairs.splits["validation"], strict=True)
+        sample = {"source": sources[0], "translation": greedy[0], "reference": references[0]}
+        assert epoch.scores == replace(chrf(greedy, references), details={"sample": sample})
         assert epoch.scores.signature is not None
-        assert f"validation chrF {epoch.scores.score:.2f}" in progress.summary(epoch)
+        first, second = progress.summary(epoch).splitlines()
+        assert first.startswith(f"epoch {number}  validation chrF {epoch.scores.score:.2f}, greedy")
+        assert second == f"  {sources[0]} → {greedy[0]}"
+        closed = [record for record in runs.metrics(run) if "scores" in record]
+        assert closed[number - 1]["sample"] == sample
     assert result["primary"] == "bleu"
+
+
+def test_a_sample_stays_on_its_line() -> None:
+    sample = {"source": 99 * "a" + "\nb", "translation": "c\x1b[2Jd\u2028e", "reference": ""}
+    scores = Scores("bleu", {"bleu": 12.345}, 5, details={"sample": sample})
+    assert progress.summary(training.Epoch(3, scores, "validation", False, 1.0)) == (
+        "epoch 3  validation BLEU 12.35, greedy\n  " + 99 * "a" + "… → c\\x1b[2Jd\\u2028e"
+    )
 
 
 def test_runs_name_both_scores(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

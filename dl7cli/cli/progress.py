@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 FIRST_SECONDS = 2.0
 EVERY_SECONDS = 5.0
 _SPLITS = ("train", "validation", "test")
+_SHOWN = 100
+"""Characters of a sentence."""
 
 
 class Nothing:
@@ -162,6 +164,16 @@ def details(step: "Step") -> list[str]:
 
 
 def summary(epoch: "Epoch") -> str:
-    """Say how an epoch ended."""
+    """Say how an epoch ended: the score and, of a translator, the sample that validation gave."""
     score = console.score(epoch.scores.primary, epoch.scores.values[epoch.scores.primary])
-    return f"epoch {epoch.epoch}  {epoch.split} {score}{'  (best)' if epoch.best else ''}"
+    sample = epoch.scores.details.get("sample")
+    lines = [
+        f"epoch {epoch.epoch}  {epoch.split} {score}{', greedy' if sample else ''}{'  (best)' if epoch.best else ''}"
+    ]
+    if sample:
+        lines.append(f"  {_shortened(sample['source'])} → {_shortened(sample['translation'])}")
+    return "\n".join(map(console.printable, lines))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"

@@ -192,8 +192,9 @@ class Translation:
         """The score by which the best epoch is chosen, as `training.select` has it, and no more.
 
         Translations are greedy, as a beam would cost five times as much each epoch; scored without case where the model
-        writes lower case alone. The loss is turned round, so that higher is better: `log_likelihood`, the mean
-        log-probability of a target subword, eos included.
+        writes lower case alone. The `sample` among the details is the first of them, with its `source` and `reference`,
+        so that one can watch a translation grow. The loss is turned round, so that higher is better: `log_likelihood`,
+        the mean log-probability of a target subword, eos included.
         """
         select = self.recipe.training.select
         if select == "loss":
@@ -208,10 +209,14 @@ class Translation:
                 )
             return Scores("log_likelihood", {"log_likelihood": mean}, len(scored))
         texts = self.translations("validation", self.recipe.decoding.updated(method="beam", beam=1))
-        references = [target for _, target in self.pairs.split("validation")]
+        sources, references = zip(*self.pairs.split("validation"), strict=True)
         if select == "chrf":
-            return chrf(texts, references, cased=self.cased)
-        return bleu(texts, references, cased=self.cased, language=self.assets["target_language"])
+            scores = chrf(texts, references, cased=self.cased)
+        else:
+            scores = bleu(texts, references, cased=self.cased, language=self.assets["target_language"])
+        return replace(
+            scores, details={"sample": {"source": sources[0], "translation": texts[0], "reference": references[0]}}
+        )
 
     def evaluate(self, split: str, decoding: Decoding | None = None) -> Scores:
         """What `judge` says of a split's translations. Raises UserError where the data has no such split."""

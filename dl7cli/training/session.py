@@ -273,6 +273,8 @@ def _run(
                 if report.scores is not None:
                     scores = report.scores.values
                     record |= {"primary": report.scores.primary, "scores": scores}
+                    if "sample" in report.scores.details:
+                        record["sample"] = report.scores.details["sample"]
                     record["seconds"] = round(progress.seconds, 3)
                 runs.append_metrics(run, record)
             best = False
