@@ -131,6 +131,7 @@ def test_several_seeds_by_their_scores(work: Path) -> None:
     assert (document["test"], one["p_value"]) == ("welch", expected.p_value)
     assert (one["difference"], one["interval"]) == (expected.difference, list(expected.interval))
     assert one["degrees_of_freedom"] == expected.freedom
+    assert one["recipe"] == {"training.epochs": [1, 2], "model.width": [16, 8]}
 
 
 def test_several_against_the_first_by_holm(work: Path) -> None:
@@ -141,6 +142,8 @@ def test_several_against_the_first_by_holm(work: Path) -> None:
     for one, other in zip(found[:2], ("b1", "b2"), strict=True):
         alone = succeed("compare", "a1", other, "--json", *ON_CPU, cwd=work).document["comparisons"][0]
         assert (one["p_value"], one["difference"]) == (alone["p_value"], alone["difference"])
+    assert [one["recipe"].get("training.seed") for one in found] == [None, [1, 2], None]
+    assert found[2]["recipe"] == {}
     assert runs.evaluations(Run(Path("a1")))[1]["checkpoint"] == "best"
     assert runs.evaluations(Run(Path("a1")))[2]["checkpoint"] == "last"
 
@@ -228,10 +231,12 @@ def result_of(test: str, comparisons: Sequence[dict[str, Any]], **changes: Any) 
 
 def one_of(second: str, p_value: float, better: str | None, **changes: Any) -> dict[str, Any]:
     values = {"first": "A", "second": second, "p_value": p_value, "adjusted_p_value": p_value, "better": better}
+    values["recipe"] = {"optim.name": ["sgd", "adamw"]}
     return {**values, **changes}
 
 
 PLACE = "on the test split of d (1,000 images, 1s)"
+DIFFERING = '  their recipes differ in optim.name ("sgd" / "adamw")'
 
 
 @pytest.mark.parametrize(
@@ -247,7 +252,7 @@ def test_one_sentence(better: str | None, p_value: float, said: str, capsys: pyt
     one = one_of("B", p_value, better, only_first=1012, only_second=34)
     print_result(result_of("mcnemar", [one], means=[0.911, 0.923]))
     basis = "  right by B alone 34, by A alone 1,012: McNemar's exact test"
-    assert capsys.readouterr().out.splitlines() == [said, basis, PLACE]
+    assert capsys.readouterr().out.splitlines() == [said, basis, DIFFERING, PLACE]
 
 
 def test_a_sentence_for_each(capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,8 +264,10 @@ def test_a_sentence_for_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == [
         "B is better than A: 38.00 BLEU against 37.20 BLEU, p = 0.02",
         "  approximate randomisation; by the paired bootstrap p = 0.001; by itself p = 0.01, raised by Holm's method",
+        DIFFERING,
         "no difference shown between C and A: 37.50 BLEU against 37.20 BLEU, p = 0.3",
         "  approximate randomisation; by the paired bootstrap p = 0.2; by itself p = 0.3, raised by Holm's method",
+        DIFFERING,
         "on the test split of d (1,000 sentence pairs, 1s)",
         "signature nrefs:1",
         "signature ar:10000 (approximate randomisation)",
@@ -276,10 +283,27 @@ def test_without_case_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines()[0] == said
 
 
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({}, "their recipes are alike"),
+        (
+            {"model.kind": ["lstm", "ä"], "model.width": [None, 0.5]},
+            'differ in model.kind ("lstm" / "ä"), model.width (null / 0.5)',
+        ),
+        ({f"data.k{at}": [at, -at] for at in range(1, 8)}, "data.k5 (5 / -5) and 2 more (--json has all)"),
+    ],
+)
+def test_what_the_recipes_differ_in(keys: dict[str, list[Any]], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    one = one_of("B", 0.2, None, only_first=1, only_second=2, recipe=keys)
+    print_result(result_of("mcnemar", [one], means=[0.9, 0.91]))
+    assert capsys.readouterr().out.splitlines()[2].endswith(told)
+
+
 def test_how_many_runs_there_were(capsys: pytest.CaptureFixture[str]) -> None:
     one = one_of("B1,B2,B3", 0.2, None, interval=[-0.0012, 0.0234], degrees_of_freedom=2.5, first="A1,A2")
     print_result(result_of("welch", [one], means=[0.9, 0.91]))
-    said, basis, _ = capsys.readouterr().out.splitlines()
+    said, basis, _, _ = capsys.readouterr().out.splitlines()
     assert said == "no difference shown between B1,B2,B3 and A1,A2: 91.00 % against 90.00 %, p = 0.2"
     assert basis == "  Welch's t-test of 3 and 2 runs, by whose 95 % interval the difference is -0.12 to +2.34"
 

@@ -1,10 +1,14 @@
 """`dl7 compare`: whether one run is better than another."""
 
+import json
 from typing import Annotated, Any, Literal
 
 import typer
 
 from dl7cli.cli import console, options
+
+MOST_KEYS = 5
+"""Of those in which two recipes differ, before the rest is only counted."""
 
 
 def compare(
@@ -94,11 +98,22 @@ def print_result(result: dict[str, Any]) -> None:
                 basis = f"{welch}, by whose 95 % interval the difference is {low} to {high}"
         raised = f"; by itself {probability(one['p_value'])}, raised by Holm's method" if several else ""
         console.write(f"  {basis}{raised}")
+        console.write(f"  {_differing(one['recipe'])}")
     console.write(f"on the {result['split']} split of {result['data']} ({console.extent(result)})")
     if result["signature"] is not None:
         console.write(f"signature {result['signature']}")
     for name, signature in result["comparisons"][0].get("signatures", {}).items():
         console.write(f"signature {signature} ({name.replace('_', ' ')})")
+
+
+def _differing(keys: dict[str, list[Any]]) -> str:
+    """Say in which keys two recipes differ: the first few."""
+    if not keys:
+        return "their recipes are alike"
+    values = [" / ".join(json.dumps(value, ensure_ascii=False) for value in both) for both in keys.values()]
+    told = [f"{key} ({both})" for key, both in zip(keys, values, strict=True)]
+    more = f" and {len(told) - MOST_KEYS} more (--json has all)" if len(told) > MOST_KEYS else ""
+    return f"their recipes differ in {', '.join(told[:MOST_KEYS])}{more}"
 
 
 def probability(p_value: float) -> str:

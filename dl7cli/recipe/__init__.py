@@ -9,6 +9,7 @@ from dl7cli.recipe.explaining import explanations
 from dl7cli.recipe.files import (
     Recipe,
     decoding,
+    differences,
     find,
     folder,
     from_document,
@@ -38,6 +39,7 @@ __all__ = [
     "TransformerModel",
     "TranslationRecipe",
     "decoding",
+    "differences",
     "explanations",
     "find",
     "folder",

@@ -111,6 +111,14 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
     return from_document(document, origin="`--seed`")
 
 
+def differences(one: Recipe, other: Recipe) -> dict[str, list[Any]]:
+    """The keys in which two recipes differ, whatever they are called, with both values; None where one has none."""
+    documents = [recipe.model_dump(mode="json", exclude={"name"}) for recipe in (one, other)]
+    first, second = (dict(_flat(document)) for document in documents)
+    values = {key: [first.get(key), second.get(key)] for key in {**first, **second}}
+    return {key: both for key, both in values.items() if both[0] != both[1]}
+
+
 def to_document(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain dictionaries; `from_document` gives the same recipe back."""
     return recipe.model_dump(exclude_none=True)

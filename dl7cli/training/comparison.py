@@ -10,7 +10,7 @@ from dl7cli.data.sources import Progress, silent
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, among_first, tokenizer
-from dl7cli.recipe import with_seed
+from dl7cli.recipe import differences, with_seed
 from dl7cli.runs import Run
 from dl7cli.significance import LEVEL
 from dl7cli.tasks import Task
@@ -52,6 +52,8 @@ def compare(
     bootstrap beside it; without case where one of them knows none. Of several runs a side the scores are, by Welch's
     t-test. With several other sides the p-values that count are Holm's. Every run is evaluated anew, and that reading
     noted.
+
+    The `recipe` of a comparison has the keys in which the two differ, with both values, but for the seeds of several.
 
     Raises UserError, before anything is scored, where the runs are not of one task and the same examples, where a side
     is not of one recipe with different seeds, or some are of one run and others of several.
@@ -123,8 +125,9 @@ def compare(
                 **one,
                 "adjusted_p_value": p_value,
                 "better": None if p_value >= LEVEL else name if one["difference"] > 0 else names[0],
+                "recipe": _differences(contestants[0], side),
             }
-            for name, one, p_value in zip(names[1:], tested, adjusted, strict=True)
+            for name, side, one, p_value in zip(names[1:], contestants[1:], tested, adjusted, strict=True)
         ],
         "seconds": round(time.monotonic() - begin, 3),
     }
@@ -167,6 +170,14 @@ def _refuse_other_recipes(side: Sequence[_Contestant]) -> None:
                     f"`{other.name}` and `{one.name}` both have the seed {one.seed}: one says what the other does",
                     hint="`dl7 train RECIPE --seeds 5` trains with different seeds",
                 )
+
+
+def _differences(first: Sequence[_Contestant], second: Sequence[_Contestant]) -> dict[str, list[Any]]:
+    """The keys in which the recipes of two sides differ, of several runs but for their seeds."""
+    found = differences(first[0].task.recipe, second[0].task.recipe)
+    if len(first) > 1:
+        found.pop("training.seed", None)
+    return found
 
 
 def _examples(task: Task, split: str) -> object:
