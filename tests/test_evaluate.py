@@ -276,6 +276,30 @@ def test_the_translations_are_written_in_the_order_of_the_data(train: Callable[.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.de", "run"], "nothing is left beside it"
 
 
+def test_a_classifiers_answers_are_written_as_a_table(train: Callable[..., Any], tmp_path: Path) -> None:
+    run, _, _ = train("resnet", "training.epochs=1")
+    task = tasks.load(run.best, runtime=CPU)
+    assert isinstance(task, Classification)
+    images, labels = task.images.split("train")
+    done = dl7("eval", "run", "--split", "train", "--output", "out.tsv", "--json")
+    assert done.exit_code == 0, done.stderr
+    names, *rows = [line.split("\t") for line in (tmp_path / "out.tsv").read_text(encoding="utf-8").splitlines()]
+    assert names == ["image", "label", "predicted", "probability"]
+    assert [int(row[0]) for row in rows] == list(range(len(labels)))
+    classes = task.assets["classes"]
+    for number, label, predicted, probability in rows:
+        own = task._scorer()(images[int(number) : int(number) + 1])[0].double().softmax(dim=0)
+        assert label == classes[labels[int(number)]]
+        assert predicted == classes[int(own.argmax())]
+        assert float(probability) == pytest.approx(own.max().item(), abs=1e-5)
+    right = sum(label == predicted for _, label, predicted, _ in rows) / len(rows)
+    assert json.loads(done.stdout)["scores"]["accuracy"] == right
+    broken = torch.zeros(len(labels), len(classes))
+    broken[0, 1] = torch.nan
+    assert task.answers("train", broken)[0][1] == ""
+    assert task.answers("train", broken)[1][1:] == (classes[0], pytest.approx(1 / len(classes)))
+
+
 def test_what_cannot_be_written_is_refused_before_anything_is_scored(
     train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -295,13 +319,12 @@ def test_a_classifier_has_none_of_it(
     train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     run, _, _ = train("resnet", "training.epochs=1")
-    monkeypatch.setattr(Classification, "evaluate", None)
+    monkeypatch.setattr(Classification, "logits", None)
     for flags, what in (
         (["--beam", "1,2"], "beam"),
         (["--length-penalty", "1"], "beam"),
         (["--set", "decoding.min_length=3"], "decoding"),
         (["--rouge"], "text for ROUGE"),
-        (["--output", "out"], "translations to write"),
     ):
         failed = dl7("eval", "run", *flags)
         assert isinstance(failed.exception, UserError)

@@ -37,7 +37,11 @@ def evaluate(
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write the translations to this file, one to a line, in the data's order."),
+        typer.Option(
+            metavar="FILE",
+            help="Write the translations to this file, one to a line, or a table (TSV) of a classifier's answers: "
+            "number of the image, its class, the predicted one and its probability. In the data's order, from 0.",
+        ),
     ] = None,
     plot: Annotated[
         Path | None,

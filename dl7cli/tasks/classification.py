@@ -1,5 +1,6 @@
 """Image classification: where a recipe meets images, a residual network, cross-entropy and accuracy."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -226,6 +227,16 @@ class Classification:
         """What `evaluate` says of the logits of a split."""
         scores = metrics.classification(logits, self.labels(split), self.assets["classes"])
         return replace(scores, details={**self.recipe.evaluation.model_dump(), **scores.details})
+
+    def answers(self, split: str, logits: Tensor) -> list[tuple[str, str, float]]:
+        """Of every image of a split its class, the one that its logits are greatest for, and the latter's probability.
+
+        Among equal ones the first; where a row holds a NaN it was taken for nothing, which is an empty name.
+        """
+        classes = self.assets["classes"]
+        greatest, predicted = logits.cpu().double().softmax(dim=1).max(dim=1)
+        rows = zip(self.labels(split).tolist(), predicted.tolist(), greatest.tolist(), strict=True)
+        return [(classes[label], "" if math.isnan(own) else classes[at], own) for label, at, own in rows]
 
     def labels(self, split: str) -> Tensor:
         """Of every image of a split, (N,) int64 on the device. Raises as `evaluate`."""

@@ -46,9 +46,9 @@ def evaluate(
 
     `note` is called with what was done to the data. With `confusion` the details must hold a confusion matrix. A
     translator is evaluated with each of `beams`, or as the recipe says where there are none, and with `overrides` of
-    keys of `decoding`; `rouge` is scored besides, and `write` is called with the translations, in the data's order,
-    where there is one beam. Raises UserError, before anything is scored, where the run cannot give what is asked for or
-    cannot note the reading.
+    keys of `decoding`; `rouge` is scored besides. `write` is called with the translations, where there is one beam, or
+    with the lines of a table of a classifier's answers, in the data's order. Raises UserError, before anything is
+    scored, where the run cannot give what is asked for or cannot note the reading.
 
     With several beams the result is that of the first, but for `seconds`, which are of all, and has also `beams`: of
     each its width as `beam`, its `scores` and `details`, and the `seconds` that translating took.
@@ -62,7 +62,7 @@ def evaluate(
     else:
         kind = "classifier"
         asked = {"beam": bool(beams) or length_penalty is not None, "decoding": bool(overrides)}
-        asked |= {"text for ROUGE": rouge, "translations to write": write is not None}
+        asked |= {"text for ROUGE": rouge}
     for what, wanted in asked.items():
         if wanted:
             raise UserError(f"run `{found.folder}` is a {kind}: it has no {what}", hint="leave the option out")
@@ -76,8 +76,12 @@ def evaluate(
     for text in task.notes:
         note(text)
     if not isinstance(task, Translation):
-        result = result_of(found, task, split, task.evaluate(split), time.monotonic() - begin, folder.resolve().name)
+        logits = task.logits(split)
+        scores = task.judge(split, logits)
+        result = result_of(found, task, split, scores, time.monotonic() - begin, folder.resolve().name)
         note_reading(found, {**result, "precision": runtime.precision})
+        if write is not None:
+            write(_table(task.answers(split, logits)))
         return result
     results: list[dict[str, Any]] = []
     sweep: list[dict[str, Any]] = []
@@ -99,6 +103,14 @@ def evaluate(
     if len(sweep) == 1:
         return results[0]
     return {**results[0], "seconds": round(time.monotonic() - begin, 3), "beams": sweep}
+
+
+def _table(answers: Sequence[tuple[str, str, float]]) -> list[str]:
+    """Lines of tab-separated values: of each image its number, class, predicted class and the latter's probability."""
+    rows = [("image", "label", "predicted", "probability")]
+    for number, (label, predicted, probability) in enumerate(answers):
+        rows.append((str(number), label.replace("\t", " "), predicted.replace("\t", " "), f"{probability:.6f}"))
+    return ["\t".join(row) for row in rows]
 
 
 def average(
