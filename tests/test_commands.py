@@ -364,6 +364,7 @@ def test_data_info_finds_out_what_the_data_are(images: Path, pairs: Path, tmp_pa
     assert about["task"] == "classification"
     assert about["classes"] == {"blue": 16, "red": 16}
     assert about["splits"] == {"train": 32, "test": 8}
+    assert about["also_in_train"] == {"test": 0}
     about = succeed("data", "info", str(pairs), "--json", cwd=tmp_path).document
     assert about["task"] == "translation"
     assert (about["from"], about["to"], about["splits"]["train"]) == ("en", "de", 72)
@@ -373,6 +374,20 @@ def test_data_info_finds_out_what_the_data_are(images: Path, pairs: Path, tmp_pa
     assert about["examples"][1] == ["rot blau alt groß", "red blue old big"]
     shown = succeed("data", "info", str(pairs), cwd=tmp_path).out
     assert "red blue old big → rot blau alt groß" in shown
+
+
+def test_data_info_counts_what_is_also_in_training(images: Path, pairs: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "images")
+    seen = next((tmp_path / "images" / "train").rglob("*.png"))
+    for number, label in enumerate(sorted((tmp_path / "images" / "test").iterdir())):
+        shutil.copy(seen, label / f"again-{number}.png")
+    about = succeed("data", "info", "images", "--json", cwd=tmp_path).document
+    assert about["also_in_train"] == {"test": 2}, "whatever their labels"
+    about = succeed("data", "info", str(pairs), "--json", cwd=tmp_path).document
+    assert about["also_in_train"] == {"validation": 12, "test": 6}
+    shown = succeed("data", "info", str(pairs), cwd=tmp_path).out.splitlines()
+    at = shown.index("also_in_train validation  12")
+    assert shown[at + 1].split() == ["test", "6"]
 
 
 def test_finding_out_what_the_data_are_leaves_nothing_in_the_cache(

@@ -77,13 +77,17 @@ def info(
 ) -> None:
     """Show what is in a data set: its splits, and its classes or languages with examples.
 
+    As also_in_train it says how many images of another split, to the pixel, or source sentences are among
+    the training examples, too: what a model has seen is no test of it.
+
     --set data.source_language=fr and the like say how to read it, as for dl7 train.
     """
     contents = _read(source, task, overrides or [], offline)
     from dl7cli.data.images import Images
 
     about = _about_images(contents) if isinstance(contents, Images) else _about_pairs(contents)
-    shown = {"source": source, **about, "splits": _sizes(contents), "notes": list(contents.notes)}
+    sizes = {"splits": _sizes(contents), "also_in_train": _also_in_train(contents)}
+    shown = {"source": source, **about, **sizes, "notes": list(contents.notes)}
     if as_json:
         console.document(shown)
         return
@@ -157,6 +161,19 @@ def _sizes(contents: "Images | Pairs") -> dict[str, int]:
     if isinstance(contents, Images):
         return {split: len(part.labels) for split, part in contents.splits.items()}
     return {split: len(pairs) for split, pairs in contents.splits.items()}
+
+
+def _also_in_train(contents: "Images | Pairs") -> dict[str, int]:
+    """Of every other split, how many of its inputs are among those of the training split."""
+    from dl7cli.data.images import Images
+
+    inputs: dict[str, list[Any]]
+    if isinstance(contents, Images):
+        inputs = {split: [image.tobytes() for image in part.images] for split, part in contents.splits.items()}
+    else:
+        inputs = {split: [source for source, _ in pairs] for split, pairs in contents.splits.items()}
+    seen = set(inputs.pop("train"))
+    return {split: sum(one in seen for one in own) for split, own in inputs.items()}
 
 
 def _about_images(contents: "Images") -> dict[str, Any]:
