@@ -238,6 +238,7 @@ def test_an_average_is_deterministic_and_never_sees_the_test_split(
 def test_an_average_is_evaluated_and_translates(trained: Callable[..., Run]) -> None:
     run = copied(trained("seq2seq"), Path("run"))
     training.average("run", runtime=CPU)
+    assert "sample" not in runs.evaluations(run)[-1]["details"]
     result = training.evaluate("run/average", runtime=CPU)
     task = tasks.load(run.average, runtime=CPU)
     assert isinstance(task, Translation)

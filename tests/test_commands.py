@@ -383,11 +383,14 @@ def test_data_info_counts_what_is_also_in_training(images: Path, pairs: Path, tm
         shutil.copy(seen, label / f"again-{number}.png")
     about = succeed("data", "info", "images", "--json", cwd=tmp_path).document
     assert about["also_in_train"] == {"test": 2}, "whatever their labels"
-    about = succeed("data", "info", str(pairs), "--json", cwd=tmp_path).document
-    assert about["also_in_train"] == {"validation": 12, "test": 6}
-    shown = succeed("data", "info", str(pairs), cwd=tmp_path).out.splitlines()
+    shutil.copytree(pairs, tmp_path / "pairs")
+    for language, lines in (("en", "red\nnever seen\n"), ("de", "a new answer\nrot\n")):
+        (tmp_path / "pairs" / f"test.{language}").write_text(lines, encoding="utf-8")
+    about = succeed("data", "info", "pairs", "--json", cwd=tmp_path).document
+    assert about["also_in_train"] == {"validation": 12, "test": 1}, "by the source alone"
+    shown = succeed("data", "info", "pairs", cwd=tmp_path).out.splitlines()
     at = shown.index("also_in_train validation  12")
-    assert shown[at + 1].split() == ["test", "6"]
+    assert shown[at + 1].split() == ["test", "1"]
 
 
 def test_finding_out_what_the_data_are_leaves_nothing_in_the_cache(

@@ -17,7 +17,7 @@ from dl7cli.cli.compare import print_result, probability
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.metrics import bleu
-from dl7cli.recipe import resolve
+from dl7cli.recipe import differences, resolve
 from dl7cli.runs import Run
 from dl7cli.significance import holm, paired_bleu, spread, welch
 from dl7cli.tasks.classification import Classification
@@ -131,7 +131,7 @@ def test_several_seeds_by_their_scores(work: Path) -> None:
     assert (document["test"], one["p_value"]) == ("welch", expected.p_value)
     assert (one["difference"], one["interval"]) == (expected.difference, list(expected.interval))
     assert one["degrees_of_freedom"] == expected.freedom
-    assert one["recipe"] == {"training.epochs": [1, 2], "model.width": [16, 8]}
+    assert one["recipe_differences"] == {"training.epochs": [1, 2], "model.width": [16, 8]}
 
 
 def test_several_against_the_first_by_holm(work: Path) -> None:
@@ -142,8 +142,8 @@ def test_several_against_the_first_by_holm(work: Path) -> None:
     for one, other in zip(found[:2], ("b1", "b2"), strict=True):
         alone = succeed("compare", "a1", other, "--json", *ON_CPU, cwd=work).document["comparisons"][0]
         assert (one["p_value"], one["difference"]) == (alone["p_value"], alone["difference"])
-    assert [one["recipe"].get("training.seed") for one in found] == [None, [1, 2], None]
-    assert found[2]["recipe"] == {}
+    assert [one["recipe_differences"].get("training.seed") for one in found] == [None, [1, 2], None]
+    assert found[2]["recipe_differences"] == {}
     assert runs.evaluations(Run(Path("a1")))[1]["checkpoint"] == "best"
     assert runs.evaluations(Run(Path("a1")))[2]["checkpoint"] == "last"
 
@@ -200,6 +200,24 @@ def test_splits_that_are_divided_in_other_ways_are_not_compared(work: Path, tiny
     assert done.err.count("kept for validation") == 2
 
 
+def test_what_was_trained_differs_whatever_the_comparison_reads(work: Path, tiny: dict[str, Path]) -> None:
+    """And no matter what the recipes are called."""
+    source = tiny["resnet"].parent / "images"
+    shutil.copytree(source, "copied")
+    shutil.copy(tiny["resnet"], "other.toml")
+    changes = ["training.epochs=1", "data.source=copied"]
+    training.train(resolve("other.toml", changes).recipe, out=Path("c"), runtime=CPU, listener=Silent())
+    document = succeed("compare", "a1", "c", "--data", str(source), "--json", *ON_CPU, cwd=work).document
+    assert document["comparisons"][0]["recipe_differences"] == {"data.source": [str(source), "copied"]}
+
+
+def test_keys_of_which_one_model_has_none() -> None:
+    found = differences(resolve("seq2seq").recipe, resolve("transformer-tiny").recipe)
+    assert found["model.kind"] == ["seq2seq", "transformer"]
+    assert (found["model.width"], found["model.decoder_width"]) == ([None, 128], [256, None])
+    assert "name" not in found
+
+
 def test_a_split_that_is_not_there(work: Path, tiny: dict[str, Path]) -> None:
     for kind, names in (("images", ("a1", "b1")), ("pairs", ("t1", "t2"))):
         shutil.copytree(tiny["resnet"].parent / kind, kind)
@@ -231,12 +249,12 @@ def result_of(test: str, comparisons: Sequence[dict[str, Any]], **changes: Any) 
 
 def one_of(second: str, p_value: float, better: str | None, **changes: Any) -> dict[str, Any]:
     values = {"first": "A", "second": second, "p_value": p_value, "adjusted_p_value": p_value, "better": better}
-    values["recipe"] = {"optim.name": ["sgd", "adamw"]}
+    values["recipe_differences"] = {"optim.name": ["sgd", "adamw"]}
     return {**values, **changes}
 
 
 PLACE = "on the test split of d (1,000 images, 1s)"
-DIFFERING = '  their recipes differ in optim.name ("sgd" / "adamw")'
+DIFFERING = '  their recipes differ in optim.name ("adamw" against "sgd")'
 
 
 @pytest.mark.parametrize(
@@ -289,13 +307,14 @@ def test_without_case_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         ({}, "their recipes are alike"),
         (
             {"model.kind": ["lstm", "ä"], "model.width": [None, 0.5]},
-            'differ in model.kind ("lstm" / "ä"), model.width (null / 0.5)',
+            'differ in model.kind ("ä" against "lstm"), model.width (0.5 against null)',
         ),
-        ({f"data.k{at}": [at, -at] for at in range(1, 8)}, "data.k5 (5 / -5) and 2 more (--json has all)"),
+        ({"data.source": ["x", 99 * "y"]}, 'differ in data.source ("' + 58 * "y" + '… against "x")'),
+        ({f"data.k{at}": [at, -at] for at in range(1, 8)}, "data.k5 (-5 against 5) and 2 more (--json has all)"),
     ],
 )
 def test_what_the_recipes_differ_in(keys: dict[str, list[Any]], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    one = one_of("B", 0.2, None, only_first=1, only_second=2, recipe=keys)
+    one = one_of("B", 0.2, None, only_first=1, only_second=2, recipe_differences=keys)
     print_result(result_of("mcnemar", [one], means=[0.9, 0.91]))
     assert capsys.readouterr().out.splitlines()[2].endswith(told)
 

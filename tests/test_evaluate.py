@@ -27,6 +27,7 @@ from dl7cli.recipe import resolve
 from dl7cli.runs import Run
 from dl7cli.tasks.classification import Classification
 from dl7cli.tasks.translation import Translation
+from dl7cli.training.evaluation import _table
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
 
@@ -295,9 +296,16 @@ def test_a_classifiers_answers_are_written_as_a_table(train: Callable[..., Any],
     right = sum(label == predicted for _, label, predicted, _ in rows) / len(rows)
     assert json.loads(done.stdout)["scores"]["accuracy"] == right
     broken = torch.zeros(len(labels), len(classes))
-    broken[0, 1] = torch.nan
-    assert task.answers("train", broken)[0][1] == ""
-    assert task.answers("train", broken)[1][1:] == (classes[0], pytest.approx(1 / len(classes)))
+    broken[0, 1], broken[1, 1] = torch.nan, torch.inf
+    (_, none, _), (_, infinite, unknown), (_, first, even), *_ = task.answers("train", broken)
+    assert (none, infinite, first) == ("", classes[1], classes[0]), "as the confusion matrix counts them"
+    assert math.isnan(unknown)
+    assert even == pytest.approx(1 / len(classes))
+
+
+def test_the_name_of_a_class_stays_in_its_cell() -> None:
+    rows = _table([("a\tb\r", "c\u2028d\udce9", 0.5)])
+    assert rows == ["image\tlabel\tpredicted\tprobability", "0\ta b \tc d \t0.500000"]
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is_scored(

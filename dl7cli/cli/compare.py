@@ -9,6 +9,8 @@ from dl7cli.cli import console, options
 
 MOST_KEYS = 5
 """Of those in which two recipes differ, before the rest is only counted."""
+LONGEST_VALUE = 60
+"""Characters of it that are shown."""
 
 
 def compare(
@@ -39,7 +41,8 @@ def compare(
     where one of them knows none. Of several seeds a side, as in dl7 compare A1,A2,A3 B1,B2,B3, the scores are
     compared by Welch's t-test. Where more than one is compared with the first, the p-values are Holm's.
 
-    Every run reads the split anew, which is noted in its evaluations.jsonl.
+    The keys in which the recipes differ are named. Every run reads the split anew, which is noted in its
+    evaluations.jsonl.
     """
     if len(names) < 2:
         raise typer.BadParameter("give two runs or more, as in dl7 compare A B")
@@ -98,7 +101,7 @@ def print_result(result: dict[str, Any]) -> None:
                 basis = f"{welch}, by whose 95 % interval the difference is {low} to {high}"
         raised = f"; by itself {probability(one['p_value'])}, raised by Holm's method" if several else ""
         console.write(f"  {basis}{raised}")
-        console.write(f"  {_differing(one['recipe'])}")
+        console.write(f"  {_differing(one['recipe_differences'])}")
     console.write(f"on the {result['split']} split of {result['data']} ({console.extent(result)})")
     if result["signature"] is not None:
         console.write(f"signature {result['signature']}")
@@ -107,13 +110,17 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def _differing(keys: dict[str, list[Any]]) -> str:
-    """Say in which keys two recipes differ: the first few."""
+    """Say in which keys two recipes differ: the first few, with the second's value against the first's."""
     if not keys:
         return "their recipes are alike"
-    values = [" / ".join(json.dumps(value, ensure_ascii=False) for value in both) for both in keys.values()]
-    told = [f"{key} ({both})" for key, both in zip(keys, values, strict=True)]
+    told = [f"{key} ({_value(second)} against {_value(first)})" for key, (first, second) in keys.items()]
     more = f" and {len(told) - MOST_KEYS} more (--json has all)" if len(told) > MOST_KEYS else ""
     return f"their recipes differ in {', '.join(told[:MOST_KEYS])}{more}"
+
+
+def _value(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
 
 
 def probability(p_value: float) -> str:

@@ -1,5 +1,7 @@
 """`dl7 data`: which data there are, and what is in them."""
 
+import hashlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -77,8 +79,8 @@ def info(
 ) -> None:
     """Show what is in a data set: its splits, and its classes or languages with examples.
 
-    As also_in_train it says how many images of another split, to the pixel, or source sentences are among
-    the training examples, too: what a model has seen is no test of it.
+    As also_in_train it says how many images of another split, pixel by pixel as they are read, or how many
+    source sentences are among those of training, too: what a model has seen is no test of it.
 
     --set data.source_language=fr and the like say how to read it, as for dl7 train.
     """
@@ -167,13 +169,13 @@ def _also_in_train(contents: "Images | Pairs") -> dict[str, int]:
     """Of every other split, how many of its inputs are among those of the training split."""
     from dl7cli.data.images import Images
 
-    inputs: dict[str, list[Any]]
-    if isinstance(contents, Images):
-        inputs = {split: [image.tobytes() for image in part.images] for split, part in contents.splits.items()}
-    else:
-        inputs = {split: [source for source, _ in pairs] for split, pairs in contents.splits.items()}
-    seen = set(inputs.pop("train"))
-    return {split: sum(one in seen for one in own) for split, own in inputs.items()}
+    def inputs(split: str) -> Iterator[object]:
+        if isinstance(contents, Images):
+            return (hashlib.sha256(image).digest() for image in contents.splits[split].images)
+        return (source for source, _ in contents.splits[split])
+
+    seen = set(inputs("train"))
+    return {split: sum(one in seen for one in inputs(split)) for split in contents.splits if split != "train"}
 
 
 def _about_images(contents: "Images") -> dict[str, Any]:

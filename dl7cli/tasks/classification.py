@@ -1,6 +1,5 @@
 """Image classification: where a recipe meets images, a residual network, cross-entropy and accuracy."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -231,12 +230,15 @@ class Classification:
     def answers(self, split: str, logits: Tensor) -> list[tuple[str, str, float]]:
         """Of every image of a split its class, the one that its logits are greatest for, and the latter's probability.
 
-        Among equal ones the first; where a row holds a NaN it was taken for nothing, which is an empty name.
+        Among equal ones the first, as for the accuracy; an image whose row holds a NaN was taken for nothing, which is
+        an empty name. The probability is NaN where a row has no softmax.
         """
         classes = self.assets["classes"]
-        greatest, predicted = logits.cpu().double().softmax(dim=1).max(dim=1)
-        rows = zip(self.labels(split).tolist(), predicted.tolist(), greatest.tolist(), strict=True)
-        return [(classes[label], "" if math.isnan(own) else classes[at], own) for label, at, own in rows]
+        logits = logits.cpu().double()
+        predicted = torch.where(logits.isnan().any(dim=1), len(classes), logits.argmax(dim=1))
+        probability = logits.softmax(dim=1).amax(dim=1)
+        rows = zip(self.labels(split).tolist(), predicted.tolist(), probability.tolist(), strict=True)
+        return [(classes[label], [*classes, ""][at], own) for label, at, own in rows]
 
     def labels(self, split: str) -> Tensor:
         """Of every image of a split, (N,) int64 on the device. Raises as `evaluate`."""

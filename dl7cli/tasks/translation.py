@@ -30,6 +30,9 @@ HYPOTHESES_AT_ONCE = 640
 SUBWORDS_AT_ONCE = 8192
 """Most subwords of a batch that is scored, padding included."""
 
+SAMPLE = 500
+"""Characters of a text that every epoch's record keeps."""
+
 
 class Candidate(NamedTuple):
     """One translation of a line."""
@@ -193,8 +196,8 @@ class Translation:
 
         Translations are greedy, as a beam would cost five times as much each epoch; scored without case where the model
         writes lower case alone. The `sample` among the details is the first of them, with its `source` and `reference`,
-        so that one can watch a translation grow. The loss is turned round, so that higher is better: `log_likelihood`,
-        the mean log-probability of a target subword, eos included.
+        so that one can watch a translation grow: `SAMPLE` characters of each. The loss is turned round, so that higher
+        is better: `log_likelihood`, the mean log-probability of a target subword, eos included.
         """
         select = self.recipe.training.select
         if select == "loss":
@@ -214,9 +217,8 @@ class Translation:
             scores = chrf(texts, references, cased=self.cased)
         else:
             scores = bleu(texts, references, cased=self.cased, language=self.assets["target_language"])
-        return replace(
-            scores, details={"sample": {"source": sources[0], "translation": texts[0], "reference": references[0]}}
-        )
+        first = {"source": sources[0], "translation": texts[0], "reference": references[0]}
+        return replace(scores, details={"sample": {name: text[:SAMPLE] for name, text in first.items()}})
 
     def evaluate(self, split: str, decoding: Decoding | None = None) -> Scores:
         """What `judge` says of a split's translations. Raises UserError where the data has no such split."""

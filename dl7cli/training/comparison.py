@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dl7cli import runs, significance, tasks
+from dl7cli import checkpoint, runs, significance, tasks
 from dl7cli.data.sources import Progress, silent
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
@@ -53,7 +53,8 @@ def compare(
     t-test. With several other sides the p-values that count are Holm's. Every run is evaluated anew, and that reading
     noted.
 
-    The `recipe` of a comparison has the keys in which the two differ, with both values, but for the seeds of several.
+    The `recipe_differences` of a comparison are the keys in which the recipes that were trained differ, with the values
+    of the first and the second, but for the seeds of several.
 
     Raises UserError, before anything is scored, where the runs are not of one task and the same examples, where a side
     is not of one recipe with different seeds, or some are of one run and others of several.
@@ -125,7 +126,7 @@ def compare(
                 **one,
                 "adjusted_p_value": p_value,
                 "better": None if p_value >= LEVEL else name if one["difference"] > 0 else names[0],
-                "recipe": _differences(contestants[0], side),
+                "recipe_differences": _differences(contestants[0], side),
             }
             for name, side, one, p_value in zip(names[1:], contestants[1:], tested, adjusted, strict=True)
         ],
@@ -173,8 +174,8 @@ def _refuse_other_recipes(side: Sequence[_Contestant]) -> None:
 
 
 def _differences(first: Sequence[_Contestant], second: Sequence[_Contestant]) -> dict[str, list[Any]]:
-    """The keys in which the recipes of two sides differ, of several runs but for their seeds."""
-    found = differences(first[0].task.recipe, second[0].task.recipe)
+    """The keys in which the recipes of two sides differ as they were trained, of several runs but for their seeds."""
+    found = differences(*(checkpoint.load(side[0].folder).recipe for side in (first, second)))
     if len(first) > 1:
         found.pop("training.seed", None)
     return found

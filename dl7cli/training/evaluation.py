@@ -22,7 +22,7 @@ from dl7cli.tasks import Task
 from dl7cli.tasks.checking import refuse_other_weights
 from dl7cli.tasks.translation import Translation
 
-_TABLES = ("classes", "confusion", "source_lengths")
+_TABLES = ("classes", "confusion", "source_lengths", "sample")
 """Details that fill pages."""
 
 
@@ -109,8 +109,9 @@ def _table(answers: Sequence[tuple[str, str, float]]) -> list[str]:
     """Lines of tab-separated values: of each image its number, class, predicted class and the latter's probability."""
     rows = [("image", "label", "predicted", "probability")]
     for number, (label, predicted, probability) in enumerate(answers):
-        rows.append((str(number), label.replace("\t", " "), predicted.replace("\t", " "), f"{probability:.6f}"))
-    return ["\t".join(row) for row in rows]
+        rows.append((str(number), label, predicted, f"{probability:.6f}"))
+    # The name of a class may be that of any folder, with what would end a cell or a line, or is no text.
+    return ["\t".join("".join(c if c.isprintable() else " " for c in cell) for cell in row) for row in rows]
 
 
 def average(
