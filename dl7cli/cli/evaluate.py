@@ -40,8 +40,8 @@ def evaluate(
         typer.Option(
             metavar="FILE",
             help="Write the translations to this file, one to a line, or a table (TSV, with a header) of a "
-            "classifier's answers: number of the image in its split, from 0, its class, the predicted one and its probability. "
-            "In the data's order: of folders by class, then by file.",
+            "classifier's answers: number of the image in its split, from 0, its class, the predicted one and "
+            "its probability. In the data's order: of folders by class, then by file.",
         ),
     ] = None,
     plot: Annotated[
