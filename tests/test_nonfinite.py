@@ -132,7 +132,7 @@ def test_a_step_whose_loss_alone_is_not_finite_is_left_out_in_fp16(
 def test_a_training_stops_where_the_recipe_says_nothing(where: str, build: Callable[..., Task]) -> None:
     task = build("resnet")
     poison(task, 2, where=where)
-    with pytest.raises(UserError, match="the loss is not finite at step 2") as stopped:
+    with pytest.raises(UserError, match=f"the {where} is not finite at step 2") as stopped:
         list(fit(task, Trainer.of(task), start=Progress()))
     assert "on_nonfinite=skip" in str(stopped.value.hint)
 

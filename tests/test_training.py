@@ -240,7 +240,9 @@ def test_a_gradient_that_a_scaler_mends_is_no_reason_to_stop() -> None:
     check_finite(loss, infinite, 3, 0.1, scaled=True)
     with pytest.raises(UserError) as stopped:
         check_finite(loss, infinite, 3, 0.1)
-    assert stopped.value.message == "the loss is not finite at step 3: loss 1.5, learning rate 0.1, gradient norm inf"
+    assert (
+        stopped.value.message == "the gradient is not finite at step 3: loss 1.5, learning rate 0.1, gradient norm inf"
+    )
     with pytest.raises(UserError, match="loss nan, learning rate"):
         check_finite(torch.tensor(math.nan), loss, 3, 0.1, scaled=True)
 

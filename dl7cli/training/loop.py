@@ -288,9 +288,11 @@ def _too_large(task: Task, parts: int, forgetful: bool) -> UserError:
 
 def check_finite(loss: Tensor, norm: Tensor, step: int, rate: float, *, scaled: bool = False) -> None:
     """Raise UserError where the loss, or a gradient that no scaler will mend, is NaN or infinite."""
-    if not math.isfinite(loss.item()) or not (scaled or math.isfinite(norm.item())):
+    finite = math.isfinite(loss.item())
+    if not finite or not (scaled or math.isfinite(norm.item())):
         other = ", or leave such steps out: `--set training.on_nonfinite=skip`"
-        raise _diverged(f"the loss is not finite at step {step}", loss, norm, rate, other)
+        what = "gradient" if finite else "loss"
+        raise _diverged(f"the {what} is not finite at step {step}", loss, norm, rate, other)
 
 
 def check_weights(model: nn.Module, loss: Tensor, norm: Tensor, step: int, rate: float) -> None:
