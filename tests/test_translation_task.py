@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -348,7 +349,9 @@ def test_bleu_is_of_the_translations(build: Callable[..., Any]) -> None:
     assert found == metrics.translation(sources, texts, targets)
     sources = [source for source, _ in task.pairs.splits["validation"]]
     greedy = [line.text for line in task.translate(sources, decoding.updated(beam=1))]
-    assert task.validate() == bleu(greedy, [target for _, target in task.pairs.splits["validation"]])
+    references = [target for _, target in task.pairs.splits["validation"]]
+    sample = {"source": sources[0], "translation": greedy[0], "reference": references[0]}
+    assert task.validate() == replace(bleu(greedy, references), details={"sample": sample})
     task.assets["target_language"] = "zh"
     assert all("tok:zh|" in str(one.signature) for one in (task.validate(), task.evaluate("test", decoding)))
     task.assets["target_language"] = "de"
