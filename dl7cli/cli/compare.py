@@ -119,8 +119,7 @@ def _differing(keys: dict[str, list[Any]]) -> str:
 
 
 def _value(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
+    return console.shortened(json.dumps(value, ensure_ascii=False), LONGEST_VALUE)
 
 
 def probability(p_value: float) -> str:

@@ -35,6 +35,11 @@ def printable(text: str, keep: str = "\t") -> str:
     )
 
 
+def shortened(text: str, most: int) -> str:
+    """Return the text, or its beginning where it has more characters than `most`."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def write(text: str) -> None:
     """Print one line on standard output."""
     sys.stdout.write(printable(text) + "\n")

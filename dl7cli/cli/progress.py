@@ -171,9 +171,6 @@ def summary(epoch: "Epoch") -> str:
         f"epoch {epoch.epoch}  {epoch.split} {score}{', greedy' if sample else ''}{'  (best)' if epoch.best else ''}"
     ]
     if sample:
-        lines.append(f"  {_shortened(sample['source'])} → {_shortened(sample['translation'])}")
+        source, translation = (console.shortened(sample[name], _SHOWN) for name in ("source", "translation"))
+        lines.append(f"  {source} → {translation}")
     return "\n".join(map(console.printable, lines))
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
