@@ -223,6 +223,10 @@ def test_keys_of_the_recurrent_model_that_do_not_go_together_are_named(overrides
         ),
         (["training.coverage_weight=1"], "`training`: `training.coverage_weight` needs `model.coverage = true`"),
         (
+            ["training.r_drop=5", "model.dropout=0"],
+            "`training`: `training.r_drop` compares two draws of dropout, and `model.dropout` is 0",
+        ),
+        (
             ["model.attention=none", "decoding.coverage_penalty=0.2"],
             "`decoding`: `decoding.coverage_penalty` is of attention, and `model.attention` is none",
         ),

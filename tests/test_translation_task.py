@@ -79,6 +79,31 @@ def test_the_coverage_loss_is_the_overlap_with_what_was_looked_at_before(build: 
     assert added.item() == pytest.approx(0.7 * expected, rel=1e-4)
 
 
+def test_r_drop_is_the_mean_of_two_readings_and_how_far_apart_they_are(build: Callable[..., Any]) -> None:
+    """Word by word, by the divergences of Liang et al. 2021; padding counts in neither."""
+    keys = ("model.dropout=0.5", "training.label_smoothing=0")
+    without, task = confident(build("seq2seq", *keys)), confident(build("seq2seq", *keys, "training.r_drop=3"))
+    batch = task.pairs.batch([([5, 8, 4], [6, 7, 8, 9]), ([5, 6, 7, 8, 9, 10, 11], [4]), ([9, 4], [7, 7])])
+    torch.manual_seed(5)
+    total, count = task.loss(batch)
+    torch.manual_seed(5)
+    again = [one.repeat(2, 1) for one in (batch.source, batch.previous)]
+    logits = task.model.logits(*task.model(again[0], batch.lengths.repeat(2), again[1]))
+    answers = logits.detach().double().log_softmax(dim=1).unflatten(0, (6, -1))
+    expected, apart = 0.0, 0.0
+    for at, (_, target) in enumerate(batch.pairs):
+        for step, word in enumerate([*target, EOS]):
+            one, two = answers[at, step], answers[at + 3, step]
+            expected -= (one[word] + two[word]).item() / 2
+            apart += ((one.exp() * (one - two)).sum() + (two.exp() * (two - one)).sum()).item() / 2
+    assert count == without.loss(batch)[1] == 5 + 2 + 3
+    assert apart > 1
+    assert total.item() == pytest.approx(expected + 3 * apart / 2, rel=1e-4)
+    for one in (without, task):  # nothing is drawn, and both readings are one
+        one.model.eval()
+    assert task.loss(batch)[0].item() == pytest.approx(without.loss(batch)[0].item(), rel=1e-5)
+
+
 # Translating
 
 

@@ -216,6 +216,11 @@ class PairTraining(Training):
     """
     coverage_weight: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Of the coverage loss of See et al. 2017, eq. 12 and 13, with `model.coverage`; there 1."""
+    r_drop: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Weight of R-Drop (Liang et al. 2021, arXiv 2106.14448, there 5): that two draws of dropout shall say the same.
+
+    A step then reads every pair twice and costs twice as much. 0: none.
+    """
     select: Literal["bleu", "chrf", "loss"] = "bleu"
     """What the best epoch is chosen by: BLEU or chrF of greedy translations, or the least cross-entropy of a subword.
 
@@ -288,6 +293,8 @@ class TranslationRecipe(Section):
         model = info.data.get("model")
         if training.coverage_weight and model is not None and not getattr(model, "coverage", False):
             raise ValueError("`training.coverage_weight` needs `model.coverage = true`")
+        if training.r_drop and model is not None and model.dropout == 0:
+            raise ValueError("`training.r_drop` compares two draws of dropout, and `model.dropout` is 0")
         return training
 
     @field_validator("decoding")

@@ -15,7 +15,7 @@ from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, bleu, chrf, translation
 from dl7cli.models.convolutional import ConvS2S
-from dl7cli.models.cross_entropy import smoothed_cross_entropy
+from dl7cli.models.losses import smoothed_cross_entropy, symmetric_divergence
 from dl7cli.models.seq2seq import Seq2Seq, Seq2SeqOptions
 from dl7cli.models.transformer import Transformer
 from dl7cli.models.translator import Translator
@@ -176,19 +176,25 @@ class Translation:
         them in the whole batch, of which this worker has a part.
 
         With a coverage weight, the coverage loss of See et al. 2017, eq. 12, is added: at each target subword the
-        overlap of what attention looks at with all that it has looked at before.
+        overlap of what attention looks at with all that it has looked at before. With R-Drop every pair is read twice
+        at once, and dropout draws for each: the mean of both losses, and half of `r_drop` times the mean of both KL
+        divergences between the two answers at each target subword (half the objective of Liang et al. 2021).
         """
+        training = self.recipe.training
+        if training.r_drop:
+            batch = _twice(batch)
         with self.runtime.autocast():
             decoded, context = self.model(batch.source, batch.lengths, batch.previous)
             logits = self.model.logits(decoded, context, batch.real)
         target = batch.target.flatten().index_select(0, batch.real)
-        smoothing = self.recipe.training.label_smoothing
-        total = smoothed_cross_entropy(logits, target, smoothing)
-        if self.recipe.training.coverage_weight:
+        total = smoothed_cross_entropy(logits, target, training.label_smoothing)
+        if training.coverage_weight:
             assert decoded.attention is not None
             covered = decoded.attention.cumsum(dim=1) - decoded.attention
             overlap = torch.minimum(decoded.attention, covered).sum(dim=2)
-            total = total + self.recipe.training.coverage_weight * overlap.flatten().index_select(0, batch.real).sum()
+            total = total + training.coverage_weight * overlap.flatten().index_select(0, batch.real).sum()
+        if training.r_drop:
+            total = (total + training.r_drop * symmetric_divergence(logits) / 2) / 2
         return total, self.count(batch)
 
     def validate(self) -> Scores:
@@ -355,3 +361,10 @@ class Translation:
             list(found.token_log_probabilities),
             None if found.attention is None else found.attention[:, :source_length],
         )
+
+
+def _twice(batch: PairBatch) -> PairBatch:
+    """Every pair of a batch, and after the last all of them again."""
+    source, previous, target = (one.repeat(2, 1) for one in (batch.source, batch.previous, batch.target))
+    real = torch.cat([batch.real, batch.real + batch.target.numel()])
+    return batch._replace(source=source, lengths=batch.lengths.repeat(2), previous=previous, target=target, real=real)

@@ -1,5 +1,6 @@
-"""Cross-entropy with label smoothing over a large vocabulary, a few rows at a time so that they stay in the cache."""
+"""Losses over a large vocabulary, a few rows at a time so that they stay in the cache."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -56,4 +57,51 @@ def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> 
     if logits.device.type != "cpu":
         return functional.cross_entropy(logits.float(), target, reduction="sum", label_smoothing=smoothing)
     total: Tensor = _SmoothedCrossEntropy.apply(logits, target, smoothing)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _SymmetricDivergence(torch.autograd.Function):
+    """Keeps the scores as they came and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+        for own, other in _halves(logits):
+            one, two = _log_probabilities(logits[own]), _log_probabilities(logits[other])
+            apart = one - two
+            total += ((one.exp_() - two.exp_()) * apart).sum()
+        ctx.save_for_backward(logits)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for own, other in _halves(logits):
+            one, two = _log_probabilities(logits[own]), _log_probabilities(logits[other])
+            apart = one - two
+            difference = one.exp_() - two.exp_()
+            for rows, probabilities, sign in ((own, one, 1), (other, two, -1)):
+                mean = (probabilities * apart).sum(dim=1, keepdim=True)
+                found = probabilities.mul_(apart - mean).add_(difference)
+                gradient[rows] = found.mul_(sign * gradients[0])
+        return gradient
+
+
+def _halves(logits: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows of the first half, and those of the second that belong to them: a few on a CPU, on a GPU all at once."""
+    half = len(logits) // 2
+    rows = max(1, _AT_ONCE // logits.size(1) if logits.device.type == "cpu" else half)
+    for begin in range(0, half, rows):
+        end = min(begin + rows, half)
+        yield slice(begin, end), slice(half + begin, half + end)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return logits.log_softmax(dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def symmetric_divergence(logits: Tensor) -> Tensor:
+    """logits (2N, V) → KL(P‖Q) + KL(Q‖P) summed over N, in float32, where P is by row i and Q by row N + i."""
+    total: Tensor = _SymmetricDivergence.apply(logits)  # type: ignore[no-untyped-call]
     return total

@@ -1,17 +1,17 @@
-"""Cross-entropy in pieces is torch's in one, values and gradients."""
+"""Losses in pieces are torch's in one, values and gradients."""
 
 import pytest
 import torch
 from torch.nn import functional
 
-from dl7cli.models import cross_entropy
-from dl7cli.models.cross_entropy import smoothed_cross_entropy
+from dl7cli.models import losses
+from dl7cli.models.losses import smoothed_cross_entropy, symmetric_divergence
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("rows", [1, 7, 8])
 def test_it_is_torchs(smoothing: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "_AT_ONCE", 4 * 9 + 5)  # four rows at once
+    monkeypatch.setattr(losses, "_AT_ONCE", 4 * 9 + 5)  # four rows at once
     torch.manual_seed(1)
     logits = (5 * torch.randn(rows, 9, dtype=torch.float64)).requires_grad_()
     target = torch.randint(9, (rows,))
@@ -50,3 +50,41 @@ def test_words_without_probability_cost_nothing_unless_they_are_smoothed() -> No
     (gradient,) = torch.autograd.grad(total, logits)
     assert gradient.isfinite().all()
     assert gradient[0, 1] == 0
+
+
+def torchs_divergence(logits: torch.Tensor) -> torch.Tensor:
+    one, two = logits.log_softmax(dim=1).chunk(2)
+    return sum(
+        functional.kl_div(answer, expected, reduction="sum", log_target=True)
+        for answer, expected in ((one, two), (two, one))
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_the_divergence_is_torchs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_AT_ONCE", 4 * 9 + 5)  # four rows at once
+    torch.manual_seed(2)
+    logits = (3 * torch.randn(2 * rows, 9, dtype=torch.float64)).requires_grad_()
+    own, theirs = symmetric_divergence(logits), torchs_divergence(logits)
+    assert own > 1
+    torch.testing.assert_close(own, theirs)
+    found, expected = (torch.autograd.grad(3 * total, logits)[0] for total in (own, theirs))
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_divergence_of_bfloat16_is_summed_in_float32() -> None:
+    logits = torch.randn(300, 50, dtype=torch.bfloat16, requires_grad=True)
+    own, theirs = symmetric_divergence(logits), torchs_divergence(logits.float())
+    assert own.dtype == torch.float32
+    torch.testing.assert_close(own, theirs)
+    found, expected = (torch.autograd.grad(total, logits)[0] for total in (own, theirs))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-3)
+
+
+def test_the_divergence_of_nothing_and_of_no_number() -> None:
+    """The former is the part of a worker for which no pair is left."""
+    none = torch.zeros(0, 5, requires_grad=True)
+    assert symmetric_divergence(none) == 0
+    assert torch.autograd.grad(symmetric_divergence(none), none)[0].shape == (0, 5)
+    assert symmetric_divergence(torch.tensor([[0.0, torch.nan], [0.0, 0.0]])).isnan()
