@@ -230,6 +230,20 @@ def test_a_run_goes_on_with_another_number_of_workers(
 
 
 @pytest.mark.slow
+def test_workers_lose_their_patience_together(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """Where the best epoch is lost it is chosen, and waited for, anew: by all, though the first alone looks at it."""
+    steady = ("--set", "optim.learning_rate=1e-9", "--set", "training.epochs=20", "--set", "training.patience=2")
+    arguments = ("train", str(tiny["seq2seq"]), *steady, *WORKERS, "--out", "run", "--json")
+    assert json.loads(together(*arguments, cwd=tmp_path).out)["best_epoch"] == 1
+    assert last(tmp_path / "run").progress.epoch == 3
+    shutil.rmtree(tmp_path / "run" / "best")
+    (tmp_path / "run" / "result.json").unlink()
+    resumed = together("train", "--resume", "run", *WORKERS, "--json", cwd=tmp_path)
+    assert json.loads(resumed.out)["best_epoch"] == 4
+    assert last(tmp_path / "run").progress.epoch == 6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_all_workers_after_the_same_step_and_leaves_none_behind(
     number: signal.Signals, undisturbed: Path, tiny: dict[str, Path], tmp_path: Path

@@ -68,6 +68,12 @@ def test_a_training_with_everything_that_draws_or_remembers_goes_on_exactly(
     check_every_report(resolve(str(tiny["resnet"]), changes).recipe, CPU, tmp_path)
 
 
+def test_a_training_that_ends_by_patience_goes_on_exactly(tiny: dict[str, Path], tmp_path: Path) -> None:
+    changes = ["optim.learning_rate=1e-6", "training.epochs=50", "training.patience=2"]
+    check_every_report(resolve(str(tiny["seq2seq"]), changes).recipe, CPU, tmp_path)
+    assert len(list(tmp_path.iterdir())) < 100
+
+
 def test_a_fast_resnet_goes_on_exactly(tiny: dict[str, Path], tmp_path: Path) -> None:
     """Its whitening, which is of the training images, is kept; the first images are small ones."""
     text = tiny["resnet"].read_text()

@@ -169,6 +169,40 @@ def test_the_best_epoch_is_that_of_validation(
     assert result["scores"] == evaluate(task, "test").values, "what is evaluated is the best epoch"
 
 
+@pytest.mark.parametrize(
+    ("patience", "scores", "ended", "best"),
+    [
+        (1, [0.2, 0.3, 0.3, 0.9], 3, 2),
+        (2, [0.4, 0.3, 0.35, 0.9], 3, 1),
+        (2, [0.1, 0.0, 0.2, 0.1, 0.3, 0.3], 6, 5),
+        (9, [0.5, 0.4, 0.4], 3, 1),
+        (0, [0.5, 0.4, 0.4], 3, 1),
+    ],
+)
+def test_a_training_ends_where_it_no_longer_gets_better(
+    patience: int,
+    scores: list[float],
+    ended: int,
+    best: int,
+    train: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = iter(scores)
+    monkeypatch.setattr(Classification, "validate", lambda task: Scores("accuracy", {"accuracy": next(given)}, 7))
+    epochs = len(scores)
+    run, result, heard = train("resnet", f"training.epochs={epochs}", f"training.patience={patience}")
+    assert [epoch.scores.score for epoch in heard.epochs] == scores[:ended]
+    assert (result["best_epoch"], checkpoint.load(run.last).progress.epoch) == (best, ended)
+    told = f"no epoch was better than epoch {best}: training ended after {ended} of {epochs} (training.patience)"
+    assert heard.notes[-1:] == ([told] if ended < epochs else [])
+    with pytest.raises(UserError, match="is finished"):
+        training.resume("run", runtime=CPU, listener=Heard())
+    # Killed before its result was written, it is evaluated and not trained on.
+    (run.folder / "result.json").unlink()
+    again = training.resume("run", runtime=CPU, listener=Heard())
+    assert (again["scores"], again["best_epoch"], again["steps"]) == (result["scores"], best, result["steps"])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_test_split_is_read_once(kind: str, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     owner, name = (Classification, "evaluate") if kind == "resnet" else (Translation, "translations")

@@ -23,7 +23,7 @@ from dl7cli.recipe.files import (
     unset_keys,
     with_seed,
 )
-from dl7cli.recipe.section import Optim
+from dl7cli.recipe.section import Optim, Training
 from dl7cli.recipe.translation import ConvS2SModel, Decoding, Seq2SeqModel, TransformerModel, TranslationRecipe
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Recipe",
     "ResNetModel",
     "Seq2SeqModel",
+    "Training",
     "TransformerModel",
     "TranslationRecipe",
     "decoding",

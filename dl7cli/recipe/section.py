@@ -41,6 +41,11 @@ Width = Annotated[int, Field(ge=1, le=1 << 20)]
 class Training(Section):
     epochs: Annotated[int, Field(ge=1, le=10_000_000)]
     """How many times the training examples are gone through."""
+    patience: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    """Training ends after so many epochs in a row without a better validation score; 0: after the last of `epochs`.
+
+    The learning rate falls as if it went on to the last.
+    """
     label_smoothing: Fraction = 0.0
     """The part of the probability that all answers share evenly (Szegedy et al. 2016, §7)."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0

@@ -15,6 +15,7 @@ from dl7cli.device import out_of_memory, random_state, release_memory, restore_r
 from dl7cli.distributed import Lost
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
+from dl7cli.recipe import Training
 from dl7cli.tasks import Task
 from dl7cli.training.exchange import meeting
 from dl7cli.training.optimisation import (
@@ -112,8 +113,14 @@ def total_steps(task: Task) -> int:
     return sum(task.steps(epoch) for epoch in range(task.recipe.training.epochs))
 
 
+def finished(training: Training, progress: Progress) -> bool:
+    """Whether a training that has come so far is over: it has had all its epochs, or its patience is at an end."""
+    in_vain = 0 if progress.best_epoch is None else progress.epoch - progress.best_epoch
+    return progress.epoch >= training.epochs or 0 < training.patience <= in_vain
+
+
 def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
-    """Train from `start` to the recipe's last epoch; yields after every step and after the validation of every epoch.
+    """Train from `start` until it is `finished`; yields after every step and after the validation of every epoch.
 
     Of several workers each calls this, and all get the same reports. Dropout and the like draw, on the first, from the
     stream that a training alone has; on any other from one that begins anew in every step, so that it need not be kept.
@@ -136,9 +143,9 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
     loss = norm = torch.zeros(())
     # A run may be resumed between the last step of an epoch and its validation, which then reports this.
     rate = learning_rate(optim, max(progress.step - 1, 0), steps)
-    for epoch in range(start.epoch, training.epochs):
+    while not finished(training, progress):
+        epoch, first = progress.epoch, progress.batch
         task.model.train()
-        first = progress.batch
         for number, batch in enumerate(task.batches(epoch, first), start=first + 1):
             rate = learning_rate(optim, progress.step, steps)
             for group in optimiser.param_groups:

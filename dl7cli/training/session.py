@@ -21,7 +21,7 @@ from dl7cli.tasks import Task
 from dl7cli.training import compilation
 from dl7cli.training.evaluation import note_reading, refuse_other_data, result_of
 from dl7cli.training.listener import Epoch, Listener, Plan, Step
-from dl7cli.training.loop import Report, Trainer, check_finite, check_weights, fit, total_steps
+from dl7cli.training.loop import Report, Trainer, check_finite, check_weights, finished, fit, total_steps
 from dl7cli.training.saving import Saver, saving
 from dl7cli.training.sharing import build, share, share_recipe
 from dl7cli.training.signals import Interrupted, signals
@@ -103,13 +103,16 @@ def resume(
         tasks.restore(task, saved)
         trainer = Trainer.of(task)
         trainer.restore(saved.training, runtime.device)
+        progress = saved.progress
+        if found is not None:
+            progress = _with_best(found, task, trainer, saved, listener)
+        progress = Progress(*workers.shared(progress))  # by which all of them end at the same epoch
         if found is None:
-            return _follow(task, trainer, saved.progress, listener)
+            return _follow(task, trainer, progress, listener)
         workers.remember(_RUN, str(found.folder))
         if recipe != saved.recipe:
             _note_data(found, recipe)
         runs.trim_metrics(found, saved.progress.step, saved.progress.epoch)
-        progress = _with_best(found, task, trainer, saved, listener)
         watch = _Watch(task, total_steps(task), progress, saved.training)
         return _run(found, task, trainer, watch, saved.scores, listener, begin)
 
@@ -142,7 +145,7 @@ def _last(run: Run) -> Checkpoint:
     saved = checkpoint.load(run.last, training=True)
     if not saved.training:
         raise UserError(f"checkpoint `{run.last}` is one to use, not to go on from", hint="train anew instead")
-    if saved.progress.epoch >= saved.recipe.training.epochs and (run.folder / "result.json").exists():
+    if finished(saved.recipe.training, saved.progress) and (run.folder / "result.json").exists():
         raise UserError(f"run `{run.folder}` is finished", hint=f"`dl7 eval {run.folder}` evaluates it")
     return saved
 
@@ -151,7 +154,7 @@ def _with_best(run: Run, task: Task, trainer: Trainer, saved: Checkpoint, listen
     """The progress of a run's `last`, with which epoch its `best` is of.
 
     Where `best` is missing or damaged, as when `last` alone was copied from another machine, the best epoch is chosen
-    anew: among those to come or, where there are none, it is the last one.
+    anew, and patience counted: among those to come or, where all the recipe's epochs are done, it is the last one.
     """
     progress = saved.progress
     if progress.best is None and not runs.holds(run.best):
@@ -175,7 +178,7 @@ def _with_best(run: Run, task: Task, trainer: Trainer, saved: Checkpoint, listen
 def _follow(task: Task, trainer: Trainer, start: Progress, listener: Listener) -> dict[str, Any]:
     """What workers do besides the first: the same steps and evaluations as `_run`, and nothing that lasts."""
     workers = task.runtime.workers
-    if workers.shared(None) and start.epoch < task.recipe.training.epochs:
+    if workers.shared(None) and not finished(task.recipe.training, start):
         compilation.prepare(task, listener.note)
     with signals(workers) as stopping:
         for report in fit(task, trainer, start=start):
@@ -238,7 +241,7 @@ def _run(
             resumed_step=start.step,
         )
     )
-    if compiled and start.epoch < recipe.training.epochs and not compilation.prepare(task, listener.note):
+    if compiled and not finished(recipe.training, start) and not compilation.prepare(task, listener.note):
         runs.amend_environment(run, {"compiled": False})
         if start.step:
             listener.note("the steps before were compiled: the result may differ from that of the run never stopped")
@@ -296,6 +299,9 @@ def _run(
         stop = stopping()
         if stop:
             raise Interrupted(run.folder, stop)
+    if progress.epoch < recipe.training.epochs:
+        when = f"training ended after {progress.epoch} of {recipe.training.epochs}"
+        listener.note(f"no epoch was better than epoch {progress.best_epoch}: {when} (training.patience)")
     tasks.restore(task, checkpoint.load(run.best))
     workers.copy_first(task.model.state_dict().values())
     split = _last_split(task)
