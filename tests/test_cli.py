@@ -26,7 +26,7 @@ SURFACE = {
     "": "--version",
     "train": "RECIPE --data --set --seed --seeds --out --resume --deterministic --device --gpus --workers --nodes "
     "--node-rank --rendezvous --timeout --precision --offline --json",
-    "eval": f"RUN --split --data --beam --length-penalty --set --rouge --output --plot {COMMON}",
+    "eval": f"RUN --with --split --data --beam --length-penalty --set --rouge --output --plot {COMMON}",
     "compare": f"RUN --split --data --beam {COMMON}",
     "average": f"RUN --last {COMMON}",
     "translate": "TEXT --run --input --jsonl --output --beam --length-penalty --n-best --sample --seed --prefix "

@@ -217,6 +217,58 @@ def test_beams_that_are_none() -> None:
     assert (refused.exit_code, refused.stdout) == (2, "")
 
 
+# Several runs
+
+
+def test_an_ensemble_is_scored_by_what_it_translates(
+    train: Callable[..., Any], tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    run, _, _ = train("seq2seq")
+    recipe = resolve(str(tiny["seq2seq"]), ["training.seed=2"]).recipe
+    training.train(recipe, out=Path("other"), runtime=CPU, listener=Heard())
+    task, other = (tasks.load(Path(name, "best"), runtime=CPU) for name in ("run", "other"))
+    assert isinstance(task, Translation)
+    assert isinstance(other, Translation)
+    sources, references = zip(*task.pairs.split("test"), strict=True)
+    expected = [line.text for line in task.translate(sources, task.recipe.decoding.updated(beam=2), others=[other])]
+    assert expected != task.translations("test", task.recipe.decoding.updated(beam=2))
+    done = dl7("eval", "run", "--with", "other", "--beam", "2", "--output", "out", "--json")
+    document = json.loads(done.stdout)
+    assert tuple(document) == (*KEYS, "others")
+    assert (document["run"], document["others"]) == ("run", ["other"])
+    assert document["scores"] == translation(sources, expected, references, cased=True).values
+    assert (tmp_path / "out").read_text(encoding="utf-8").splitlines() == expected
+    for one, rest in (("run", ["other"]), ("other", ["run"])):
+        noted = runs.evaluations(Run(Path(one)))[-1]
+        assert (noted["run"], noted["others"], noted["scores"]) == (one, rest, document["scores"])
+    shown = dl7("eval", "run", "--with", "other", "--with", "run/last", "--beam", "1,2").stdout
+    assert shown.splitlines()[0].endswith("by run, other and run/last together")
+    assert [one["beam"] for one in runs.evaluations(run)[-4:]] == [1, 1, 2, 2], "of each of its checkpoints"
+    told = CliRunner().invoke(app, ["runs", "show", "other"]).stdout.splitlines()[-1]
+    assert told.endswith("together with run, run/last")
+
+
+def test_what_is_no_ensemble_is_not_scored(
+    train: Callable[..., Any], tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("seq2seq", "training.epochs=1")
+    for kind, name, change in (("seq2seq", "lower", "data.lowercase=true"), ("resnet", "images", "model.depth=8")):
+        recipe = resolve(str(tiny[kind]), ["training.epochs=1", change]).recipe
+        training.train(recipe, out=Path(name), runtime=CPU, listener=Heard())
+    monkeypatch.setattr(Translation, "translations", None)
+    monkeypatch.setattr(Classification, "logits", None)
+    for one, other, message in (
+        ("run", "lower", "`run` and `lower` differ in vocabulary, languages or reading order"),
+        ("run", "images", "run `images` is for classification, not for translation"),
+        ("images", "run", "run `images` is a classifier: it has no ensemble"),
+        ("run", "run/best", "`run` is named twice"),
+    ):
+        failed = dl7("eval", one, "--with", other)
+        assert isinstance(failed.exception, UserError)
+        assert failed.exception.message == message
+    assert [len(runs.evaluations(Run(Path(name)))) for name in ("run", "lower", "images")] == [1, 1, 1]
+
+
 # What is printed of one
 
 

@@ -20,6 +20,14 @@ _ROUGE = {"rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
 
 def evaluate(
     run: options.RunArgument = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="RUN",
+            help="Of a translator: score it together with this one, as an ensemble; may be given several times.",
+        ),
+    ] = None,
     split: Annotated[
         Literal["train", "validation", "test"],
         typer.Option(help="Part of the data to read."),
@@ -56,9 +64,10 @@ def evaluate(
 ) -> None:
     """Print the accuracy or BLEU of a finished run, and what explains it: classes, intervals, lengths.
 
-    Each reading is noted in the run's evaluations.jsonl; dl7 runs show counts them. With several beams
-    each is a reading, and --json prints the keys of the first one and the list beams, an object for each:
-    beam, scores, details, and the seconds of translating.
+    Each reading is noted in the run's evaluations.jsonl, and in those of --with, whose data and decoding
+    are not used; dl7 runs show counts them. With several beams each is a reading, and --json prints the
+    keys of the first one and the list beams, an object for each: beam, scores, details, and the seconds of
+    translating.
     """
     beams = parse_beams(beam)
     if output is not None and len(beams) > 1:
@@ -68,7 +77,8 @@ def evaluate(
 
     if plot is not None:
         figures.refuse_unwritable(plot)
-    runtime = devices.choose(device, runs.scoring_precision(precision, [run]), gpus, searches=True)
+    scored = runs.scoring_precision(precision, [run, *(others or ())])
+    runtime = devices.choose(device, scored, gpus, searches=True)
     with contextlib.ExitStack() as stack, console.display() as display:
         stream = stack.enter_context(sentences.replacing(output)) if output is not None else None
 
@@ -79,6 +89,7 @@ def evaluate(
 
         result = training.evaluate(
             run,
+            others=others or (),
             split=split,
             data=data,
             beams=beams,
@@ -127,6 +138,9 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
     score = console.score(result["primary"], result["scores"][result["primary"]])
     told = "by beam" if "beams" in result else score
     by = result["run"] if result["checkpoint"] == "best" else os.path.join(result["run"], result["checkpoint"])
+    if "others" in result:
+        others = result["others"]
+        by = f"{', '.join([by, *others[:-1]])} and {others[-1]} together"
     console.write(f"{told} on the {result['split']} split of {result['data']} ({console.extent(result)}), by {by}")
     if result["signature"] is not None:
         console.write(f"signature {result['signature']}")

@@ -85,6 +85,8 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
             continue
         checkpoint_read = newest.get("checkpoint", "best")
         by = "" if checkpoint_read == "best" else f" by checkpoint {checkpoint_read}"
+        if "others" in newest:
+            by = f"{by} together with {', '.join(newest['others'])}"
         score = f"{_record_score(newest)} of {newest.get('data', '-')}{by}"
         console.write(f"{split:<12}read {console.count(times, 'time')}, last {newest.get('time', '-')}: {score}")
 

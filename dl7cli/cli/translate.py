@@ -170,19 +170,14 @@ def load(
     """Load the newest translator or those named: what they are called, the first, and the rest of an ensemble."""
     from dl7cli import device as devices
     from dl7cli import runs, tasks
-    from dl7cli.tasks.translation import Translation
+    from dl7cli.tasks.translation import Translation, refuse_disagreement
 
     found = [runs.find(name, task="translation") for name in names or (None,)]
     runtime = devices.choose(device, precision, gpus, searches=True)
     loaded = [tasks.load(folder, runtime=runtime, offline=offline, progress=progress) for _, folder in found]
     called = [runs.called(run, folder) for run, folder in found]
     first, *others = (task for task in loaded if isinstance(task, Translation))
-    for name, other in zip(called[1:], others, strict=True):
-        if not first.agrees_with(other):
-            raise UserError(
-                f"`{called[0]}` and `{name}` differ in vocabulary, languages or reading order",
-                hint="train the runs of an ensemble on the same data with the same keys of `data`",
-            )
+    refuse_disagreement(called, [first, *others])
     return called, first, others
 
 

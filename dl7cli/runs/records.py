@@ -40,6 +40,7 @@ class _Record(BaseModel):
     scores: dict[str, _Finite] = {}
     earlier: list[Any] = []
     precision: str = "auto"
+    others: list[str] = []
 
     @model_validator(mode="after")
     def _has_its_primary_score(self) -> Self:

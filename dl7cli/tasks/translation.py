@@ -230,11 +230,17 @@ class Translation:
         """What `judge` says of a split's translations. Raises UserError where the data has no such split."""
         return self.judge(split, self.translations(split, decoding))
 
-    def translations(self, split: str, decoding: Decoding | None = None) -> list[str]:
-        """A split's sources translated, in their order, each by one of the workers. Raises as `evaluate`."""
+    def translations(
+        self, split: str, decoding: Decoding | None = None, *, others: Sequence["Translation"] = ()
+    ) -> list[str]:
+        """A split's sources translated, in their order, each by one of the workers; by an ensemble with `others`.
+
+        Raises as `evaluate`.
+        """
         sources = [source for source, _ in self.pairs.split(split)]
         part = self.runtime.workers.part(len(sources))
-        return self._joined([line.text for line in self.translate(sources[part], decoding, first_line=part.start + 1)])
+        lines = self.translate(sources[part], decoding, others=others, first_line=part.start + 1)
+        return self._joined([line.text for line in lines])
 
     @property
     def cased(self) -> bool:
@@ -242,16 +248,23 @@ class Translation:
         return not self.recipe.data.lowercase
 
     def judge(
-        self, split: str, translations: Sequence[str], *, cased: bool | None = None, rouge: bool = False
+        self,
+        split: str,
+        translations: Sequence[str],
+        *,
+        others: Sequence["Translation"] = (),
+        cased: bool | None = None,
+        rouge: bool = False,
     ) -> Scores:
         """BLEU of translations against a split's references, with the scores and details of `metrics.translation`, and
-        how many sources were cut as too long; `cased` or not as the model is, unless it is given.
+        how many sources were cut as too long, for an ensemble with `others` where they are given; `cased` or not as the
+        model is, unless it is given.
         """
         sources, references = zip(*self.pairs.split(split), strict=True)
         cased = self.cased if cased is None else cased
         language = self.assets["target_language"]
         scores = translation(sources, translations, references, cased=cased, language=language, with_rouge=rouge)
-        limit = self.recipe.data.max_length
+        _, limit = self._ensemble(others)
         cut = sum(len(ids) > limit for ids in self.pairs.source_ids(sources))
         return replace(scores, details={**scores.details, "cut_sources": cut})
 
@@ -361,6 +374,16 @@ class Translation:
             list(found.token_log_probabilities),
             None if found.attention is None else found.attention[:, :source_length],
         )
+
+
+def refuse_disagreement(names: Sequence[str], members: Sequence[Translation]) -> None:
+    """Raise UserError where translators that go by these names cannot answer as one."""
+    for name, other in zip(names[1:], members[1:], strict=True):
+        if not members[0].agrees_with(other):
+            raise UserError(
+                f"`{names[0]}` and `{name}` differ in vocabulary, languages or reading order",
+                hint="train the runs of an ensemble on the same data with the same keys of `data`",
+            )
 
 
 def _twice(batch: PairBatch) -> PairBatch:

@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dl7cli import checkpoint, runs, significance, tasks
 from dl7cli.data.sources import Progress, silent
@@ -11,27 +10,11 @@ from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, among_first, tokenizer
 from dl7cli.recipe import differences, with_seed
-from dl7cli.runs import Run
 from dl7cli.significance import LEVEL
 from dl7cli.tasks import Task
 from dl7cli.tasks.classification import Classification
 from dl7cli.tasks.translation import Translation
-from dl7cli.training.evaluation import note_reading, result_of
-
-
-class _Contestant(NamedTuple):
-    run: Run
-    folder: Path
-    """The checkpoint."""
-    task: Task
-
-    @property
-    def name(self) -> str:
-        return runs.called(self.run, self.folder)
-
-    @property
-    def seed(self) -> int:
-        return self.task.recipe.training.seed
+from dl7cli.training.evaluation import Loaded, note_reading, result_of
 
 
 def compare(
@@ -73,7 +56,7 @@ def compare(
         raise UserError("some sides have one run and others several: what is by chance is not known of the one", hint)
     contestants = [
         [
-            _Contestant(run, folder, tasks.load(folder, runtime=runtime, offline=offline, progress=progress, data=data))
+            Loaded(run, folder, tasks.load(folder, runtime=runtime, offline=offline, progress=progress, data=data))
             for run, folder in side
         ]
         for side in found
@@ -134,7 +117,7 @@ def compare(
     }
 
 
-def _refuse_other_examples(together: Sequence[_Contestant], split: str, beam: int | None) -> None:
+def _refuse_other_examples(together: Sequence[Loaded], split: str, beam: int | None) -> None:
     """Raise UserError where not all are to answer the same."""
     first, *others = together
     for other in others:
@@ -157,7 +140,7 @@ def _refuse_other_examples(together: Sequence[_Contestant], split: str, beam: in
             )
 
 
-def _refuse_other_recipes(side: Sequence[_Contestant]) -> None:
+def _refuse_other_recipes(side: Sequence[Loaded]) -> None:
     """Raise UserError where the runs of a side differ in anything but their seeds, or not in those."""
     first, *others = side
     for other in others:
@@ -173,7 +156,7 @@ def _refuse_other_recipes(side: Sequence[_Contestant]) -> None:
                 )
 
 
-def _differences(first: Sequence[_Contestant], second: Sequence[_Contestant]) -> dict[str, list[Any]]:
+def _differences(first: Sequence[Loaded], second: Sequence[Loaded]) -> dict[str, list[Any]]:
     """The keys in which the recipes of two sides differ as they were trained, of several runs but for their seeds."""
     found = differences(*(checkpoint.load(side[0].folder).recipe for side in (first, second)))
     if len(first) > 1:
@@ -188,7 +171,7 @@ def _examples(task: Task, split: str) -> object:
     return task.pairs.split(split)
 
 
-def _answers(one: _Contestant, split: str, beam: int | None, *, cased: bool) -> tuple[Scores, list[Any]]:
+def _answers(one: Loaded, split: str, beam: int | None, *, cased: bool) -> tuple[Scores, list[Any]]:
     """The scores of a run, and of each example whether it was right or how it was translated. Notes the reading."""
     begin = time.monotonic()
     answers: list[Any]

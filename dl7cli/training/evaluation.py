@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,15 +20,33 @@ from dl7cli.recipe import decoding
 from dl7cli.runs import Run
 from dl7cli.tasks import Task
 from dl7cli.tasks.checking import refuse_other_weights
-from dl7cli.tasks.translation import Translation
+from dl7cli.tasks.translation import Translation, refuse_disagreement
 
 _TABLES = ("classes", "confusion", "source_lengths", "sample")
 """Details that fill pages."""
 
 
+class Loaded(NamedTuple):
+    """A checkpoint of a run, and the task with its weights."""
+
+    run: Run
+    folder: Path
+    """The checkpoint."""
+    task: Task
+
+    @property
+    def name(self) -> str:
+        return runs.called(self.run, self.folder)
+
+    @property
+    def seed(self) -> int:
+        return self.task.recipe.training.seed
+
+
 def evaluate(
     run: str | None,
     *,
+    others: Sequence[str] = (),
     split: str = "test",
     data: str | None = None,
     beams: Sequence[int] = (),
@@ -46,9 +64,10 @@ def evaluate(
 
     `note` is called with what was done to the data. With `confusion` the details must hold a confusion matrix. A
     translator is evaluated with each of `beams`, or as the recipe says where there are none, and with `overrides` of
-    keys of `decoding`; `rouge` is scored besides. `write` is called with the translations, where there is one beam, or
-    with the lines of a table of a classifier's answers, in the data's order. Raises UserError, before anything is
-    scored, where the run cannot give what is asked for or cannot note the reading.
+    keys of `decoding`; `rouge` is scored besides. With `others`, which are runs too, it answers as an ensemble: the
+    reading is noted in each, and the result has their names as `others`. `write` is called with the
+    translations, where there is one beam, or with the lines of a table of a classifier's answers, in the data's order.
+    Raises UserError, before anything is scored, where the run cannot give what is asked for or cannot note the reading.
 
     With several beams the result is that of the first, but for `seconds`, which are of all, and has also `beams`: of
     each its width as `beam`, its `scores` and `details`, and the `seconds` that translating took.
@@ -61,13 +80,20 @@ def evaluate(
         kind, asked = "translator", {"confusion matrix to draw": confusion}
     else:
         kind = "classifier"
-        asked = {"beam": bool(beams) or length_penalty is not None, "decoding": bool(overrides)}
-        asked |= {"text for ROUGE": rouge}
+        asked = {
+            "ensemble": bool(others),
+            "beam": bool(beams) or length_penalty is not None,
+            "decoding": bool(overrides),
+            "text for ROUGE": rouge,
+        }
     for what, wanted in asked.items():
         if wanted:
             raise UserError(f"run `{found.folder}` is a {kind}: it has no {what}", hint="leave the option out")
-    decodings = []
+    members, decodings = [Loaded(found, folder, task)], []
     if isinstance(task, Translation):
+        members += _partners(others, folder, runtime, offline=offline, progress=progress)
+        partners = [one.task for one in members[1:] if isinstance(one.task, Translation)]
+        refuse_disagreement([one.name for one in members], [task, *partners])
         method = "beam" if beams else None
         for beam in beams or (None,):
             changes = {"method": method, "beam": beam, "length_penalty": length_penalty}
@@ -90,11 +116,20 @@ def evaluate(
         settings: dict[str, Any] = {"beam": beam, "length_penalty": length_penalty, "set": list(overrides) or None}
         settings["precision"] = runtime.search_precision
         searching = time.monotonic()
-        translations = task.translations(split, how)
+        translations = task.translations(split, how, others=partners)
         searched = time.monotonic() - searching
-        scores = task.judge(split, translations, rouge=rouge)
+        scores = task.judge(split, translations, others=partners, rouge=rouge)
         result = result_of(found, task, split, scores, time.monotonic() - start, folder.resolve().name)
-        note_reading(found, {**result, **{name: value for name, value in settings.items() if value is not None}})
+        names = [one.name for one in members]
+        given = {name: value for name, value in settings.items() if value is not None}
+        for number, one in enumerate(members):
+            own: dict[str, Any] = {"run": str(one.run.folder), "checkpoint": one.folder.resolve().name}
+            own["recipe"] = one.task.recipe.name
+            if partners:
+                own["others"] = [*names[:number], *names[number + 1 :]]
+            note_reading(one.run, {**result, **own, **given})
+        if partners:
+            result["others"] = names[1:]
         results.append(result)
         sweep.append({"beam": beam, "scores": scores.values, "details": scores.details, "seconds": round(searched, 3)})
         start = time.monotonic()
@@ -103,6 +138,26 @@ def evaluate(
     if len(sweep) == 1:
         return results[0]
     return {**results[0], "seconds": round(time.monotonic() - begin, 3), "beams": sweep}
+
+
+def _partners(
+    names: Sequence[str], first: Path, runtime: Runtime, *, offline: bool, progress: Progress
+) -> list[Loaded]:
+    """The translators that are to answer together with the one in `first`, on whose data they are evaluated."""
+    found = [runs.find(name, task="translation") for name in names]
+    seen = {first.resolve()}
+    for run, folder in found:
+        if folder.resolve() in seen:
+            raise UserError(f"`{runs.called(run, folder)}` is named twice", hint="name each run once")
+        seen.add(folder.resolve())
+        runs.refuse_unwritable(run)
+    partners = []
+    for run, folder in found:
+        task = tasks.load(folder, runtime=runtime, offline=offline, progress=progress)
+        if not isinstance(task, Translation):  # its run does not say what it is
+            raise UserError(f"run `{run.folder}` is for {task.recipe.task}, not for translation")
+        partners.append(Loaded(run, folder, task))
+    return partners
 
 
 def _table(answers: Sequence[tuple[str, str, float]]) -> list[str]:
