@@ -310,12 +310,17 @@ def report() -> dict[str, Any]:
 
 def cpu_name() -> str:
     """The processor's own name where the system tells it."""
+    return _cpu_information("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_information(field: str) -> str:
+    """What Linux says of the first core, or an empty string."""
     information = Path("/proc/cpuinfo")
     if information.is_file():
         for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
+            if line.startswith(field):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def _device(name: str) -> tuple[torch.device, str]:
@@ -355,12 +360,7 @@ def _bf16_hardware(device: torch.device) -> str:
 
 
 def _cpu_flags() -> set[str]:
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("flags"):
-                return set(line.partition(":")[2].split())
-    return set()
+    return set(_cpu_information("flags").split())
 
 
 def _name(device: torch.device) -> str:

@@ -175,7 +175,7 @@ def test_the_keys_of_decoding_reach_the_search(build: Callable[..., Any]) -> Non
     assert any("<unk>" in one.tokens for _, one in candidates(allow_unknown=True))
     task.model.step = lambda *arguments: (*type(task.model).step(task.model, *arguments)[:2], None)
     assert {one.attention for _, one in candidates()} == {None}
-    with pytest.raises(UserError, match="a coverage penalty is of attention, and this model has none"):
+    with pytest.raises(ValueError, match="a coverage penalty needs attention"):
         candidates(coverage_penalty=0.5)
 
 

@@ -62,10 +62,10 @@ def refuse_unwritable(path: Path) -> None:
         raise UserError(f"`{path}` cannot be written: permission denied", hint="name a file in another folder")
 
 
-def save(figure: "Figure", path: Path) -> None:
-    """Write a figure to a .png or .svg file, which at any moment is what it was or what it is to be.
+def save(figure: "Figure", path: Path, notes: Sequence[str] = ()) -> None:
+    """Write a figure to a .png or .svg file, which at any moment is what it was or what it is to be, and say so.
 
-    The same figure gives the same bytes. Raises UserError where the file cannot be written.
+    The same figure gives the same bytes; `notes` are told of it. Raises UserError where the file cannot be written.
     """
     import matplotlib
 
@@ -83,6 +83,9 @@ def save(figure: "Figure", path: Path) -> None:
             file.write(drawn.getvalue())
     except OSError as error:
         raise UserError(f"`{path}` cannot be written: {console.reason(error)}", hint="name another file") from None
+    for note in notes:
+        console.note(f"note: {note}")
+    console.note(f"drawn: {path}")
 
 
 def confusion_matrix(

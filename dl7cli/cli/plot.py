@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dl7cli.cli import console, figures
+from dl7cli.cli import figures
 from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ def activations(
             suggestion = f" (did you mean `{near[0]}`?)" if near else ""
             raise UserError(f"there is no activation `{name}`{suggestion}", hint=f"there are {', '.join(NAMES)}")
     figures.save(_drawn(chosen), output)
-    console.note(f"drawn: {output}")
 
 
 def curve(name: str, x: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -115,10 +114,7 @@ def curves(
         (one, first), (other, second) = list(scores.items())[:2]
         raise UserError(f"`{first}` is chosen by {one} and `{second}` by {other}", hint="draw them one by one")
     figure, notes = figures.learning_curves(courses, next(iter(scores), "score"), suffix=output.suffix)
-    figures.save(figure, output)
-    for note in notes:
-        console.note(f"note: {note}")
-    console.note(f"drawn: {output}")
+    figures.save(figure, output, notes)
 
 
 def _course(records: Sequence[dict[str, Any]], name: str) -> figures.Course:

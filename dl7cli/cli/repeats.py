@@ -3,7 +3,6 @@
 import shlex
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -14,7 +13,6 @@ from dl7cli.errors import UserError
 if TYPE_CHECKING:
     from dl7cli.cli.progress import Plain, Terminal
     from dl7cli.device import Runtime
-    from dl7cli.recipe import Recipe
     from dl7cli.training import Epoch, Plan, Step
     from dl7cli.training.repeats import Repeat
 
@@ -57,28 +55,6 @@ class Labelled:
 
     def progress(self, what: str, done: int, total: int) -> None:
         self._display.progress(what if self._label is None else f"{self._label}  {what}", done, total)
-
-
-def train_repeats(
-    recipe: "Recipe | None",
-    seeds: int,
-    *,
-    begun: Sequence[str],
-    out: Path | None,
-    device: str,
-    gpus: str | None,
-    precision: str,
-    deterministic: bool,
-    offline: bool,
-    as_json: bool,
-) -> None:
-    """Train a recipe with so many seeds, or go on with the runs `begun`, one at a time on each GPU that is named."""
-    from dl7cli import device as devices
-    from dl7cli.training import repeats
-
-    apart = devices.for_workers(device, gpus)
-    runtimes = [devices.choose(one, precision, deterministic=deterministic) for one in apart]
-    show(repeats.plan(recipe, seeds, begun=begun, out=out, offline=offline), runtimes, as_json)
 
 
 def show(planned: Sequence["Repeat"], runtimes: Sequence["Runtime"], as_json: bool) -> None:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from dl7cli import cluster
-from dl7cli.cli import console, options
+from dl7cli.cli import console, options, repeats
 from dl7cli.cli.evaluate import print_result
-from dl7cli.cli.repeats import train_repeats
 from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -120,18 +119,13 @@ def train(
         begun = [] if resume is None else resume.split(",")
         if begun:
             precision, deterministic = as_it_began(begun[0], precision, deterministic)
-        train_repeats(
-            None if name is None else choose(name, overrides or [], data=data, seed=seed, offline=offline),
-            seeds,
-            begun=begun,
-            out=out,
-            device=device,
-            gpus=gpus,
-            precision=precision,
-            deterministic=deterministic,
-            offline=offline,
-            as_json=as_json,
-        )
+        recipe = None if name is None else choose(name, overrides or [], data=data, seed=seed, offline=offline)
+        from dl7cli import device as devices
+        from dl7cli.training.repeats import plan
+
+        apart = devices.for_workers(device, gpus)
+        runtimes = [devices.choose(one, precision, deterministic=deterministic) for one in apart]
+        repeats.show(plan(recipe, seeds, begun=begun, out=out, offline=offline), runtimes, as_json)
         return
     place = cluster.place()
     if place is None:

@@ -47,21 +47,19 @@ def _summary(run: Run) -> Summary:
     closed = [record for record in _readable(metrics, run) if "scores" in record]
     result = result_of(run)
     named = (record.get("primary") for record in [*closed, result or {}])
-    primary = next((name for name in named if isinstance(name, str)), None)
-    scores = [value for record in closed if (value := _score(record, primary)) is not None]
+    primary = next((name for name in named if name is not None), None)
     tested = result if result and result.get("split") == "test" else {}
-    test_primary = name if isinstance(name := tested.get("primary"), str) else None
     return Summary(
         name=run.name,
         recipe=recipe.name if recipe else None,
         task=recipe.task if recipe else None,
         data=recipe.data.source if recipe else None,
         state=_state(run, finished=result is not None),
-        epochs=max((epoch for record in closed if isinstance(epoch := record.get("epoch"), int)), default=0),
+        epochs=max((record.get("epoch", 0) for record in closed), default=0),
         primary=primary,
-        best=max(scores, default=None),
-        test=_score(tested, test_primary),
-        test_primary=test_primary,
+        best=max((record["scores"][primary] for record in closed if primary in record["scores"]), default=None),
+        test=tested.get("scores", {}).get(tested.get("primary")),
+        test_primary=tested.get("primary"),
         evaluation=next(reversed(_readable(evaluations, run)), None),
     )
 
@@ -71,12 +69,6 @@ def _readable(read: Callable[[Run], list[dict[str, Any]]], run: Run) -> list[dic
         return read(run)
     except UserError:
         return []
-
-
-def _score(record: dict[str, Any], primary: str | None) -> float | None:
-    scores = record.get("scores")
-    value = scores.get(primary) if isinstance(scores, dict) else None
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _state(run: Run, *, finished: bool) -> str:

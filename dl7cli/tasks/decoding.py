@@ -35,7 +35,7 @@ def search(
 
     Of each sentence: `subwords`, by which its output is limited, however the model reads it; ids that it begins with;
     and its number, which samples depend on. Attention is the mean over the models that look at something. Raises
-    UserError where a model has diverged, or where coverage is wanted and no model looks at anything.
+    UserError where a model has diverged.
     """
     limits = [int(decoding.max_length_ratio * length) + decoding.max_length_offset for length in subwords]
     rules = Rules(
@@ -68,11 +68,6 @@ def search(
                 after += now
                 if weights is not None:
                     seen.append(weights.float())
-            if decoding.coverage_penalty and not seen:
-                raise UserError(
-                    "a coverage penalty is of attention, and this model has none",
-                    hint="leave `decoding.coverage_penalty` at 0",
-                )
             return _mean(found), after, torch.stack(seen).mean(dim=0) if seen else None
 
         context = tuple(part for one, _ in encoded for part in one)
