@@ -135,7 +135,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         raise _cannot_write(folder, error, needed) from error
     # The new checkpoint is in place. Whatever keeps the old one from going (a reader, over NFS) is
     # no reason to stop a training: the next save tries again.
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -322,7 +322,9 @@ def _clear(folder: Path, new: Path, old: Path) -> None:
     if old.exists() and not folder.exists():
         old.rename(folder)
     for path in (new, old):
-        if path.exists():
+        if path.is_symlink():  # what lies there is not of this run
+            path.unlink()
+        elif path.exists():
             shutil.rmtree(path)
 
 

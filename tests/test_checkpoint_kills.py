@@ -285,6 +285,21 @@ def test_a_checkpoint_can_be_named_from_inside(folder: Path, monkeypatch: pytest
     assert_same(checkpoint.load(Path(), training=True), example())
 
 
+def test_a_link_is_replaced_and_what_it_leads_to_is_kept(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    folder.rename(tmp_path / "disk" / "last")
+    folder.symlink_to(tmp_path / "disk" / "last")
+    for _ in range(3):
+        checkpoint.save(folder, example())
+        assert not folder.is_symlink()
+    assert_same(checkpoint.load(tmp_path / "disk" / "last", training=True), example())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "last"]
+    # As a version that left it there did.
+    (tmp_path / "last.old").symlink_to(tmp_path / "disk" / "last")
+    checkpoint.save(folder, example())
+    assert_same(checkpoint.load(tmp_path / "disk" / "last", training=True), example())
+
+
 def test_what_cannot_be_removed_is_no_checkpoint_any_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = shutil.rmtree
 

@@ -16,7 +16,7 @@ import torch
 import typer
 from running import ENVIRONMENT, dl7, start, succeed
 
-from dl7cli import __version__
+from dl7cli import __version__, recipe
 from dl7cli.cli import app, console
 from dl7cli.cli.progress import Plain
 from dl7cli.errors import UserError
@@ -396,3 +396,18 @@ def test_doctor(tmp_path: Path) -> None:
     assert report["data"]["uoft-cs/cifar10"] is False
     shown = succeed("doctor", "--offline", cwd=tmp_path).out
     assert report["chosen"]["reason"] in shown
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_leads_nowhere(closed: str, tmp_path: Path) -> None:
+    """And not into a file that is opened in its place."""
+
+    def code(arguments: str) -> int:
+        command = ["sh", "-c", f'exec "$0" -m dl7cli {arguments} {closed}', sys.executable]
+        return subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, timeout=60).returncode
+
+    assert code("recipes copy resnet mine.toml") == 0
+    assert (tmp_path / "mine.toml").read_text(encoding="utf-8") == (recipe.folder() / "resnet.toml").read_text(
+        encoding="utf-8"
+    )
+    assert code("recipes show none-of-that-name") == 1

@@ -232,6 +232,24 @@ def test_classify(work: Path, images: Path) -> None:
     assert [len(image["classes"]) for image in document["images"]] == [1, 1]
 
 
+def test_a_checkpoint_of_another_task_out_of_its_run_is_refused(work: Path, images: Path, tmp_path: Path) -> None:
+    """Nothing but its own contents says what it is for."""
+    for name in ("resnet-1", "seq2seq-1"):
+        shutil.copytree(work / "runs" / name / "best", tmp_path / name)
+    with_translator = ("--run", str(tmp_path / "seq2seq-1"), "--run", "resnet-1")
+    for arguments, told in (
+        (("classify", str(images / "test/red/0.png"), "--run", "seq2seq-1"), "is for translation, not for class"),
+        (("translate", "red", "--run", "resnet-1"), "is for classification, not for translation"),
+        (("translate", "red", *with_translator), "is for classification, not for translation"),
+        (("score", "--run", "resnet-1"), "is for classification, not for translation"),
+        (("eval", "seq2seq-1", "--with", "resnet-1"), "is for classification, not for translation"),
+    ):
+        failed = dl7(*arguments, cwd=tmp_path)
+        assert (failed.code, failed.out) == (1, "")
+        assert failed.err.startswith("error: checkpoint `"), failed.err
+        assert told in failed.err
+
+
 def test_classify_names_a_file_that_is_no_image(work: Path, images: Path, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image", encoding="utf-8")
     failed = dl7("classify", str(images / "test/red/0.png"), str(tmp_path / "text.png"), cwd=work)

@@ -175,6 +175,12 @@ def test_the_table_of_beams(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_a_checkpoint_out_of_its_run_is_told_as_it_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"run": "models/mine", "checkpoint": "mine", "details": {}, "beams": [entry_of(1, 1.0)]}
+    print_result(result_of(**changes), as_json=False)
+    assert capsys.readouterr().out.splitlines()[0].endswith(", by models/mine")
+
+
 def test_a_translator_that_says_one_thing_only_is_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
     repetition = {"most_frequent": "\x1b[2Jein Hund .", "times": 51, "looping": 50}
     print_result(result_of(beams=[entry_of(1, 1.0)], details={"repetition": repetition}), as_json=False)

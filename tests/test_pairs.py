@@ -254,6 +254,7 @@ def test_bad_files_are_named_with_line(tmp_path: Path, files: dict[str, str | by
         ({"en": ["a", "b"], "de": [1, 2]}, "row 1 of split `train` of `.*set`: `de` is 1 and not a string"),
         ({"en": ["a"], "fr": ["b"]}, "`.*set` has no `de`: there is `en`, `fr`"),
         ({"translation": [{"en": "a", "fr": "b"}]}, r"`.*set \(translation\)` has no `de`: there is `en`, `fr`"),
+        ({"source": ["a"], "translation": ["b"]}, "`.*set` has no `en`: there is `source`, `translation`"),
         ({"translation": [{"en": "a", "de": "b"}, None]}, "row 2 of split `train` of `.*set`: `translation` is null"),
     ],
 )
@@ -273,6 +274,8 @@ def test_words_that_pandas_takes_for_missing_are_words(tmp_path: Path) -> None:
 def test_sources_that_cannot_be_read_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no file or folder"):
         read(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"there is no file or folder `~nobody-of-that-name/x\.tsv`"):
+        read("~nobody-of-that-name/x.tsv")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"the folder `.*empty` is empty"):
         read(tmp_path / "empty")

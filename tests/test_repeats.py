@@ -153,7 +153,8 @@ def test_what_was_stopped_is_gone_on_with_by_the_command_that_is_printed(
         assert weights(f"my run-{seed}") == weights(f"whole run-{seed}")
     # What is finished is not trained again, and a seed may be added.
     os.rename("my run-1", "moved")
-    arguments = ("train", "--resume", "moved,my run-3", "--seeds", "2", "--json", *ON_CPU)
+    # However they are named, each is named once when it says how to go on.
+    arguments = ("train", "--resume", "moved/last,my run-3/", "--seeds", "2", "--json", *ON_CPU)
     stop_at(monkeypatch, "resnet-1", 1)
     stopped = dl7(*arguments, cwd=work)
     command = "dl7 train --resume 'moved,my run-3,runs/resnet-1' --seeds 3"

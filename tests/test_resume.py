@@ -287,13 +287,14 @@ def test_a_run_goes_on_where_its_data_has_been_moved(
         training.train(recipe, out=tmp_path / "run", runtime=CPU, listener=Stopping())
     folder.rename(tmp_path / "after")
     run = Run(tmp_path / "run")
+    shutil.copytree(run.last, run.average)
     with pytest.raises(UserError, match="before"):
         resume(run)
     training.resume(str(run.folder), data=str(tmp_path / "after"), runtime=CPU, listener=Silent())
     assert_same_tensors(checkpoint.load(run.last).weights, checkpoint.load(whole(kind).last).weights)
     assert result(run)["data"] == str(tmp_path / "after")
     assert result(run)["scores"] == result(whole(kind))["scores"]
-    for recipe in (runs.read_recipe(run), checkpoint.load(run.best).recipe, checkpoint.load(run.last).recipe):
+    for recipe in (runs.read_recipe(run), *(checkpoint.load(one).recipe for one in (run.best, run.last, run.average))):
         assert recipe.data.source == str(tmp_path / "after")
     (run.folder / "result.json").unlink()
     other = copied(tmp_path / "after", tmp_path / "other")

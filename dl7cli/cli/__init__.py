@@ -75,8 +75,22 @@ def program(
     """
 
 
+def _open_closed_streams() -> None:
+    """Have what was closed of standard input, output and error lead nowhere, and not into the next file opened."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nowhere, number)  # which other processes inherit
+            if nowhere != number:
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
+
+
 def main() -> None:
     """Run the program: a `UserError` becomes its text and exit code 1; others are bugs and show."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Text is UTF-8 whatever the locale, and nothing in it is an error.

@@ -27,7 +27,8 @@ def classify(
     from dl7cli.tasks.classification import Classification
 
     found, folder = runs.find(run, task="classification")
-    task = tasks.load(folder, runtime=devices.choose(device, precision, gpus), offline=offline)
+    runtime = devices.choose(device, precision, gpus)
+    task = tasks.load(folder, runtime=runtime, offline=offline, task="classification")
     assert isinstance(task, Classification)
     answers = task.classify(images, top)
     if as_json:

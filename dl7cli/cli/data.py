@@ -138,7 +138,7 @@ def _read(source: str, task: str | None, overrides: list[str], offline: bool) ->
 
 def _guess(source: str, offline: bool, progress: "Progress") -> str:
     """Tell from the names of its files, or else from the types of its columns, what a data set is for."""
-    from dl7cli.data import sources
+    from dl7cli.data import columns, sources
     from dl7cli.data.images import IMAGE_SUFFIXES
 
     if sources.is_local(source):
@@ -151,10 +151,8 @@ def _guess(source: str, offline: bool, progress: "Progress") -> str:
             return "translation"
     with sources.working_folder(sources.cache_folder()) as working:
         splits = sources.load_splits(source, offline=offline, progress=progress, working=working)
-        import datasets
-
-        images = [column for column in splits["train"].features.values() if isinstance(column, datasets.Image)]
-    return "classification" if images else "translation"
+        kinds = [columns.kind(column) for column in splits["train"].features.values()]
+    return "classification" if "image" in kinds else "translation"
 
 
 def _sizes(contents: "Images | Pairs") -> dict[str, int]:

@@ -137,7 +137,10 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         return
     score = console.score(result["primary"], result["scores"][result["primary"]])
     told = "by beam" if "beams" in result else score
-    by = result["run"] if result["checkpoint"] == "best" else os.path.join(result["run"], result["checkpoint"])
+    by = result["run"]
+    # A checkpoint out of its run is named by its own folder.
+    if result["checkpoint"] not in ("best", os.path.basename(os.path.abspath(by))):
+        by = os.path.join(by, result["checkpoint"])
     if "others" in result:
         others = result["others"]
         by = f"{', '.join([by, *others[:-1]])} and {others[-1]} together"
@@ -251,7 +254,4 @@ def _draw(plot: Path, result: dict[str, Any]) -> None:
     accuracy = result["scores"]["accuracy"]
     title = f"{result['run']}: accuracy {accuracy:.4f} on the {result['split']} split of {result['data']}"
     figure, notes = figures.confusion_matrix(details["confusion"], names, title, suffix=plot.suffix)
-    figures.save(figure, plot)
-    for note in notes:
-        console.note(f"note: {note}")
-    console.note(f"drawn: {plot}")
+    figures.save(figure, plot, notes)

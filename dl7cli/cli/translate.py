@@ -174,7 +174,10 @@ def load(
 
     found = [runs.find(name, task="translation") for name in names or (None,)]
     runtime = devices.choose(device, precision, gpus, searches=True)
-    loaded = [tasks.load(folder, runtime=runtime, offline=offline, progress=progress) for _, folder in found]
+    loaded = [
+        tasks.load(folder, runtime=runtime, offline=offline, progress=progress, task="translation")
+        for _, folder in found
+    ]
     called = [runs.called(run, folder) for run, folder in found]
     first, *others = (task for task in loaded if isinstance(task, Translation))
     refuse_disagreement(called, [first, *others])
@@ -243,7 +246,4 @@ def draw(path: Path, translated: "TranslatedLine", run: str) -> None:
     figure, notes = figures.attention_map(
         best.attention, translated.source_tokens, best.tokens, run, suffix=path.suffix
     )
-    figures.save(figure, path)
-    for note in notes:
-        console.note(f"note: {note}")
-    console.note(f"drawn: {path}")
+    figures.save(figure, path, notes)

@@ -50,20 +50,20 @@ def read(source: str, loaded: "dict[str, datasets.Dataset]", image: str | None, 
     import datasets
 
     features = loaded["train"].features
-    listed = ", ".join(f"`{name}` ({_kind(feature)})" for name, feature in features.items())
+    listed = ", ".join(f"`{name}` ({kind(feature)})" for name, feature in features.items())
     notes: list[str] = []
     for wanted in (image, label):
         if wanted is not None and wanted not in features:
             raise UserError(f"`{source}` has no column `{wanted}`: there is {listed}")
 
-    candidates = [name for name, feature in features.items() if _kind(feature) == "image"]
+    candidates = [name for name, feature in features.items() if kind(feature) == "image"]
     if image is None:
         if not candidates:
             raise UserError(f"no image column in `{source}`: there is {listed}", hint="name it: `--set data.image=…`")
         image = next((name for name in ("image", "img") if name in candidates), candidates[0])
         if len(candidates) > 1:
             notes.append(f"images from column `{image}` of {_listed(candidates)}")
-    elif image not in candidates and _kind(features[image]) != "binary":
+    elif image not in candidates and kind(features[image]) != "binary":
         raise UserError(f"column `{image}` of `{source}` holds no images: there is {listed}")
 
     if label is None:
@@ -86,7 +86,7 @@ def read(source: str, loaded: "dict[str, datasets.Dataset]", image: str | None, 
         for split, table in loaded.items():
             if (other := getattr(table.features[label], "names", None)) != feature.names:
                 raise UserError(f"split `{split}` of `{source}` has other classes than `train`: {other}")
-    elif _kind(feature) == "string":
+    elif kind(feature) == "string":
         classes = tuple(sorted(set(values["train"])))
         numbers = {name: number for number, name in enumerate(classes)}
     else:
@@ -120,12 +120,12 @@ def _label_column(source: str, features: dict[str, Any], notes: list[str]) -> st
     named = [name for name in _LABEL_NAMES if name in plain] or plain
     if len(named) == 1 or (named and named[0] in _LABEL_NAMES):
         return named[0]
-    listed = ", ".join(f"`{name}` ({_kind(feature)})" for name, feature in features.items()) or "no other column"
+    listed = ", ".join(f"`{name}` ({kind(feature)})" for name, feature in features.items()) or "no other column"
     found = "no label column" if not named else "more than one column that could be the label"
     raise UserError(f"{found} in `{source}`: there is {listed}", hint="name it: `--set data.label=…`")
 
 
-def _kind(feature: Any) -> str:
+def kind(feature: Any) -> str:
     """Name the type of a column for messages and choices: `image`, `class label`, `string`, `int64`, …."""
     import datasets
 
@@ -140,7 +140,7 @@ def _kind(feature: Any) -> str:
 
 def _plain(feature: Any) -> bool:
     """Tell whether a column that is not a ClassLabel can serve as one."""
-    return _kind(feature) in ("string", "bool") or _kind(feature).startswith(("int", "uint"))
+    return kind(feature) in ("string", "bool") or kind(feature).startswith(("int", "uint"))
 
 
 def _rows(source: str, split: str, table: "datasets.Dataset", image: str) -> Callable[[], Rows]:

@@ -291,10 +291,12 @@ def _tables(
 ) -> dict[str, Rows]:
     """Take the sentence pairs out of loaded tables: two columns, or the column `translation`."""
     features = loaded["train"].features
-    nested = _NESTED in features and not set(languages) <= set(features)
+    translation = features.get(_NESTED)
+    # A column of plain text may have that name, too.
+    within: Any = translation if isinstance(translation, dict) else getattr(translation, "languages", None)
+    nested = bool(within) and not set(languages) <= set(features)
     if nested:
-        translation = features[_NESTED]
-        _check_languages(languages, getattr(translation, "languages", translation), f"{source} ({_NESTED})")
+        _check_languages(languages, within, f"{source} ({_NESTED})")
     else:
         _check_languages(languages, features, source)
     columns = [_NESTED] if nested else list(languages)

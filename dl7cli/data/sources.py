@@ -135,7 +135,7 @@ def is_local(source: str) -> bool:
 
 def local_path(source: str) -> Path:
     """Return the path of a local source, without the name of a configuration."""
-    return Path(_split_configuration(source)[0]).expanduser()
+    return Path(os.path.expanduser(_split_configuration(source)[0]))  # Path's own fails for a user that is not there
 
 
 def existing_path(source: str) -> Path:
@@ -371,12 +371,6 @@ def _datasets_quiet(offline: bool) -> Iterator[Any]:
     """Import `datasets` and keep it from printing and, offline, from connecting; counting downloads stays off."""
     import datasets
     import huggingface_hub
-    from huggingface_hub.utils import logging as hub_logging
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it tells another host what is loaded
     settings = [
@@ -384,29 +378,18 @@ def _datasets_quiet(offline: bool) -> Iterator[Any]:
         (datasets.config, "HF_DATASETS_OFFLINE"),
         (huggingface_hub.constants, "HF_HUB_OFFLINE"),
     ]
-    before = [getattr(module, name) for module, name in settings]
-    verbosity, hub_verbosity = datasets.logging.get_verbosity(), hub_logging.get_verbosity()
-    bars = datasets.are_progress_bars_disabled()
-    hub_bars = are_progress_bars_disabled()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.ExitStack() as before:
         warnings.simplefilter("ignore")
-        datasets.logging.set_verbosity(logging.CRITICAL)
-        hub_logging.set_verbosity(logging.CRITICAL)
-        datasets.disable_progress_bars()
-        disable_progress_bars()
         for module, name in settings:
+            before.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, offline)
-        try:
-            yield datasets
-        finally:
-            for (module, name), value in zip(settings, before, strict=True):
-                setattr(module, name, value)
-            datasets.logging.set_verbosity(verbosity)
-            hub_logging.set_verbosity(hub_verbosity)
-            if not bars:
-                datasets.enable_progress_bars()
-            if not hub_bars:
-                enable_progress_bars()
+        for library in (datasets, huggingface_hub.utils):
+            before.callback(library.logging.set_verbosity, library.logging.get_verbosity())
+            library.logging.set_verbosity(logging.CRITICAL)
+            if not library.are_progress_bars_disabled():
+                before.callback(library.enable_progress_bars)
+                library.disable_progress_bars()
+        yield datasets
 
 
 def _load_error(source: str, error: Exception) -> UserError:

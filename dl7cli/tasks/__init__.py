@@ -10,6 +10,7 @@ from dl7cli import checkpoint
 from dl7cli.checkpoint import Checkpoint
 from dl7cli.data.sources import Progress, silent
 from dl7cli.device import Runtime
+from dl7cli.errors import UserError
 from dl7cli.recipe import ClassificationRecipe, ImageData, Recipe, TranslationRecipe
 from dl7cli.tasks.checking import refuse_other_weights
 from dl7cli.tasks.classification import Classification
@@ -47,13 +48,17 @@ def load(
     offline: bool = False,
     progress: Progress = silent,
     data: str | None = None,
+    task: str | None = None,
 ) -> Task:
     """The task of a checkpoint with its trained weights; `data` names another source to evaluate it on.
 
-    Raises UserError for a damaged checkpoint.
+    Raises UserError for a damaged checkpoint, and for one that is not for `task`, `classification` or `translation`,
+    where that is given: a checkpoint alone, out of its run, tells only when it is read.
     """
     saved = checkpoint.load(folder)
     recipe = saved.recipe
+    if task not in (None, recipe.task):
+        raise UserError(f"checkpoint `{folder}` is for {recipe.task}, not for {task}")
     if recipe.training.ema_decay:
         # `last` has the weights to go on from; what was validated, and is to be used, is their average.
         training = checkpoint.load(folder, training=True).training
@@ -63,9 +68,9 @@ def load(
         # The other source has columns of its own.
         other = {"source": data, **({"image": None, "label": None} if isinstance(recipe.data, ImageData) else {})}
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=other)})
-    task = build(recipe, saved.assets, runtime=runtime, offline=offline, progress=progress, weights=saved.weights)
-    restore(task, saved)
-    return task
+    loaded = build(recipe, saved.assets, runtime=runtime, offline=offline, progress=progress, weights=saved.weights)
+    restore(loaded, saved)
+    return loaded
 
 
 def restore(task: Task, saved: Checkpoint) -> None:

@@ -151,13 +151,10 @@ def _partners(
             raise UserError(f"`{runs.called(run, folder)}` is named twice", hint="name each run once")
         seen.add(folder.resolve())
         runs.refuse_unwritable(run)
-    partners = []
-    for run, folder in found:
-        task = tasks.load(folder, runtime=runtime, offline=offline, progress=progress)
-        if not isinstance(task, Translation):  # its run does not say what it is
-            raise UserError(f"run `{run.folder}` is for {task.recipe.task}, not for translation")
-        partners.append(Loaded(run, folder, task))
-    return partners
+    return [
+        Loaded(run, folder, tasks.load(folder, runtime=runtime, offline=offline, progress=progress, task="translation"))
+        for run, folder in found
+    ]
 
 
 def _table(answers: Sequence[tuple[str, str, float]]) -> list[str]:

@@ -66,13 +66,14 @@ def plan(
     """
     found: dict[int, str] = {}
     for name in begun:
-        its = runs.read_recipe(runs.find(name)[0])
+        run, _ = runs.find(name)
+        its = runs.read_recipe(run)
         if its.training.seed in found:
             raise UserError(f"`{found[its.training.seed]}` and `{name}` have the same seed", hint="name one of them")
         if recipe is not None and with_seed(recipe, its.training.seed) != its:
             hint = "`--resume A,B --seeds N` goes on with runs that differ in their seeds alone"
             raise UserError(f"`{begun[0]}` and `{name}` are of different recipes", hint)
-        recipe, found[its.training.seed] = its, name
+        recipe, found[its.training.seed] = its, str(run.folder)
     assert recipe is not None
     first = min(found, default=recipe.training.seed)
     repeats = [

@@ -124,7 +124,7 @@ def _with_data(recipe: Recipe, source: str) -> Recipe:
 def _note_data(run: Run, recipe: Recipe) -> None:
     """Have all of a run name its data as a recipe does."""
     runs.rewrite_recipe(run, recipe)
-    for folder in (run.last, run.best, *runs.epochs(run).values()):
+    for folder in (run.last, run.best, run.average, *runs.epochs(run).values()):
         if runs.holds(folder):
             try:
                 saved = checkpoint.load(folder, training=True)
