@@ -480,10 +480,13 @@ def test_runs_name_both_scores(train: Callable[..., Any], monkeypatch: pytest.Mo
 
 
 def test_what_there_is_to_choose_by() -> None:
-    with pytest.raises(UserError, match=r"`training.select` is `\"ppl\"`: input should be 'bleu', 'chrf' or 'loss'"):
+    with pytest.raises(UserError, match=r"`training.select` is `\"ppl\"`: input should be 'bleu', 'chrf', 'loss' or"):
         resolve("seq2seq", ["training.select=ppl"])
-    with pytest.raises(UserError, match=r"unknown key `training\.select`"):
+    with pytest.raises(UserError, match=r"`training.select` is `\"loss\"`: input should be 'accuracy' or 'last'"):
         resolve("resnet", ["training.select=loss"])
+    for name in ("resnet", "seq2seq"):
+        with pytest.raises(UserError, match=r"`training.patience` is `3`: no better epoch is waited for where"):
+            resolve(name, ["training.select=last", "training.patience=3"])
     with pytest.raises(UserError, match=r"`training.keep_last` is `-1`"):
         resolve("resnet", ["training.keep_last=-1"])
 

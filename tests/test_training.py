@@ -169,6 +169,24 @@ def test_the_best_epoch_is_that_of_validation(
     assert result["scores"] == evaluate(task, "test").values, "what is evaluated is the best epoch"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_epoch_is_kept_where_the_recipe_says_so(
+    kind: str, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = iter([0.5, 0.7, 0.3])
+    task = {"resnet": Classification, "seq2seq": Translation}[kind]
+    monkeypatch.setattr(task, "validate", lambda task: Scores("accuracy", {"accuracy": next(given)}, 7))
+    run, result, heard = train(kind, "training.select=last")
+    assert result["best_epoch"] == 3
+    best, last = checkpoint.load(run.best), checkpoint.load(run.last)
+    assert all(torch.equal(value, last.weights[name]) for name, value in best.weights.items())
+    assert best.scores == {"accuracy": 0.3}
+    assert not any(epoch.best for epoch in heard.epochs), "none is called so"
+    assert result["scores"] == tasks.load(run.last, runtime=CPU).evaluate("test").values
+    monkeypatch.setattr(runs.folder, "RUNS", Path())
+    assert [summary.best for summary in runs.listing()] == [0.3]
+
+
 @pytest.mark.parametrize(
     ("patience", "scores", "ended", "best"),
     [

@@ -52,7 +52,7 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
     recipe = runs.read_recipe(found)
     closed = [record for record in runs.metrics(found) if record.get("primary") is not None]
     evaluations = runs.evaluations(found)
-    best = max(closed, key=lambda record: float(record["scores"][record["primary"]]), default=None)
+    best = runs.chosen(closed, recipe)
     shown: dict[str, Any] = {
         "run": str(found.folder),
         "recipe": recipe.name,

@@ -154,6 +154,8 @@ class FastResNetModel(Section):
 
 
 class ImageTraining(Training):
+    select: Literal["accuracy", "last"] = "accuracy"
+    """Which epoch is kept as `best` and evaluated: the most accurate on validation, or the last, whatever it has."""
     batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 128
     """Images of a step, of all workers together."""
     mixup: Annotated[float, Field(ge=0, le=100)] = 0.0

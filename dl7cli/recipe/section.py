@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
@@ -39,6 +39,8 @@ Width = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
 class Training(Section):
+    select: str
+    """What the epoch that is kept as `best`, and evaluated, is chosen by; each task has its own."""
     epochs: Annotated[int, Field(ge=1, le=10_000_000)]
     """How many times the training examples are gone through."""
     patience: Annotated[int, Field(ge=0, le=10_000_000)] = 0
@@ -46,6 +48,14 @@ class Training(Section):
 
     The learning rate falls as if it went on to the last.
     """
+
+    @field_validator("patience")
+    @classmethod
+    def _something_is_waited_for(cls, patience: int, info: ValidationInfo) -> int:
+        if patience and info.data.get("select") == "last":
+            raise ValueError("no better epoch is waited for where `training.select` is `last`")
+        return patience
+
     label_smoothing: Fraction = 0.0
     """The part of the probability that all answers share evenly (Szegedy et al. 2016, §7)."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0

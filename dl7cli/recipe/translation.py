@@ -221,11 +221,11 @@ class PairTraining(Training):
 
     A step then reads every pair twice and costs twice as much. 0: none.
     """
-    select: Literal["bleu", "chrf", "loss"] = "bleu"
+    select: Literal["bleu", "chrf", "loss", "last"] = "bleu"
     """What the best epoch is chosen by: BLEU or chrF of greedy translations, or the least cross-entropy of a subword.
 
     All are of the validation split; BLEU and chrF without case with `data.lowercase`, the cross-entropy without label
-    smoothing.
+    smoothing. `last`: it is the last epoch, whatever its BLEU.
     """
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from dl7cli.errors import UserError
 from dl7cli.runs.folder import Run, all_runs, file_time, is_locked, read_recipe, usable
-from dl7cli.runs.records import evaluations, metrics
+from dl7cli.runs.records import chosen, evaluations, metrics
 from dl7cli.runs.records import result as result_of
 
 
@@ -48,6 +48,7 @@ def _summary(run: Run) -> Summary:
     result = result_of(run)
     named = (record.get("primary") for record in [*closed, result or {}])
     primary = next((name for name in named if name is not None), None)
+    best = chosen(closed, recipe)
     tested = result if result and result.get("split") == "test" else {}
     return Summary(
         name=run.name,
@@ -57,7 +58,7 @@ def _summary(run: Run) -> Summary:
         state=_state(run, finished=result is not None),
         epochs=max((record.get("epoch", 0) for record in closed), default=0),
         primary=primary,
-        best=max((record["scores"][primary] for record in closed if primary in record["scores"]), default=None),
+        best=best["scores"][best["primary"]] if best else None,
         test=tested.get("scores", {}).get(tested.get("primary")),
         test_primary=tested.get("primary"),
         evaluation=next(reversed(_readable(evaluations, run)), None),

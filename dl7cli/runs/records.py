@@ -63,6 +63,14 @@ def metrics(run: Run) -> list[dict[str, Any]]:
     return _records(run.folder / _METRICS)
 
 
+def chosen(records: Iterable[dict[str, Any]], recipe: Recipe | None) -> dict[str, Any] | None:
+    """Of the records of `metrics.jsonl` that of the epoch kept as `best`: the best on validation, or the last."""
+    closed = [record for record in records if record.get("primary") is not None]
+    if recipe is not None and recipe.training.select == "last":
+        return closed[-1] if closed else None
+    return max(closed, key=lambda record: float(record["scores"][record["primary"]]), default=None)
+
+
 def trim_metrics(run: Run, step: int, epochs: int) -> None:
     """Drop the records after optimiser step `step` and `epochs` finished epochs, from which a run is resumed.
 

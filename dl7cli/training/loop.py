@@ -195,7 +195,7 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
             scores = task.validate()
         trim_heap()
         progress = progress._replace(epoch=epoch + 1, batch=0)
-        if progress.best is None or scores.score > progress.best:
+        if training.select == "last" or progress.best is None or scores.score > progress.best:
             progress = progress._replace(best=scores.score, best_epoch=epoch + 1)
         yield Report(progress, loss, norm, rate, 0, scores)
 

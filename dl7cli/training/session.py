@@ -283,7 +283,8 @@ def _run(
             best = False
             if report.scores is not None:
                 best = (progress.best, progress.best_epoch) == (report.scores.score, progress.epoch)
-                listener.epoch(Epoch(progress.epoch, report.scores, "validation", best, progress.seconds))
+                shown = best and recipe.training.select != "last"
+                listener.epoch(Epoch(progress.epoch, report.scores, "validation", shown, progress.seconds))
             if closed or due or stop:
                 check_weights(task.model, *told)
                 saver.save(trainer, progress, scores, watched=watch.tensors(), closed=closed, best=best)
