@@ -112,6 +112,20 @@ class Rules:
                 return length**self.length_penalty
 
 
+class Extension(NamedTuple):
+    """One more id for a live hypothesis, as a step of a beam has ranked it."""
+
+    parent: int
+    """The live hypothesis that it extends, by its `place`; 0 at the first step."""
+    id: int
+    log_probability: float
+    """Of the whole hypothesis."""
+    score: float | None
+    """What ranks it, where it ends here."""
+    place: int | None
+    """Which of the live hypotheses of the next step it is; None where it ends, or is not gone on with."""
+
+
 def beam_search(
     step: Step,
     context: State,
@@ -121,13 +135,15 @@ def beam_search(
     beam: int,
     n_best: int = 1,
     attention: bool = False,
+    tree: list[list[Extension]] | None = None,
 ) -> list[list[Hypothesis]]:
     """Find the `n_best` best outputs of every sentence, best first, sentences in the order given.
 
     `context` and `state` come with one row per sentence; `state` is re-ordered after every step, `context` only ever
     loses the rows of sentences that are done. A sentence gets fewer than `n_best` hypotheses where fewer were found,
-    none where every output has probability 0. `attention`: whether they come with it. Gradients are not needed: call
-    it under `torch.inference_mode()`.
+    none where every output has probability 0. `attention`: whether they come with it. Of a single sentence `tree` is
+    given the best of what each step has ranked, best first. Gradients are not needed: call it under
+    `torch.inference_mode()`.
 
     Raises ValueError for arguments out of range and for log-probabilities above 0 or misshapen, and FloatingPointError
     for those that are NaN.
@@ -135,6 +151,8 @@ def beam_search(
     if beam < 1 or not 1 <= n_best <= beam:
         raise ValueError(f"1 <= n_best <= beam does not hold: n_best {n_best}, beam {beam}")
     walk = Walk(step, context, state, rules, attention=attention)
+    if tree is not None and len(rules.max_length) != 1:
+        raise ValueError(f"a tree is of one sentence, not of {len(rules.max_length)}")
     if not rules.max_length:
         return []
     penalties = rules.penalties().to(walk.books)
@@ -170,6 +188,8 @@ def beam_search(
         finished = finished + finishing.sum(dim=1)
 
         going_on = ends.byte().argsort(dim=1, stable=True)[:, :beam]
+        if tree is not None:
+            tree.append(_extensions(parents, tokens, ranked, scores, going_on, rules.eos))
         totals = ranked.masked_fill(ends, -math.inf).gather(1, going_on)
         done = (finished >= beam) | (totals[:, 0] / most <= best[:, -1, 0])
         totals = totals.masked_fill(done[:, None], -math.inf)  # so nothing more of it can finish
@@ -179,6 +199,23 @@ def beam_search(
         if kept is not None:
             totals, finished, best, most = totals[kept], finished[kept], best[kept], most[kept]
     return walk.hypotheses(endings)
+
+
+def _extensions(
+    parents: Tensor, ids: Tensor, ranked: Tensor, scores: Tensor, going_on: Tensor, eos: int
+) -> list[Extension]:
+    """What a step has ranked for the only sentence: parents, ids and log-probabilities (1, N), scores of the first that
+    end (1, at most N), and which of the N go on (1, K).
+    """
+    places = {number: place for place, number in enumerate(going_on[0].tolist())}
+    ended = [None if score == -math.inf else score for score in scores[0].tolist()]
+    rows = zip(parents[0].tolist(), ids[0].tolist(), ranked[0].tolist(), strict=True)
+    ended += [None] * (len(ids[0]) - len(ended))
+    return [
+        Extension(parent, one, total, ended[number], None if one == eos else places.get(number))
+        for number, (parent, one, total) in enumerate(rows)
+        if total > -math.inf
+    ]
 
 
 class Walk:

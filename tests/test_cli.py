@@ -30,7 +30,7 @@ SURFACE = {
     "compare": f"RUN --split --data --beam {COMMON}",
     "average": f"RUN --last {COMMON}",
     "translate": "TEXT --run --input --jsonl --output --beam --length-penalty --n-best --sample --seed --prefix "
-    f"--set --attention {COMMON}",
+    f"--set --attention --tree {COMMON}",
     "score": f"--run --input --output {COMMON}",
     "classify": f"IMAGE --run --top {COMMON}",
     "recipes": "",

@@ -1,10 +1,11 @@
-"""Figures as files: what can be written where, names that fonts can draw, learning curves, and heat maps of confusion
-and attention.
+"""Figures as files: what can be written where, names that fonts can draw, learning curves, heat maps of confusion and
+attention, and the tree of a beam search.
 
 Only the functions that draw import matplotlib, and of it neither pyplot nor a window: figures are plain objects here.
 """
 
 import io
+import itertools
 import math
 import os
 import textwrap
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontEntry
 
+    from dl7cli.tasks.translation import Branch
+
 SUFFIXES = (".png", ".svg")
 COLOURS = 10
 """Of matplotlib's cycle."""
@@ -34,6 +37,10 @@ MOST_CLASSES_WITH_NUMBERS = 20
 _DOTS_PER_INCH = 150
 _POINTS_PER_INCH = 72
 _LONGEST_SIDE = 40.0
+_GAP = 0.5
+"""Inches between hypotheses and those that go on from them."""
+_LETTER, _LINE = 0.078, 0.24
+"""Inches that a character of a hypothesis takes, and a hypothesis."""
 _WORD = "▁"
 """What sentencepiece begins a word with."""
 
@@ -146,6 +153,51 @@ def attention_map(
     return figure, [*columns.notes, *rows.notes]
 
 
+def search_tree(branches: Sequence["Branch"], title: str, *, suffix: str) -> tuple["Figure", list[str]]:
+    """Draw the hypotheses that a beam has considered, a column for each step, for a file that ends in `suffix`.
+
+    In a column the most probable stands above. What was dropped is grey, the path to the ending that scores best blue.
+    Also returns what the user has to be told about tokens that cannot be drawn.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    names = drawable(readable(["", *(branch.token for branch in branches)]), suffix, "target token")
+    families, lines = _heading(title, 60)
+    ended = [number for number, one in enumerate(branches) if one.score is not None]
+    chosen = [max(ended, key=lambda number: branches[number].score or 0.0)]
+    while (parent := branches[chosen[-1]].parent) is not None:
+        chosen.append(parent)
+    labels = [
+        f"{name}  {one.log_probability:.2f}" + ("" if one.score is None else f" → {one.score:.2f}")
+        for name, one in zip(names.labels[1:], branches, strict=True)
+    ]
+    lengths = [_LETTER * console.width(label) for label in labels]
+    # Where each label begins and, in the middle of its line, how far down it is.
+    places: list[tuple[float, float]] = []
+    width = height = 0.0
+    for _, step in itertools.groupby(zip(branches, lengths, strict=True), key=lambda pair: pair[0].step):
+        there = [length for _, length in step]
+        places += [(width + _GAP, _LINE * (row + 0.5)) for row in range(len(there))]
+        width, height = width + _GAP + max(there), max(height, _LINE * len(there))
+    with matplotlib.rc_context({"font.family": list(dict.fromkeys([*names.families, *families]))}):
+        figure = Figure(figsize=(width + 0.4, height + 0.3 + 0.2 * len(lines)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(xlim=(0, width), ylim=(height, 0))
+        axes.axis("off")
+        axes.set_title("\n".join(lines), fontsize=10, loc="left", parse_math=False)
+        for number, (one, label, (x, y)) in enumerate(zip(branches, labels, places, strict=True)):
+            best = number in chosen
+            colour = "C0" if best else "black" if one.lives or one.score is not None else "0.6"
+            weight = "bold" if best else "normal"
+            axes.text(x, y, label, fontsize=8, color=colour, va="center", weight=weight, parse_math=False)
+            left, middle = 0.0, height / 2
+            if one.parent is not None:
+                left, middle = places[one.parent][0] + lengths[one.parent], places[one.parent][1]
+            axes.plot((left, x - 0.05), (middle, y), color=colour, linewidth=1.8 if best else 0.6)
+    return figure, names.notes
+
+
 class Course(NamedTuple):
     """How a run has learnt."""
 
@@ -201,13 +253,11 @@ def _heat_map(
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
-    families, missing = _fonts(_plain(title))
-    heading = "".join("?" if character in missing else character for character in _plain(title))
     cell = min(cell, _LONGEST_SIDE / max(values.shape))
     every = math.ceil(0.16 / cell)  # in very small ones not every name has room
     size = min(9.0, 0.65 * _POINTS_PER_INCH * every * cell)
     height, width = (count * cell for count in values.shape)
-    lines = textwrap.wrap(heading, int(13 * (width + 1)))
+    families, lines = _heading(title, int(13 * (width + 1)))
     longest_row, longest_column = (
         max(console.width(label) for label in names.labels) * 0.62 * size / _POINTS_PER_INCH
         for names in (rows, columns)
@@ -233,6 +283,12 @@ def _heat_map(
             free = (left, 0 if above else along, 1 - left, 1 - along)
             figure.get_layout_engine().set(rect=free)  # type: ignore[union-attr,call-arg]
     return figure, axes, bar
+
+
+def _heading(title: str, longest: int) -> tuple[list[str], list[str]]:
+    """The fonts that a title takes, and its lines of at most so many characters."""
+    families, missing = _fonts(_plain(title))
+    return families, textwrap.wrap("".join("?" if one in missing else one for one in _plain(title)), longest)
 
 
 def readable(tokens: Sequence[str]) -> list[str]:

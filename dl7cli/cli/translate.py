@@ -62,6 +62,10 @@ def translate(
         Path | None,
         typer.Option("--attention", metavar="FILE", help="Draw what one sentence's translation looked at: .png, .svg."),
     ] = None,
+    tree: Annotated[
+        Path | None,
+        typer.Option("--tree", metavar="FILE", help="Draw what the beam tried for one sentence: .png, .svg."),
+    ] = None,
     device: options.Device = "auto",
     gpus: options.Gpus = None,
     precision: options.PrecisionOfSearch = "auto",
@@ -82,8 +86,9 @@ def translate(
     jsonl = jsonl or (source is not None and source.suffix.lower() == ".jsonl")
     if jsonl and as_json:
         raise typer.BadParameter("JSON lines come out as JSON lines; leave --json out")
-    if attention is not None:
-        figures.refuse_unwritable(attention)
+    drawings = {flag: path for flag, path in {"--attention": attention, "--tree": tree}.items() if path is not None}
+    for path in drawings.values():
+        figures.refuse_unwritable(path)
     from dl7cli import recipe as recipes
 
     with contextlib.ExitStack() as stack:
@@ -115,18 +120,22 @@ def translate(
         )
         if seed is not None and decoding.method != "sample":
             raise typer.BadParameter("--seed is of what --sample draws; add --sample")
+        if tree is not None and decoding.method != "beam":
+            raise typer.BadParameter("--tree is of a beam, and --sample or decoding.method = sample draws")
+        if tree is not None and decoding.beam > MOST_DRAWN:
+            raise UserError(f"`--tree` draws a beam of at most {MOST_DRAWN}", hint=f"add `--beam {MOST_DRAWN}`")
         fields = (task.assets["source_language"], "source", "text")
         documents: list[dict[str, Any]] = []
         sought = 0
-        looked: TranslatedLine | None = None
+        drawn: tuple[str, TranslatedLine] | None = None
         for batch in batches:
             chosen = [
                 sentences.field(line, fields, ADDED if n_best > 1 else ADDED[:2], name) if jsonl else line.text
                 for line in batch
             ]
             sought += sum(bool(text.strip()) for text in chosen)
-            if attention is not None and sought > 1:
-                raise UserError("`--attention` draws one sentence, and there are more", hint="give one sentence")
+            if drawings and sought > 1:
+                raise UserError(f"`{next(iter(drawings))}` draws one sentence, and there are more", "give one sentence")
             answers = task.translate(
                 chosen,
                 decoding,
@@ -136,24 +145,29 @@ def translate(
                 attention=as_json or attention is not None,
                 first_line=batch[0].number,
             )
-            for line, translated in zip(batch, answers, strict=True):
+            for line, text, translated in zip(batch, chosen, answers, strict=True):
                 sentences.warn_of_cut(line, translated.cut)
                 if translated.score == -math.inf:
                     console.note(f"warning: line {line.number} has no translation that the keys of decoding allow")
-                looked = translated if translated.alternatives else looked
+                drawn = (text, translated) if translated.alternatives else drawn
                 if as_json:
                     documents.append(as_document(line.text, translated, n_best, matrix=attention is not None))
                 if jsonl:
                     console.pass_on(as_record(line.text, translated, n_best), output)
                 elif target is not None or not as_json:
-                    for text in as_lines(line.number, translated, n_best):
-                        console.pass_on(text, output)
+                    for answer in as_lines(line.number, translated, n_best):
+                        console.pass_on(answer, output)
             output.flush()
             before += len(batch)
-        if attention is not None:
-            if looked is None:
-                raise UserError("there is no sentence whose attention could be drawn", hint="give one sentence")
-            draw(attention, looked, " + ".join(names))
+        if drawings and drawn is None:
+            raise UserError("there is no sentence that could be drawn", hint="give one sentence")
+        if attention is not None and drawn is not None:
+            draw(attention, drawn[1], " + ".join(names))
+        if tree is not None and drawn is not None:
+            branches = task.tree(drawn[0], decoding, n_best=n_best, prefix=begun or "", others=others)
+            title = f"{' + '.join(names)}, beam {decoding.beam}: log-probability → score of those that end"
+            figure, notes = figures.search_tree(branches, title, suffix=tree.suffix)
+            figures.save(figure, tree, notes)
     if as_json:
         console.document({"run": names[0], "others": names[1:], "translations": documents})
 
@@ -184,6 +198,8 @@ def load(
     return called, first, others
 
 
+MOST_DRAWN = 20
+"""Widest beam that is drawn as a tree."""
 ADDED = ("translation", "score", "alternatives")
 """Fields that JSON lines get, the last one where several translations are wanted."""
 

@@ -16,7 +16,7 @@ from dl7cli.errors import UserError
 from dl7cli.models.translator import State, Translator
 from dl7cli.recipe import Decoding
 from dl7cli.sampling import sample
-from dl7cli.search import Hypothesis, Rules, beam_search
+from dl7cli.search import Extension, Hypothesis, Rules, beam_search
 
 
 def search(
@@ -30,12 +30,13 @@ def search(
     numbers: Sequence[int],
     n_best: int,
     attention: bool,
+    tree: list[list[Extension]] | None = None,
 ) -> list[list[Hypothesis]]:
     """The outputs for source (B, S) of lengths (B,): the `n_best` best, or so many samples.
 
     Of each sentence: `subwords`, by which its output is limited, however the model reads it; ids that it begins with;
-    and its number, which samples depend on. Attention is the mean over the models that look at something. Raises
-    UserError where a model has diverged.
+    and its number, which samples depend on. `tree` is as for `beam_search`. Attention is the mean over the models that
+    look at something. Raises UserError where a model has diverged.
     """
     limits = [int(decoding.max_length_ratio * length) + decoding.max_length_offset for length in subwords]
     rules = Rules(
@@ -74,7 +75,16 @@ def search(
         state = tuple(part for _, one in encoded for part in one)
         try:
             if decoding.method == "beam":
-                return beam_search(step, context, state, rules, beam=decoding.beam, n_best=n_best, attention=attention)
+                return beam_search(
+                    step,
+                    context,
+                    state,
+                    rules,
+                    beam=decoding.beam,
+                    n_best=n_best,
+                    attention=attention,
+                    tree=tree,
+                )
             return sample(
                 step,
                 context,

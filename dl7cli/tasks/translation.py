@@ -20,7 +20,7 @@ from dl7cli.models.seq2seq import Seq2Seq, Seq2SeqOptions
 from dl7cli.models.transformer import Transformer
 from dl7cli.models.translator import Translator
 from dl7cli.recipe import ConvS2SModel, Decoding, Seq2SeqModel, TransformerModel, TranslationRecipe
-from dl7cli.search import Hypothesis
+from dl7cli.search import Extension, Hypothesis
 from dl7cli.tasks.checking import PairAssets, built, check_assets
 from dl7cli.tasks.decoding import search, teacher_forced
 from dl7cli.tasks.sentences import PairBatch, SentencePairs, fill
@@ -58,6 +58,22 @@ class TranslatedLine(NamedTuple):
     """The n best, the first included, as far as there are; none for a blank line."""
     cut: int | None
     """To how many subwords the line was cut, where the models read no more."""
+
+
+class Branch(NamedTuple):
+    """A hypothesis that a beam has considered, by the token that makes it another than its parent."""
+
+    parent: int | None
+    """The number of the branch that it goes on from; None where it begins the translation."""
+    step: int
+    """From 1."""
+    token: str
+    log_probability: float
+    """Of the whole hypothesis."""
+    score: float | None
+    """What ranks it, where it ended here."""
+    lives: bool
+    """Whether the beam kept it to go on with."""
 
 
 class ScoredPair(NamedTuple):
@@ -326,6 +342,48 @@ class Translation:
                 answers[at] = TranslatedLine(text, score, tokens, candidates, cut)
             self._progress("translating", begin + len(chosen), len(order))
         return answers
+
+    def tree(
+        self,
+        line: str,
+        decoding: Decoding,
+        *,
+        n_best: int = 1,
+        prefix: str = "",
+        others: Sequence["Translation"] = (),
+    ) -> list[Branch]:
+        """All that beam search considers for a line, step by step, those of a step best first; nothing for a blank one.
+
+        Arguments and mistakes are those of `translate`.
+        """
+        models, limit = self._ensemble(others)
+        ids = self.pairs.source_ids([line])[0][:limit]
+        if not ids:
+            return []
+        steps: list[list[Extension]] = []
+        with self.runtime.autocast_search():
+            search(
+                models,
+                *self.pairs.sources([ids]),
+                decoding,
+                subwords=[len(ids)],
+                prefixes=self.pairs.target_ids([prefix]),
+                numbers=[1],
+                n_best=n_best,
+                attention=False,
+                tree=steps,
+            )
+        branches: list[Branch] = []
+        alive: dict[int, int | None] = {0: None}
+        for number, step in enumerate(steps, start=1):
+            tokens = self.pairs.target_vocabulary.pieces([one.id for one in step])
+            begin = len(branches)
+            branches.extend(
+                Branch(alive[one.parent], number, token, one.log_probability, one.score, one.place is not None)
+                for one, token in zip(step, tokens, strict=True)
+            )
+            alive = {one.place: at for at, one in enumerate(step, start=begin) if one.place is not None}
+        return branches
 
     def score(self, pairs: Sequence[tuple[str, str]], *, others: Sequence["Translation"] = ()) -> list[ScoredPair]:
         """What the model, or an ensemble with `others`, says of each pair's target given its source.
