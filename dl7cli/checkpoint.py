@@ -53,7 +53,7 @@ class Progress(NamedTuple):
     seconds: Annotated[float, Field(ge=0)] = 0.0
     """Training time in all."""
     best: float | None = None
-    """The best validation score so far, in the unit of the primary score."""
+    """The validation score of the epoch kept so far, the best or the last, in the unit of the primary score."""
     best_epoch: _Count | None = None
     """Epochs finished when it was reached."""
 
@@ -348,7 +348,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _swap(folder: Path, new: Path, old: Path) -> None:
     """Put `new` in the place of `folder`, which becomes `old`; where that fails, `folder` is what it was."""
-    had = folder.exists()
+    had = os.path.lexists(folder)  # a link too, wherever it leads
     if had:
         folder.rename(old)
     try:

@@ -400,14 +400,22 @@ def test_doctor(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_closed_stream_leads_nowhere(closed: str, tmp_path: Path) -> None:
-    """And not into a file that is opened in its place."""
+    """And not into a file that is opened in its place, here or in a process that is started."""
 
-    def code(arguments: str) -> int:
-        command = ["sh", "-c", f'exec "$0" -m dl7cli {arguments} {closed}', sys.executable]
-        return subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, timeout=60).returncode
+    def code(command: str) -> int:
+        shell = ["sh", "-c", f'exec "$0" {command} {closed}', sys.executable]
+        return subprocess.run(shell, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, timeout=60).returncode
 
-    assert code("recipes copy resnet mine.toml") == 0
-    assert (tmp_path / "mine.toml").read_text(encoding="utf-8") == (recipe.folder() / "resnet.toml").read_text(
-        encoding="utf-8"
+    assert code("-m dl7cli recipes copy resnet mine.toml") == 0
+    shipped = (recipe.folder() / "resnet.toml").read_text(encoding="utf-8")
+    assert (tmp_path / "mine.toml").read_text(encoding="utf-8") == shipped
+    assert code("-m dl7cli recipes show none-of-that-name") == 1
+    (tmp_path / "inherited.py").write_text(
+        "import os, subprocess, sys\n"
+        "from dl7cli.cli import _open_closed_streams\n"
+        "_open_closed_streams()\n"
+        "looks = 'import os; [os.fstat(number) for number in range(3)]'\n"
+        "sys.exit(subprocess.run([sys.executable, '-c', looks]).returncode)\n",
+        encoding="utf-8",
     )
-    assert code("recipes show none-of-that-name") == 1
+    assert code("inherited.py") == 0

@@ -165,12 +165,18 @@ def save(folder: Path, task: Task, trainer: Trainer, progress: Progress) -> Chec
 # The session: stopped by signals in this process
 
 
-@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize(("first", "changes"), [(1, ()), (2, ("training.select=last",))])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_stopped_at_every_other_report_is_the_run_never_stopped(
-    kind: str, first: int, tiny: dict[str, Path], whole: Callable[[str], Run], tmp_path: Path, every_step: None
+    kind: str,
+    first: int,
+    changes: tuple[str, ...],
+    tiny: dict[str, Path],
+    whole: Callable[..., Run],
+    tmp_path: Path,
+    every_step: None,
 ) -> None:
-    recipe = resolve(str(tiny[kind])).recipe
+    recipe = resolve(str(tiny[kind]), changes).recipe
     run = Run(tmp_path / "run")
 
     def start() -> None:
@@ -185,7 +191,7 @@ def test_a_run_stopped_at_every_other_report_is_the_run_never_stopped(
         places.append(checkpoint.load(run.last).progress)
     assert [place.step for place in places] == sorted(place.step for place in places)
     assert len(places) >= 7
-    assert_same_run(run, whole(kind))
+    assert_same_run(run, whole(kind, *changes))
     environment = json.loads((run.folder / "environment.json").read_text())
     steps = [one["resumed_step"] for one in (*environment["earlier"], environment)]
     assert steps == [0, *(place.step for place in places)]

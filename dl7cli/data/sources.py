@@ -61,9 +61,9 @@ def silent(what: str, done: int, total: int) -> None:
 def cache_folder() -> Path:
     """Return the folder for what is kept between runs: `$DL7_CACHE`, else the user's cache folder."""
     if folder := os.environ.get("DL7_CACHE"):
-        return Path(folder).expanduser()
+        return Path(os.path.expanduser(folder))
     if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(folder).expanduser() / "dl7"
+        return Path(os.path.expanduser(folder)) / "dl7"
     return Path.home() / ".cache" / "dl7"
 
 
@@ -328,7 +328,7 @@ def _in_hub_cache(source: str) -> bool:
     """Tell whether `datasets` has prepared this hub data set before (without importing it)."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
-    folder = Path(os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")).expanduser()
+    folder = Path(os.path.expanduser(os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")))
     identity, configuration = _split_configuration(source)
     *owner, name = identity.split("/")
     # The folder's name is made as by datasets.naming.camelcase_to_snakecase.

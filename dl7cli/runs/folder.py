@@ -44,7 +44,7 @@ class Run:
 
     @property
     def best(self) -> Path:
-        """The checkpoint with the best validation score."""
+        """The checkpoint of the epoch that `training.select` chooses: the best on validation, or the last."""
         return self.folder / "best"
 
     @property

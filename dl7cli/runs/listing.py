@@ -25,7 +25,7 @@ class Summary:
     primary: str | None
     """Which score the next one is, such as `accuracy` (a fraction) or `bleu` (0 to 100)."""
     best: float | None
-    """The best on the validation split."""
+    """Of the epoch kept, on the validation split."""
     test: float | None
     """On the test split, at the end of training."""
     test_primary: str | None
@@ -46,8 +46,6 @@ def _summary(run: Run) -> Summary:
         recipe = None
     closed = [record for record in _readable(metrics, run) if "scores" in record]
     result = result_of(run)
-    named = (record.get("primary") for record in [*closed, result or {}])
-    primary = next((name for name in named if name is not None), None)
     best = chosen(closed, recipe)
     tested = result if result and result.get("split") == "test" else {}
     return Summary(
@@ -57,7 +55,7 @@ def _summary(run: Run) -> Summary:
         data=recipe.data.source if recipe else None,
         state=_state(run, finished=result is not None),
         epochs=max((record.get("epoch", 0) for record in closed), default=0),
-        primary=primary,
+        primary=best["primary"] if best else (result or {}).get("primary"),
         best=best["scores"][best["primary"]] if best else None,
         test=tested.get("scores", {}).get(tested.get("primary")),
         test_primary=tested.get("primary"),

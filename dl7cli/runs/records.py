@@ -68,7 +68,7 @@ def chosen(records: Iterable[dict[str, Any]], recipe: Recipe | None) -> dict[str
     closed = [record for record in records if record.get("primary") is not None]
     if recipe is not None and recipe.training.select == "last":
         return closed[-1] if closed else None
-    return max(closed, key=lambda record: float(record["scores"][record["primary"]]), default=None)
+    return max(closed, key=lambda record: record["scores"][record["primary"]], default=None)
 
 
 def trim_metrics(run: Run, step: int, epochs: int) -> None:

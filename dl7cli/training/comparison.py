@@ -175,7 +175,7 @@ def _answers(one: Loaded, split: str, beam: int | None, *, cased: bool) -> tuple
     """The scores of a run, and of each example whether it was right or how it was translated. Notes the reading."""
     begin = time.monotonic()
     answers: list[Any]
-    record: dict[str, Any] = {"checkpoint": one.folder.resolve().name}
+    record: dict[str, Any] = {"checkpoint": one.checkpoint}
     if isinstance(one.task, Classification):
         logits = one.task.logits(split)
         answers = among_first(logits, one.task.labels(split), 1).tolist()

@@ -1,5 +1,6 @@
 """What a run is worth: evaluating one of its checkpoints, and averaging the last of them into another."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -37,6 +38,11 @@ class Loaded(NamedTuple):
     @property
     def name(self) -> str:
         return runs.called(self.run, self.folder)
+
+    @property
+    def checkpoint(self) -> str:
+        """The name of its folder: `best`, `last` or what else it is called there, wherever a link leads."""
+        return os.path.basename(os.path.abspath(self.folder))
 
     @property
     def seed(self) -> int:
@@ -104,7 +110,7 @@ def evaluate(
     if not isinstance(task, Translation):
         logits = task.logits(split)
         scores = task.judge(split, logits)
-        result = result_of(found, task, split, scores, time.monotonic() - begin, folder.resolve().name)
+        result = result_of(found, task, split, scores, time.monotonic() - begin, members[0].checkpoint)
         note_reading(found, {**result, "precision": runtime.precision})
         if write is not None:
             write(_table(task.answers(split, logits)))
@@ -119,11 +125,11 @@ def evaluate(
         translations = task.translations(split, how, others=partners)
         searched = time.monotonic() - searching
         scores = task.judge(split, translations, others=partners, rouge=rouge)
-        result = result_of(found, task, split, scores, time.monotonic() - start, folder.resolve().name)
+        result = result_of(found, task, split, scores, time.monotonic() - start, members[0].checkpoint)
         names = [one.name for one in members]
         given = {name: value for name, value in settings.items() if value is not None}
         for number, one in enumerate(members):
-            own: dict[str, Any] = {"run": str(one.run.folder), "checkpoint": one.folder.resolve().name}
+            own: dict[str, Any] = {"run": str(one.run.folder), "checkpoint": one.checkpoint}
             own["recipe"] = one.task.recipe.name
             if partners:
                 own["others"] = [*names[:number], *names[number + 1 :]]
