@@ -320,6 +320,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 def _clear(folder: Path, new: Path, old: Path) -> None:
     """Remove what a killed save has left, except for the only whole checkpoint."""
     if old.exists() and not folder.exists():
+        folder.unlink(missing_ok=True)  # a link that leads nowhere
         old.rename(folder)
     for path in (new, old):
         if path.is_symlink():  # what lies there is not of this run

@@ -123,7 +123,7 @@ class Extension(NamedTuple):
     score: float | None
     """What ranks it, where it ends here."""
     place: int | None
-    """Which of the live hypotheses of the next step it is; None where it ends, or is not gone on with."""
+    """Which of the live hypotheses of the next step it is; None where it ends, is dropped, or the search is over."""
 
 
 def beam_search(
@@ -188,11 +188,11 @@ def beam_search(
         finished = finished + finishing.sum(dim=1)
 
         going_on = ends.byte().argsort(dim=1, stable=True)[:, :beam]
-        if tree is not None:
-            tree.append(_extensions(parents, tokens, ranked, scores, going_on, rules.eos))
         totals = ranked.masked_fill(ends, -math.inf).gather(1, going_on)
         done = (finished >= beam) | (totals[:, 0] / most <= best[:, -1, 0])
         totals = totals.masked_fill(done[:, None], -math.inf)  # so nothing more of it can finish
+        if tree is not None and (step_of_tree := _extensions(parents, tokens, ranked, scores, going_on, totals)):
+            tree.append(step_of_tree)
         kept = walk.advance(
             tokens.gather(1, going_on), parents.gather(1, going_on), gains.gather(1, going_on), totals > -math.inf
         )
@@ -202,17 +202,17 @@ def beam_search(
 
 
 def _extensions(
-    parents: Tensor, ids: Tensor, ranked: Tensor, scores: Tensor, going_on: Tensor, eos: int
+    parents: Tensor, ids: Tensor, ranked: Tensor, scores: Tensor, going_on: Tensor, totals: Tensor
 ) -> list[Extension]:
     """What a step has ranked for the only sentence: parents, ids and log-probabilities (1, N), scores of the first that
-    end (1, at most N), and which of the N go on (1, K).
+    end (1, at most N), which of the N are kept (1, K) and with what log-probabilities, -inf where the search is over.
     """
-    places = {number: place for place, number in enumerate(going_on[0].tolist())}
-    ended = [None if score == -math.inf else score for score in scores[0].tolist()]
+    kept = zip(going_on[0].tolist(), totals[0].tolist(), strict=True)
+    places = {number: place for place, (number, total) in enumerate(kept) if total > -math.inf}
+    ended = {number: score for number, score in enumerate(scores[0].tolist()) if score > -math.inf}
     rows = zip(parents[0].tolist(), ids[0].tolist(), ranked[0].tolist(), strict=True)
-    ended += [None] * (len(ids[0]) - len(ended))
     return [
-        Extension(parent, one, total, ended[number], None if one == eos else places.get(number))
+        Extension(parent, one, total, ended.get(number), places.get(number))
         for number, (parent, one, total) in enumerate(rows)
         if total > -math.inf
     ]

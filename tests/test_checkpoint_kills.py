@@ -294,6 +294,12 @@ def test_a_link_is_replaced_and_what_it_leads_to_is_kept(folder: Path, tmp_path:
         assert not folder.is_symlink()
     assert_same(checkpoint.load(tmp_path / "disk" / "last", training=True), example())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "last"]
+    folder.rename(tmp_path / "last.old")
+    for _ in range(2):  # once with a whole checkpoint beside it
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.symlink_to(tmp_path / "nowhere")
+        checkpoint.save(folder, example())
+        assert_same(checkpoint.load(folder, training=True), example())
     # As a version that left it there did.
     (tmp_path / "last.old").symlink_to(tmp_path / "disk" / "last")
     checkpoint.save(folder, example())

@@ -36,6 +36,8 @@ LONGEST_NAME = 24
 MOST_CLASSES_WITH_NUMBERS = 20
 _DOTS_PER_INCH = 150
 _POINTS_PER_INCH = 72
+MOST_STEPS = 100
+"""Of a search that is drawn as a tree: some 25,000 pixels."""
 _LONGEST_SIDE = 40.0
 _GAP = 0.5
 """Inches between hypotheses and those that go on from them."""
@@ -156,21 +158,25 @@ def attention_map(
 def search_tree(branches: Sequence["Branch"], title: str, *, suffix: str) -> tuple["Figure", list[str]]:
     """Draw the hypotheses that a beam has considered, a column for each step, for a file that ends in `suffix`.
 
-    In a column the most probable stands above. What was dropped is grey, the path to the ending that scores best blue.
-    Also returns what the user has to be told about tokens that cannot be drawn.
+    At least one has ended. In a column the most probable stands above. What was dropped is grey, the path to the ending
+    that scores best blue. Also returns what the user has to be told about tokens that cannot be drawn. Raises UserError
+    where there are more than `MOST_STEPS`.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    names = drawable(readable(["", *(branch.token for branch in branches)]), suffix, "target token")
-    families, lines = _heading(title, 60)
+    steps = branches[-1].step
+    if steps > MOST_STEPS:
+        raise UserError(f"a tree of {steps} steps is too wide to be drawn", hint="give a shorter sentence")
+    # None is the first of a text, which would hide that it goes on with a word.
+    names = drawable(readable(["", *(branch.token for branch in branches)])[1:], suffix, "target token")
     ended = [number for number, one in enumerate(branches) if one.score is not None]
     chosen = [max(ended, key=lambda number: branches[number].score or 0.0)]
     while (parent := branches[chosen[-1]].parent) is not None:
         chosen.append(parent)
     labels = [
         f"{name}  {one.log_probability:.2f}" + ("" if one.score is None else f" → {one.score:.2f}")
-        for name, one in zip(names.labels[1:], branches, strict=True)
+        for name, one in zip(names.labels, branches, strict=True)
     ]
     lengths = [_LETTER * console.width(label) for label in labels]
     # Where each label begins and, in the middle of its line, how far down it is.
@@ -180,6 +186,8 @@ def search_tree(branches: Sequence["Branch"], title: str, *, suffix: str) -> tup
         there = [length for _, length in step]
         places += [(width + _GAP, _LINE * (row + 0.5)) for row in range(len(there))]
         width, height = width + _GAP + max(there), max(height, _LINE * len(there))
+    families, lines = _heading(title, int(13 * (width + 0.3)))
+    best = set(chosen)
     with matplotlib.rc_context({"font.family": list(dict.fromkeys([*names.families, *families]))}):
         figure = Figure(figsize=(width + 0.4, height + 0.3 + 0.2 * len(lines)), layout="constrained")
         axes = figure.add_subplot()
@@ -187,14 +195,13 @@ def search_tree(branches: Sequence["Branch"], title: str, *, suffix: str) -> tup
         axes.axis("off")
         axes.set_title("\n".join(lines), fontsize=10, loc="left", parse_math=False)
         for number, (one, label, (x, y)) in enumerate(zip(branches, labels, places, strict=True)):
-            best = number in chosen
-            colour = "C0" if best else "black" if one.lives or one.score is not None else "0.6"
-            weight = "bold" if best else "normal"
+            colour = "C0" if number in best else "black" if one.lives or one.score is not None else "0.6"
+            weight = "bold" if number in best else "normal"
             axes.text(x, y, label, fontsize=8, color=colour, va="center", weight=weight, parse_math=False)
             left, middle = 0.0, height / 2
             if one.parent is not None:
                 left, middle = places[one.parent][0] + lengths[one.parent], places[one.parent][1]
-            axes.plot((left, x - 0.05), (middle, y), color=colour, linewidth=1.8 if best else 0.6)
+            axes.plot((left, x - 0.05), (middle, y), color=colour, linewidth=1.8 if number in best else 0.6)
     return figure, names.notes
 
 

@@ -88,7 +88,7 @@ def train(
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train a recipe, keep the best model, and evaluate it.
+    """Train a recipe, keep the best epoch, or the last where the recipe says so, and evaluate it.
 
     What is trained stands in the recipe; --set changes a key of it. Ctrl-C finishes the step, saves, stops.
 

@@ -14,7 +14,7 @@ from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
     from dl7cli.data.sources import Progress
-    from dl7cli.tasks.translation import Candidate, TranslatedLine, Translation
+    from dl7cli.tasks.translation import Branch, Candidate, TranslatedLine, Translation
 
 
 def translate(
@@ -89,6 +89,9 @@ def translate(
     drawings = {flag: path for flag, path in {"--attention": attention, "--tree": tree}.items() if path is not None}
     for path in drawings.values():
         figures.refuse_unwritable(path)
+    written = [path.resolve() for path in (*drawings.values(), target) if path is not None]
+    if len(set(written)) < len(written):
+        raise typer.BadParameter("name another file for each of --output, --attention and --tree")
     from dl7cli import recipe as recipes
 
     with contextlib.ExitStack() as stack:
@@ -127,7 +130,8 @@ def translate(
         fields = (task.assets["source_language"], "source", "text")
         documents: list[dict[str, Any]] = []
         sought = 0
-        drawn: tuple[str, TranslatedLine] | None = None
+        drawn: TranslatedLine | None = None
+        branches: list[Branch] | None = None if tree is None else []
         for batch in batches:
             chosen = [
                 sentences.field(line, fields, ADDED if n_best > 1 else ADDED[:2], name) if jsonl else line.text
@@ -143,13 +147,14 @@ def translate(
                 prefixes=None if begun is None else [begun] * len(chosen),
                 others=others,
                 attention=as_json or attention is not None,
+                tree=branches,
                 first_line=batch[0].number,
             )
-            for line, text, translated in zip(batch, chosen, answers, strict=True):
+            for line, translated in zip(batch, answers, strict=True):
                 sentences.warn_of_cut(line, translated.cut)
                 if translated.score == -math.inf:
                     console.note(f"warning: line {line.number} has no translation that the keys of decoding allow")
-                drawn = (text, translated) if translated.alternatives else drawn
+                drawn = translated if translated.alternatives else drawn
                 if as_json:
                     documents.append(as_document(line.text, translated, n_best, matrix=attention is not None))
                 if jsonl:
@@ -161,15 +166,14 @@ def translate(
             before += len(batch)
         if drawings and drawn is None:
             raise UserError("there is no sentence that could be drawn", hint="give one sentence")
-        if attention is not None and drawn is not None:
-            draw(attention, drawn[1], " + ".join(names))
-        if tree is not None and drawn is not None:
-            branches = task.tree(drawn[0], decoding, n_best=n_best, prefix=begun or "", others=others)
-            title = f"{' + '.join(names)}, beam {decoding.beam}: log-probability → score of those that end"
-            figure, notes = figures.search_tree(branches, title, suffix=tree.suffix)
-            figures.save(figure, tree, notes)
     if as_json:
         console.document({"run": names[0], "others": names[1:], "translations": documents})
+    if attention is not None and drawn is not None:
+        draw(attention, drawn, " + ".join(names))
+    if tree is not None and branches is not None:
+        title = f"{' + '.join(names)}, beam {decoding.beam}: log-probability → score of those that end"
+        figure, notes = figures.search_tree(branches, title, suffix=tree.suffix)
+        figures.save(figure, tree, notes)
 
 
 def load(

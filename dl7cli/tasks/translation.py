@@ -61,7 +61,7 @@ class TranslatedLine(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """A hypothesis that a beam has considered, by the token that makes it another than its parent."""
+    """A hypothesis among the best twice as many as the beam of a step, by the token that it adds to its parent."""
 
     parent: int | None
     """The number of the branch that it goes on from; None where it begins the translation."""
@@ -73,7 +73,7 @@ class Branch(NamedTuple):
     score: float | None
     """What ranks it, where it ended here."""
     lives: bool
-    """Whether the beam kept it to go on with."""
+    """Whether the beam went on with it."""
 
 
 class ScoredPair(NamedTuple):
@@ -293,16 +293,18 @@ class Translation:
         prefixes: Sequence[str] | None = None,
         others: Sequence["Translation"] = (),
         attention: bool = False,
+        tree: list[Branch] | None = None,
         first_line: int = 1,
     ) -> list[TranslatedLine]:
         """Translate each line; a blank one stays blank. `decoding` is the recipe's where it is not given.
 
         By the method `sample` the n best are n samples in the order drawn; they depend on `decoding.seed` and on the
         number of the line, counted from `first_line`. `prefixes` are texts that the translations begin with, `others`
-        the rest of an ensemble. `attention`: whether candidates have theirs. Lines of like length are searched
-        together, which in float32 changes a result where two tie within rounding, and else only the time. Raises
-        UserError where `n_best` is more than the beam, where a prefix has what the vocabulary has not, and ValueError
-        where models of an ensemble do not agree.
+        the rest of an ensemble. `attention`: whether candidates have theirs. `tree`, where at most one line is not
+        blank, is given what a beam has considered for it. Lines of like length are searched together, which in float32
+        changes a result where two tie within rounding, and else only the time. Raises UserError where `n_best` is more
+        than the beam, where a prefix has what the vocabulary has not, and ValueError where models of an ensemble do not
+        agree, or a tree is wanted of several lines.
         """
         decoding = self.recipe.decoding if decoding is None else decoding
         if decoding.method == "beam" and n_best > decoding.beam:
@@ -320,6 +322,7 @@ class Translation:
         answers = [TranslatedLine("", 0.0, [], [], None)] * len(lines)
         order = sorted((at for at, ids in enumerate(encoded) if ids), key=lambda at: len(encoded[at]))
         size = max(1, HYPOTHESES_AT_ONCE // (decoding.beam if decoding.method == "beam" else n_best))
+        steps: list[list[Extension]] | None = None if tree is None else []
         for begin in range(0, len(order), size):
             chosen = order[begin : begin + size]
             sentences = [encoded[at][:limit] for at in chosen]
@@ -333,6 +336,7 @@ class Translation:
                     numbers=[first_line + at for at in chosen],
                     n_best=n_best,
                     attention=attention,
+                    tree=steps,
                 )
             for at, ids, hypotheses in zip(chosen, sentences, found, strict=True):
                 tokens = self.pairs.source_tokens(ids)
@@ -341,49 +345,9 @@ class Translation:
                 cut = limit if len(encoded[at]) > limit else None
                 answers[at] = TranslatedLine(text, score, tokens, candidates, cut)
             self._progress("translating", begin + len(chosen), len(order))
+        if tree is not None:
+            tree.extend(self._branches(steps or []))
         return answers
-
-    def tree(
-        self,
-        line: str,
-        decoding: Decoding,
-        *,
-        n_best: int = 1,
-        prefix: str = "",
-        others: Sequence["Translation"] = (),
-    ) -> list[Branch]:
-        """All that beam search considers for a line, step by step, those of a step best first; nothing for a blank one.
-
-        Arguments and mistakes are those of `translate`.
-        """
-        models, limit = self._ensemble(others)
-        ids = self.pairs.source_ids([line])[0][:limit]
-        if not ids:
-            return []
-        steps: list[list[Extension]] = []
-        with self.runtime.autocast_search():
-            search(
-                models,
-                *self.pairs.sources([ids]),
-                decoding,
-                subwords=[len(ids)],
-                prefixes=self.pairs.target_ids([prefix]),
-                numbers=[1],
-                n_best=n_best,
-                attention=False,
-                tree=steps,
-            )
-        branches: list[Branch] = []
-        alive: dict[int, int | None] = {0: None}
-        for number, step in enumerate(steps, start=1):
-            tokens = self.pairs.target_vocabulary.pieces([one.id for one in step])
-            begin = len(branches)
-            branches.extend(
-                Branch(alive[one.parent], number, token, one.log_probability, one.score, one.place is not None)
-                for one, token in zip(step, tokens, strict=True)
-            )
-            alive = {one.place: at for at, one in enumerate(step, start=begin) if one.place is not None}
-        return branches
 
     def score(self, pairs: Sequence[tuple[str, str]], *, others: Sequence["Translation"] = ()) -> list[ScoredPair]:
         """What the model, or an ensemble with `others`, says of each pair's target given its source.
@@ -422,6 +386,20 @@ class Translation:
             raise ValueError("the models of an ensemble must read and write the same")
         tasks = [self, *others]
         return [one.model for one in tasks], min(one.recipe.data.max_length for one in tasks)
+
+    def _branches(self, steps: Sequence[Sequence[Extension]]) -> list[Branch]:
+        """The hypotheses of a search step by step, those of a step best first."""
+        branches: list[Branch] = []
+        alive: dict[int, int | None] = {0: None}
+        for number, step in enumerate(steps, start=1):
+            begin = len(branches)
+            tokens = self.pairs.target_vocabulary.pieces([one.id for one in step])
+            branches.extend(
+                Branch(alive[one.parent], number, token, one.log_probability, one.score, one.place is not None)
+                for one, token in zip(step, tokens, strict=True)
+            )
+            alive = {one.place: at for at, one in enumerate(step, start=begin) if one.place is not None}
+        return branches
 
     def _candidate(self, found: Hypothesis, source_length: int) -> Candidate:
         return Candidate(

@@ -66,12 +66,12 @@ def evaluate(
     note: Callable[[str], None] = lambda text: None,
     confusion: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate a run's best epoch, or the checkpoint named, and note the reading; returns what `--json` prints.
+    """Evaluate the epoch that a run kept as `best`, or the checkpoint named; returns what `--json` prints.
 
-    `note` is called with what was done to the data. With `confusion` the details must hold a confusion matrix. A
-    translator is evaluated with each of `beams`, or as the recipe says where there are none, and with `overrides` of
-    keys of `decoding`; `rouge` is scored besides. With `others`, which are runs too, it answers as an ensemble: the
-    reading is noted in each, and the result has their names as `others`. `write` is called with the
+    The reading is noted. `note` is called with what was done to the data. With `confusion` the details must hold a
+    confusion matrix. A translator is evaluated with each of `beams`, or as the recipe says where there are none, and
+    with `overrides` of keys of `decoding`; `rouge` is scored besides. With `others`, which are runs too, it answers as
+    an ensemble: the reading is noted in each, and the result has their names as `others`. `write` is called with the
     translations, where there is one beam, or with the lines of a table of a classifier's answers, in the data's order.
     Raises UserError, before anything is scored, where the run cannot give what is asked for or cannot note the reading.
 

@@ -36,7 +36,7 @@ _RUN = "run"
 def train(
     recipe: Recipe | None, *, out: Path | None = None, runtime: Runtime, offline: bool = False, listener: Listener
 ) -> dict[str, Any]:
-    """Train a recipe in a new run folder and evaluate the best epoch; returns what `--json` prints.
+    """Train a recipe in a new run folder and evaluate the epoch it selects; returns what `--json` prints.
 
     Of several workers each calls this, but only what the first is given counts, and only it returns anything; those
     that were started in the place of others go on with the run of these. Raises UserError for anything a user can put
