@@ -459,14 +459,6 @@ def test_by_chrf(train: Callable[..., Any]) -> None:
     assert result["primary"] == "bleu"
 
 
-def test_a_sample_stays_on_its_line() -> None:
-    sample = {"source": 99 * "a" + "\nb", "translation": "c\x1b[2Jd\u2028e", "reference": ""}
-    scores = Scores("bleu", {"bleu": 12.345}, 5, details={"sample": sample})
-    assert progress.summary(training.Epoch(3, scores, "validation", False, 1.0)) == (
-        "epoch 3  validation BLEU 12.35, greedy\n  " + 99 * "a" + "… → c\\x1b[2Jd\\u2028e"
-    )
-
-
 def test_runs_name_both_scores(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     _, result, heard = train("seq2seq", "training.select=loss", "training.epochs=1")
     monkeypatch.setattr(runs.folder, "RUNS", Path())

@@ -15,7 +15,9 @@ import fuzzing
 import pytest
 from running import ENVIRONMENT, TINY_SEQ2SEQ, dl7, succeed
 
-from dl7cli.cli import console
+from dl7cli import training
+from dl7cli.cli import console, progress
+from dl7cli.metrics import Scores
 
 TEXTS = {
     "title": "\x1b]0;title\x07",
@@ -207,3 +209,11 @@ def test_a_translation_is_shown_on_a_terminal(obedient: Path) -> None:
     sent = on_a_terminal("translate", "--jsonl", "--n-best", "2", cwd=obedient, stdin=record)
     assert not SENT.search(sent)
     assert sent.startswith('{"en": "red", "x": "\\x9b2J", "translation": "\\u001b[31mred\\n\\x9b0m\\u202e", "score": ')
+
+
+def test_a_sample_stays_on_its_line() -> None:
+    sample = {"source": 99 * "a" + "\nb", "translation": "c\x1b[2Jd\u2028e", "reference": ""}
+    scores = Scores("bleu", {"bleu": 12.345}, 5, details={"sample": sample})
+    assert progress.summary(training.Epoch(3, scores, "validation", False, 1.0)) == (
+        "epoch 3  validation BLEU 12.35, greedy\n  " + 99 * "a" + "… → c\\x1b[2Jd\\u2028e"
+    )
