@@ -14,7 +14,7 @@ from dl7cli.significance import LEVEL
 from dl7cli.tasks import Task
 from dl7cli.tasks.classification import Classification
 from dl7cli.tasks.translation import Translation
-from dl7cli.training.evaluation import Loaded, note_reading, result_of
+from dl7cli.training.evaluation import Loaded, note_reading, refuse_unfit, result_of
 
 
 def compare(
@@ -44,12 +44,7 @@ def compare(
     """
     begin = time.monotonic()
     found = [[runs.find(name) for name in side] for side in sides]
-    seen = set()
-    for run, folder in (one for side in found for one in side):
-        if folder.resolve() in seen:
-            raise UserError(f"`{runs.called(run, folder)}` is named twice", hint="name each run once")
-        seen.add(folder.resolve())
-        runs.refuse_unwritable(run)
+    refuse_unfit([one for side in found for one in side])
     several = len(sides[0]) > 1
     if any((len(side) > 1) != several for side in sides):
         hint = "name several runs of every side, with commas between them, or one of each"

@@ -97,7 +97,7 @@ def evaluate(
             raise UserError(f"run `{found.folder}` is a {kind}: it has no {what}", hint="leave the option out")
     members, decodings = [Loaded(found, folder, task)], []
     if isinstance(task, Translation):
-        members += _partners(others, folder, runtime, offline=offline, progress=progress)
+        members += _partners(others, (found, folder), runtime, offline=offline, progress=progress)
         partners = [one.task for one in members[1:] if isinstance(one.task, Translation)]
         refuse_disagreement([one.name for one in members], [task, *partners])
         method = "beam" if beams else None
@@ -147,20 +147,25 @@ def evaluate(
 
 
 def _partners(
-    names: Sequence[str], first: Path, runtime: Runtime, *, offline: bool, progress: Progress
+    names: Sequence[str], first: tuple[Run, Path], runtime: Runtime, *, offline: bool, progress: Progress
 ) -> list[Loaded]:
-    """The translators that are to answer together with the one in `first`, on whose data they are evaluated."""
+    """The translators that are to answer together with `first`, on whose data they are evaluated."""
     found = [runs.find(name, task="translation") for name in names]
-    seen = {first.resolve()}
+    refuse_unfit([first, *found])
+    return [
+        Loaded(run, folder, tasks.load(folder, runtime=runtime, offline=offline, progress=progress, task="translation"))
+        for run, folder in found
+    ]
+
+
+def refuse_unfit(found: Sequence[tuple[Run, Path]]) -> None:
+    """Raise UserError where a checkpoint of a run is named twice, or its reading could not be noted."""
+    seen = set()
     for run, folder in found:
         if folder.resolve() in seen:
             raise UserError(f"`{runs.called(run, folder)}` is named twice", hint="name each run once")
         seen.add(folder.resolve())
         runs.refuse_unwritable(run)
-    return [
-        Loaded(run, folder, tasks.load(folder, runtime=runtime, offline=offline, progress=progress, task="translation"))
-        for run, folder in found
-    ]
 
 
 def _table(answers: Sequence[tuple[str, str, float]]) -> list[str]:
