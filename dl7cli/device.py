@@ -16,7 +16,7 @@ from torch import Tensor
 from dl7cli.distributed import ALONE, Workers
 from dl7cli.errors import UserError
 
-_NO_MEMORY = re.compile("can(no|')t allocate memory|out of memory|could not create a primitive|start new thread", re.I)
+_NO_MEMORY = re.compile("can(no|')t allocate memory|out of memory|could not create a primitive(?! desc)|start new thread", re.I)
 """Said by torch, the drivers of GPUs, oneDNN and Python in a RuntimeError of no type of its own."""
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 # Those that torch knows; the first is also the one that makes cuDNN's recurrent layers repeatable.
@@ -115,8 +115,9 @@ def choose(
     if precision == "auto":
         precision = "bf16" if fast else "fp32"
         why += f"; {precision} because {fast or 'this hardware has no fast bf16'}"
-    elif precision == "fp16" and chosen.type == "cpu":
-        raise UserError("the CPU cannot compute in fp16", hint="use `--precision bf16` or `--precision fp32`")
+    elif chosen.type == "cpu" and precision not in precisions(chosen):
+        can = " or ".join(f"`--precision {name}`" for name in precisions(chosen))
+        raise UserError(f"this CPU cannot compute in {precision}", hint=f"use {can}")
     else:
         why += f"; {precision} as asked"
     if deterministic:
@@ -170,7 +171,7 @@ def precisions(device: torch.device) -> list[str]:
         case "cuda":
             return ["fp32", "bf16", "fp16"] if _bf16_hardware(device) else ["fp32", "fp16"]
         case "cpu":
-            return ["fp32", "bf16"]
+            return ["fp32", "bf16"] if _computes_bf16() else ["fp32"]
         case _:
             return ["fp32", "fp16"]
 
@@ -357,6 +358,15 @@ def _bf16_hardware(device: torch.device) -> str:
         if "avx512_bf16" in flags:
             return "the CPU has AVX512-BF16"
     return ""
+
+
+def _computes_bf16() -> bool:
+    """Whether this CPU has what oneDNN needs for bf16; one whose flags are not known is taken at its word.
+
+    Without, LSTMs cannot be had in it, and all else takes some hundred times as long as in float32.
+    """
+    flags = _cpu_flags()
+    return not flags or not flags.isdisjoint({"avx512bw", "avx512_bf16", "amx_bf16", "avx_ne_convert"})
 
 
 def _cpu_flags() -> set[str]:

@@ -23,15 +23,22 @@ settings.load_profile("dl7")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where torch sees no CUDA device."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
+    """Skip the tests marked `gpu` where torch sees no CUDA device, those marked `bf16` where the CPU lacks that."""
+    marked = {name: [item for item in items if item.get_closest_marker(name)] for name in ("gpu", "bf16")}
+    if not any(marked.values()):
         return
     import torch
 
+    from dl7cli.device import precisions
+
+    missing = {}
     if not torch.cuda.is_available():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+        missing["gpu"] = "needs a CUDA device, and torch sees none"
+    if "bf16" not in precisions(torch.device("cpu")):
+        missing["bf16"] = "needs a CPU that computes in bf16"
+    for name, reason in missing.items():
+        for item in marked[name]:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from running import succeed
 from torch import Tensor, nn
 
-from dl7cli import tasks
+from dl7cli import device, tasks
 from dl7cli.device import Runtime, precisions
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve
@@ -19,6 +19,14 @@ from dl7cli.training import optimisation
 from dl7cli.training.benchmark import LAYOUTS, ROUNDS, SETTLING_STEPS, benchmark
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
+HERE = precisions(CPU.device)
+"""Those of this machine: what runs as a command is timed in them."""
+
+
+@pytest.fixture
+def bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that computes in bf16, or is taken for one: convolutions can be had in it everywhere."""
+    monkeypatch.setattr(device, "_cpu_flags", set)
 
 
 def build(tiny: dict[str, Path], *overrides: str) -> Classification:
@@ -28,7 +36,7 @@ def build(tiny: dict[str, Path], *overrides: str) -> Classification:
 
 
 def test_each_setting_is_run_as_it_says_and_the_tasks_own_model_stays(
-    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    tiny: dict[str, Path], bf16: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = set()
     own_loss = Classification.loss
@@ -74,7 +82,30 @@ def test_the_work_of_muon_is_timed_though_the_weights_stay(
     assert sum(seen) >= steps * filters > 0
 
 
-def test_what_cannot_be_compiled_is_left_out_and_said(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_those_of_most_of_a_training(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images have their full size, and the moving average of its weights is kept."""
+    sizes, averaged = set(), []
+    own_loss, own_update = Classification.loss, optimisation.WeightAverage.update
+
+    def loss(self: Classification, batch: Any) -> tuple[Tensor, int]:
+        sizes.add(batch.images.shape[-1])
+        return own_loss(self, batch)
+
+    def update(self: optimisation.WeightAverage, step: int, skipped: Tensor | None = None) -> None:
+        averaged.append(step)
+        own_update(self, step, skipped)
+
+    monkeypatch.setattr(Classification, "loss", loss)
+    monkeypatch.setattr(optimisation.WeightAverage, "update", update)
+    small = ("data.image_size=16", "training.small_size=8", "training.small_part=0.6")
+    found = benchmark(build(tiny, *small, "training.ema_decay=0.9", "training.compile=never"), seconds=0.001)
+    assert sizes == {16}
+    assert len(averaged) >= len(found.measured) * (ROUNDS + SETTLING_STEPS)
+
+
+def test_what_cannot_be_compiled_is_left_out_and_said(
+    tiny: dict[str, Path], bf16: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def compiled(model: nn.Module, **settings: Any) -> nn.Module:
         raise RuntimeError("no compiler\nand much advice")
 
@@ -88,8 +119,17 @@ def test_what_cannot_be_compiled_is_left_out_and_said(tiny: dict[str, Path], mon
     assert refused.value.hint == "use `--set training.compile=never`"
 
 
-def test_every_precision_of_a_device_can_be_chosen() -> None:
-    assert precisions(torch.device("cpu")) == ["fp32", "bf16"]
+def test_bf16_is_timed_where_the_cpu_has_it_and_its_lack_is_said(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for flags, timed, notes in (
+        ({"avx2"}, ["fp32"], ["bf16: not timed, as this CPU has no instructions that it needs"]),
+        ({"avx2", "avx512bw"}, ["fp32", "bf16"], []),
+    ):
+        monkeypatch.setattr(device, "_cpu_flags", lambda flags=flags: flags)
+        found = benchmark(build(tiny, "training.compile=never"), seconds=0.001)
+        assert [one.setting.precision for one in found.measured] == [name for name in timed for _ in LAYOUTS]
+        assert found.notes == notes
 
 
 # The command
@@ -120,7 +160,7 @@ def test_bench_times_a_classifier_in_every_setting(tmp_path: Path) -> None:
     assert (document["task"], document["data"], document["unit"]) == ("classification", "builtin:shapes", "images/s")
     found = [(one["precision"], one["layout"], one["compiled"], one["compile_seconds"]) for one in document["results"]]
     assert sorted(found) == [
-        (precision, layout, False, None) for precision in ("bf16", "fp32") for layout in ("channels-last", "nchw")
+        (precision, layout, False, None) for precision in sorted(HERE) for layout in ("channels-last", "nchw")
     ]
     assert not list(tmp_path.iterdir()), "no run is made"
 
@@ -140,10 +180,8 @@ def test_bench_times_a_translator_in_every_precision(recipe: str, sizes: str, tm
     document = succeed("bench", recipe, *flags, "--json", cwd=tmp_path).document
     check_bench(document)
     assert document["unit"] == "target tokens/s"
-    assert [(one["precision"], one["layout"], one["compiled"]) for one in document["results"]] == [
-        ("fp32", None, False),
-        ("bf16", None, False),
-    ]
+    found = [(one["precision"], one["layout"], one["compiled"]) for one in document["results"]]
+    assert found == [(precision, None, False) for precision in HERE]
 
 
 def test_the_table_of_bench_names_the_fastest(tmp_path: Path) -> None:
@@ -152,7 +190,7 @@ def test_the_table_of_bench_names_the_fastest(tmp_path: Path) -> None:
     header, *rows, last = shown.out.splitlines()
     assert header.split()[:3] == ["PRECISION", "LAYOUT", "COMPILED"]
     rates = {tuple(row.split()[:2]): float(row.split()[-1].replace(",", "")) for row in rows}
-    assert len(rates) == 4
+    assert len(rates) == len(HERE) * len(LAYOUTS)
     named = re.fullmatch(r"fastest: (\S+), (\S+): .*", last)
     assert named is not None
     assert rates[named[1], named[2]] == max(rates.values())

@@ -290,7 +290,7 @@ def compiled(recipe: Path, run: Run, precision: str, cache: Path, *, deadly: int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.bf16)])
 def test_a_compiled_run_that_is_killed_goes_on_to_the_same_bits(
     precision: str, tiny: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from dl7cli.device import (
     evaluation_mode,
     for_workers,
     of_worker,
+    out_of_memory,
     random_state,
     restore_random_state,
 )
@@ -158,8 +159,8 @@ TWO = "cuda:0 (GPU 0), cuda:1 (GPU 1)"
         (("cuda:99999999999999999999",), 0, "there is no device `cuda:99999999999999999999`", "use `--device cpu`"),
         (("mps",), 0, "there is no device `mps` on this machine", "use `--device cpu`"),
         (("cpu", "fp8"), 0, "there is no precision `fp8`", "choose one of auto, fp32, bf16, fp16"),
-        (("cpu", "fp16"), 0, "the CPU cannot compute in fp16", "use `--precision bf16` or `--precision fp32`"),
-        (("auto", "fp16"), 0, "the CPU cannot compute in fp16", "use `--precision bf16` or `--precision fp32`"),
+        (("cpu", "fp16"), 0, "this CPU cannot compute in fp16", "use `--precision fp32` or `--precision bf16`"),
+        (("auto", "fp16"), 0, "this CPU cannot compute in fp16", "use `--precision fp32` or `--precision bf16`"),
         (("auto", "auto", "0"), 0, f"there is no device `cuda:0`; seen here: {NONE}", "use `--device cpu`"),
         (("auto", "auto", "2"), 2, f"there is no device `cuda:2`; seen here: {TWO}", "use `--device cpu`"),
         (("auto", "auto", "all"), 0, f"`--gpus all`: these are not all to be had; seen here: {NONE}", "give numbers"),
@@ -182,6 +183,22 @@ def test_what_is_not_to_be_had_is_refused(
     assert refused.value.message.startswith(message)
     assert refused.value.hint is not None
     assert refused.value.hint.startswith(hint)
+
+
+def test_bf16_is_refused_where_a_cpu_would_imitate_it(machine: Machine) -> None:
+    machine.has(flags={"avx", "avx2", "fma"})
+    for precision in ("bf16", "fp16"):
+        with pytest.raises(UserError, match=f"this CPU cannot compute in {precision}") as refused:
+            choose("cpu", precision)
+        assert refused.value.hint == "use `--precision fp32`"
+    for flags in ({"avx2", "avx512bw"}, {"avx2", "avx_ne_convert"}, set()):
+        machine.has(flags=flags)
+        assert chosen(choose("cpu", "bf16")) == ("cpu", "bf16")
+
+
+def test_what_onednn_does_not_know_is_no_lack_of_memory() -> None:
+    assert out_of_memory(RuntimeError("could not create a primitive"))
+    assert not out_of_memory(RuntimeError("could not create a primitive descriptor for the LSTM forward propagation"))
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ def test_several_beams_are_one_object_and_a_reading_each(train: Callable[..., An
         assert line["details"] == {name: value for name, value in own["details"].items() if name != "source_lengths"}
 
 
+@pytest.mark.bf16
 def test_a_reading_says_in_what_precision_it_was_searched(train: Callable[..., Any]) -> None:
     run, _, _ = train("seq2seq", "training.epochs=1")
     for flags in ((), ("--precision", "bf16"), ("--precision", "fp32")):
@@ -131,8 +132,9 @@ def test_keys_of_decoding_can_be_changed_for_one_evaluation(train: Callable[...,
     assert len(runs.evaluations(run)) == 2
 
 
-def test_what_was_trained_in_fp32_is_evaluated_in_it(
-    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.bf16
+def test_what_was_trained_in_fp32_is_evaluated_and_used_in_it(
+    tiny: dict[str, Path], train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "_bf16_hardware", lambda _: "it has bf16")
     run, result, _ = train("resnet", "training.epochs=1")
@@ -140,6 +142,12 @@ def test_what_was_trained_in_fp32_is_evaluated_in_it(
     assert (found["scores"], found["details"]) == (result["scores"], result["details"])
     dl7("eval", "run", "--precision", "bf16")
     assert [line["precision"] for line in runs.evaluations(run)] == ["fp32", "fp32", "bf16"]
+    image = str(tiny["resnet"].parent / "images/test/red/0.png")
+    automatic, exact, rough = (
+        dl7("classify", image, "--json", *flags).stdout
+        for flags in ((), ("--precision", "fp32"), ("--precision", "bf16"))
+    )
+    assert automatic == exact != rough
     assert runs.scoring_precision("auto", ["run"]) == "fp32"
     assert runs.scoring_precision("bf16", ["run"]) == "bf16"
     runs.amend_environment(run, {"precision": "bf16"})

@@ -63,13 +63,13 @@ def pairs(tmp_path: Path) -> Path:
     return recipe
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.bf16)])
 def test_a_residual_network_learns_images_by_heart(images: Path, precision: str) -> None:
     task = trained(images, runtime=Runtime(CPU.device, precision, "cpu", "as asked"))
     assert task.evaluate("train").score > 0.95
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.bf16)])
 def test_a_translator_learns_lines_by_heart(pairs: Path, precision: str) -> None:
     task = trained(pairs, runtime=Runtime(CPU.device, precision, "cpu", "as asked"))
     assert isinstance(task, Translation)

@@ -46,6 +46,7 @@ def test_what_it_learnt_is_more_probable_than_the_same_words_of_another(translat
     assert right > wrong
 
 
+@pytest.mark.bf16
 def test_the_precision_asked_for_is_that_of_search_and_scores(translator: Path) -> None:
     pairs = b"red blue\trot blau\n"
     commands = {"score": {"stdin": pairs}, "translate": {}}

@@ -318,6 +318,7 @@ def test_the_score_is_that_of_teacher_forcing(build: Callable[..., Any]) -> None
     assert [(line.text, line.score) for line in found] == [line.alternatives[0][:2] for line in found]
 
 
+@pytest.mark.bf16
 def test_search_and_scores_are_in_the_precision_of_search_and_not_of_training(tiny: dict[str, Path]) -> None:
     recipe = resolve(str(tiny["seq2seq"])).recipe
     lines = [line for line in LINES if line.strip()]

@@ -98,6 +98,7 @@ def test_step_by_step_or_in_pieces_is_the_whole_sequence(name: str) -> None:
         torch.testing.assert_close(torch.cat(readouts, dim=1), whole.readout)
 
 
+@pytest.mark.bf16
 @every_model
 def test_steps_in_bfloat16_say_nearly_the_same(name: str) -> None:
     net = model(name).float()

@@ -14,7 +14,7 @@ def classify(
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Classes to print for each image.")] = 3,
     device: options.Device = "auto",
     gpus: options.Gpus = None,
-    precision: options.Precision = "auto",
+    precision: options.PrecisionOfScores = "auto",
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
@@ -27,7 +27,7 @@ def classify(
     from dl7cli.tasks.classification import Classification
 
     found, folder = runs.find(run, task="classification")
-    runtime = devices.choose(device, precision, gpus)
+    runtime = devices.choose(device, runs.scoring_precision(precision, [str(found.folder)]), gpus)
     task = tasks.load(folder, runtime=runtime, offline=offline, task="classification")
     assert isinstance(task, Classification)
     answers = task.classify(images, top)

@@ -87,7 +87,7 @@ def benchmark(task: Task, *, seconds: float, progress: ProgressCall = silent) ->
     UserError where nothing can be measured, as where only compilation was asked for and there is no compiler.
     """
     next(iter(task.batches(0)))  # reads and encodes the data, which the contenders share
-    notes: list[str] = []
+    notes = [] if len(precisions(task.runtime.device)) > 1 else ["bf16: not timed, as this CPU has no instructions that it needs"]
     contenders = []
     wanted = settings(task)
     for number, setting in enumerate(wanted):
@@ -178,7 +178,7 @@ class _Contender:
 
     def _step(self) -> tuple[list[float], int]:
         """Seconds of each phase of one step as the training loop takes it, and its examples."""
-        optimiser, scaler = self._trainer.optimiser, self._trainer.scaler
+        optimiser, scaler, average = self._trainer.optimiser, self._trainer.scaler, self._trainer.average
         parameters = list(self._task.model.parameters())
         clip_norm = self._task.recipe.optim.clip_norm
         clock = [self._now()]
@@ -196,6 +196,8 @@ class _Contender:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
         scaler.step(optimiser)
         scaler.update()
+        if average is not None:
+            average.update(total_steps(self._task))
         clock.append(self._now())
         return [after - before for before, after in pairwise(clock)], examples
 
@@ -220,11 +222,9 @@ def _variant(task: Task, setting: Setting) -> Task:
 
 
 def _endless(task: Task) -> Iterator[Any]:
-    """The training batches, epoch after epoch."""
-    epoch = 0
+    """The training batches of the last epoch, again and again: in the first, images may be smaller."""
     while True:
-        yield from task.batches(epoch)
-        epoch += 1
+        yield from task.batches(task.recipe.training.epochs - 1)
 
 
 def _reason(chosen: Measured, measured: list[Measured], task: Task) -> str:
