@@ -16,7 +16,9 @@ from torch import Tensor
 from dl7cli.distributed import ALONE, Workers
 from dl7cli.errors import UserError
 
-_NO_MEMORY = re.compile("can(no|')t allocate memory|out of memory|could not create a primitive(?! desc)|start new thread", re.I)
+_NO_MEMORY = re.compile(
+    "can(no|')t allocate memory|out of memory|could not create a primitive(?! desc)|start new thread", re.I
+)
 """Said by torch, the drivers of GPUs, oneDNN and Python in a RuntimeError of no type of its own."""
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 # Those that torch knows; the first is also the one that makes cuDNN's recurrent layers repeatable.

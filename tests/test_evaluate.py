@@ -144,7 +144,7 @@ def test_what_was_trained_in_fp32_is_evaluated_and_used_in_it(
     assert [line["precision"] for line in runs.evaluations(run)] == ["fp32", "fp32", "bf16"]
     image = str(tiny["resnet"].parent / "images/test/red/0.png")
     automatic, exact, rough = (
-        dl7("classify", image, "--json", *flags).stdout
+        dl7("classify", image, "--run", "run", "--json", *flags).stdout
         for flags in ((), ("--precision", "fp32"), ("--precision", "bf16"))
     )
     assert automatic == exact != rough

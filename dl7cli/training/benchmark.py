@@ -87,7 +87,9 @@ def benchmark(task: Task, *, seconds: float, progress: ProgressCall = silent) ->
     UserError where nothing can be measured, as where only compilation was asked for and there is no compiler.
     """
     next(iter(task.batches(0)))  # reads and encodes the data, which the contenders share
-    notes = [] if len(precisions(task.runtime.device)) > 1 else ["bf16: not timed, as this CPU has no instructions that it needs"]
+    notes = []
+    if len(precisions(task.runtime.device)) == 1:
+        notes.append("bf16: not timed, as this CPU has no instructions that it needs")
     contenders = []
     wanted = settings(task)
     for number, setting in enumerate(wanted):
