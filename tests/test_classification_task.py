@@ -113,11 +113,19 @@ def test_accuracy_is_the_share_of_images_whose_greatest_score_is_their_label(bui
     assert task.model.training, "the mode is what it was"
 
 
-def test_evaluation_does_not_depend_on_its_batches(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("images", "pixels"), [(3, 1 << 20), (100, 3 * 8 * 8 + 63), (100, 1)])
+def test_evaluation_does_not_depend_on_its_batches(
+    images: int, pixels: int, build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = build("resnet")
     whole = task.evaluate("train")
-    monkeypatch.setitem(classification.EVALUATION_BATCH, "cpu", 3)
+    monkeypatch.setitem(classification.EVALUATION_BATCH, "cpu", images)
+    monkeypatch.setattr(classification, "EVALUATION_PIXELS", pixels)
+    sizes = set()
+    scorer = task._scorer()
+    monkeypatch.setattr(task, "_scorer", lambda: lambda some: sizes.add(len(some)) or scorer(some))
     parts = task.evaluate("train")
+    assert max(sizes) == (1 if pixels == 1 else 3)
     assert parts.values == whole.values
     assert parts.details["confusion"] == whole.details["confusion"]
     loss = whole.details["negative_log_likelihood"]

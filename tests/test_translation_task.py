@@ -150,6 +150,26 @@ def test_a_translation_does_not_depend_on_its_neighbours(
         assert decoding.method == "sample" or scores == sorted(scores, reverse=True)
 
 
+def test_fewer_long_sentences_are_searched_at_once(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    task = confident(build("seq2seq"))
+    shapes = []
+    own = translation.search
+
+    def search(models: Any, source: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        shapes.append(tuple(source.shape))
+        return own(models, source, *arguments, **named)
+
+    monkeypatch.setattr(translation, "search", search)
+    monkeypatch.setattr(translation, "HYPOTHESES_AT_ONCE", 12)
+    monkeypatch.setattr(translation, "_SHORT", 8)
+    lines = ["1 2 3"] * 9 + ["1 2 3 4 5 6 7"] * 5 + ["1 2 3 4 5 6 7 8 9 " * 5]
+    task.translate(lines, task.recipe.decoding.updated(beam=3, max_length_offset=2))
+    assert sum(count for count, _ in shapes) == len(lines)
+    assert all(count == 1 or 3 * count * -(-length // 8) <= 12 for count, length in shapes), shapes
+    assert shapes[0][0] == 4
+    assert shapes[-1][0] == 1
+
+
 def test_the_keys_of_decoding_reach_the_search(build: Callable[..., Any]) -> None:
     task = confident(build("seq2seq"))
     decoding = task.recipe.decoding.updated(beam=4)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _OBEYED = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, ends of lines and paragraphs, what turns the direction of writing round, and half characters."""
 
-NO_MEMORY = UserError("out of memory", hint="use a smaller model or beam, or a machine with more memory")
+NO_MEMORY = UserError("out of memory", hint="use a smaller model, shorter texts or smaller images, or more memory")
 """Where it is not known what for."""
 
 

@@ -28,6 +28,8 @@ from dl7cli.tasks.labelled_images import ImageBatch, LabelledImages
 
 EVALUATION_BATCH = {"cpu": 100, "cuda": 500, "mps": 500}
 """Images scored at once, by device: on a CPU so few that what a layer of ResNet-20 gives stays in the cache."""
+EVALUATION_PIXELS = 1 << 21
+"""Pixels scored at once, unless one image has more: large ones are not to take more memory than their training."""
 WHITENING_IMAGES = 5000
 _STEM_SIZE = 64
 """Smallest side of an image that the `imagenet` stem, which makes it a quarter, is for."""
@@ -216,7 +218,8 @@ class Classification:
         workers = self.runtime.workers
         logits = torch.zeros(len(labels), len(self.assets["classes"]), device=images.device)
         scores = self._scorer()
-        size = EVALUATION_BATCH[images.device.type]
+        height, width = images.shape[1:3]
+        size = max(1, min(EVALUATION_BATCH[images.device.type], EVALUATION_PIXELS // (height * width)))
         for at in range(size * workers.rank, len(labels), size * workers.count):
             logits[at : at + size] = scores(images[at : at + size])
         # Each row is one worker's, and zero on all others.

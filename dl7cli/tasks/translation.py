@@ -26,7 +26,9 @@ from dl7cli.tasks.decoding import search, teacher_forced
 from dl7cli.tasks.sentences import PairBatch, SentencePairs, fill
 
 HYPOTHESES_AT_ONCE = 640
-"""Sentences searched at once times the beam."""
+"""Sentences searched at once times the beam, of sources up to `_SHORT`; of up to twice that half as many, and so on."""
+_SHORT = 64
+"""Subwords."""
 SUBWORDS_AT_ONCE = 8192
 """Most subwords of a batch that is scored, padding included."""
 
@@ -320,11 +322,12 @@ class Translation:
                     hint="begin translations with what the training data has",
                 )
         answers = [TranslatedLine("", 0.0, [], [], None)] * len(lines)
-        order = sorted((at for at, ids in enumerate(encoded) if ids), key=lambda at: len(encoded[at]))
-        size = max(1, HYPOTHESES_AT_ONCE // (decoding.beam if decoding.method == "beam" else n_best))
+        lengths = np.array([min(len(ids), limit) for ids in encoded], dtype=np.int64)
+        order = np.argsort(lengths, kind="stable")[np.count_nonzero(lengths == 0) :]
+        room = -(-lengths // _SHORT) * (decoding.beam if decoding.method == "beam" else n_best)
+        done = 0
         steps: list[list[Extension]] | None = None if tree is None else []
-        for begin in range(0, len(order), size):
-            chosen = order[begin : begin + size]
+        for chosen in fill(order, room, HYPOTHESES_AT_ONCE) if len(order) else []:
             sentences = [encoded[at][:limit] for at in chosen]
             with self.runtime.autocast_search():
                 found = search(
@@ -333,7 +336,7 @@ class Translation:
                     decoding,
                     subwords=[len(ids) for ids in sentences],
                     prefixes=[begun[at] for at in chosen],
-                    numbers=[first_line + at for at in chosen],
+                    numbers=[first_line + int(at) for at in chosen],
                     n_best=n_best,
                     attention=attention,
                     tree=steps,
@@ -344,7 +347,8 @@ class Translation:
                 text, score = (candidates[0].text, candidates[0].score) if candidates else ("", -math.inf)
                 cut = limit if len(encoded[at]) > limit else None
                 answers[at] = TranslatedLine(text, score, tokens, candidates, cut)
-            self._progress("translating", begin + len(chosen), len(order))
+            done += len(chosen)
+            self._progress("translating", done, len(order))
         if tree is not None:
             tree.extend(self._branches(steps or []))
         return answers
