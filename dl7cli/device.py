@@ -52,8 +52,9 @@ class Runtime:
         return self._autocast(self.precision)
 
     def autocast_search(self) -> AbstractContextManager[Any]:
-        """As `autocast`, of translators that search and score."""
-        return self._autocast(self.search_precision)
+        """As `autocast`, of translators that search and score; float32 is that on a GPU too, and not TF32."""
+        exact = self.device.type == "cuda" and self.search_precision == "fp32"
+        return _without_tf32() if exact else self._autocast(self.search_precision)
 
     def _autocast(self, precision: str) -> AbstractContextManager[Any]:
         return nullcontext() if precision == "fp32" else torch.autocast(self.device.type, DTYPES[precision])
@@ -129,6 +130,17 @@ def choose(
     return Runtime(chosen, precision, _name(chosen), why, workers, deterministic, search_precision)
 
 
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """cuDNN's convolutions and recurrent layers keep all digits of float32, where torch would spare some for speed."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def for_workers(device: str, gpus: str | None, workers: int | None = None) -> list[str]:
     """The device of each worker on this machine, as the flags have them; one where they speak of one.
 
@@ -196,6 +208,8 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
     state = {"random.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["random.cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["random.mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -204,6 +218,8 @@ def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None
     torch.set_rng_state(state["random.cpu"])
     if device.type == "cuda" and "random.cuda" in state:
         torch.cuda.set_rng_state(state["random.cuda"], device)
+    if device.type == "mps" and "random.mps" in state:
+        torch.mps.set_rng_state(state["random.mps"])
 
 
 def peak_memory_bytes(device: torch.device) -> int:

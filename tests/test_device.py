@@ -267,6 +267,31 @@ def test_random_streams_go_on_where_they_were() -> None:
     assert torch.equal(torch.rand(5), expected)
 
 
+def test_an_apple_gpu_has_a_random_stream_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.Tensor] = []
+    own = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: own)
+    monkeypatch.setattr(torch.mps, "set_rng_state", given.append)
+    state = random_state(torch.device("mps"))
+    restore_random_state(state, torch.device("cpu"))
+    assert not given
+    restore_random_state(state, torch.device("mps"))
+    assert given == [own]
+    restore_random_state({"random.cpu": state["random.cpu"]}, torch.device("mps"))
+    assert len(given) == 1
+
+
+def test_search_in_float32_has_all_its_digits_on_a_gpu() -> None:
+    cudnn = torch.backends.cudnn
+    for before in (True, False):
+        with cudnn.flags(allow_tf32=before):
+            for where, expected in (("cuda", False), ("cpu", before)):
+                with Runtime(torch.device(where), "bf16", "", "").autocast_search():
+                    assert cudnn.allow_tf32 is expected
+                    assert not torch.is_autocast_enabled(where)
+                assert cudnn.allow_tf32 is before
+
+
 def test_evaluation_is_a_mode_that_passes() -> None:
     model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(4))
     mean = model[1].running_mean.clone()

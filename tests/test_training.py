@@ -187,6 +187,18 @@ def test_the_last_epoch_is_kept_where_the_recipe_says_so(
     assert [summary.best for summary in runs.listing()] == [0.3]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_test_split_stays_unread_where_the_recipe_says_so(
+    kind: str, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, result, _ = train(kind, "training.final_split=validation", "training.epochs=1")
+    assert [line["split"] for line in runs.evaluations(run)] == ["validation"] == [result["split"]]
+    assert result["scores"] == tasks.load(run.best, runtime=CPU).evaluate("validation").values
+    monkeypatch.setattr(runs.folder, "RUNS", Path())
+    assert [summary.test for summary in runs.listing()] == [None]
+    assert training.evaluate(str(run.folder), runtime=CPU)["split"] == "test"
+
+
 @pytest.mark.parametrize(
     ("patience", "scores", "ended", "best"),
     [

@@ -56,6 +56,8 @@ class Training(Section):
             raise ValueError("no better epoch is waited for where `training.select` is `last`")
         return patience
 
+    final_split: Literal["test", "validation"] = "test"
+    """What is scored when all is trained; `validation` leaves test unread, as where settings are still to be chosen."""
     label_smoothing: Fraction = 0.0
     """The part of the probability that all answers share evenly (Szegedy et al. 2016, §7)."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0

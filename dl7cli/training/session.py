@@ -193,7 +193,8 @@ def _follow(task: Task, trainer: Trainer, start: Progress, listener: Listener) -
 
 def _last_split(task: Task) -> str:
     """What is evaluated when all is trained."""
-    return "test" if "test" in task.splits() else "validation"
+    wanted = task.recipe.training.final_split
+    return wanted if wanted in task.splits() else "validation"
 
 
 def _run(
