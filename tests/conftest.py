@@ -185,7 +185,7 @@ def translator(tmp_path_factory: pytest.TempPathFactory, pairs: Path) -> Path:
     from running import TINY_SEQ2SEQ, succeed
 
     work = tmp_path_factory.mktemp("translator")
-    succeed("train", "seq2seq", "--data", str(pairs), *TINY_SEQ2SEQ, "--set", "training.epochs=12", cwd=work)
+    succeed("train", "seq2seq", "--data", str(pairs), *TINY_SEQ2SEQ, "--set", "training.epochs=24", cwd=work)
     return work
 
 

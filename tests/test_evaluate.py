@@ -163,7 +163,7 @@ def result_of(**changes: Any) -> dict[str, Any]:
     """What `training.evaluate` returns, as far as it is printed."""
     return {
         **{"run": "r", "checkpoint": "last", "task": "translation", "recipe": "x", "data": "d", "split": "test"},
-        **{"examples": 1000, "details": {"cut_sources": 1}},
+        **{"examples": 1000, "details": {"cut_sources": 1, "unknown_sources": 20}},
         **{"primary": "bleu", "scores": {"bleu": 38.307}, "signature": "case:mixed", "seconds": 1.0, **changes},
     }
 
@@ -171,7 +171,10 @@ def result_of(**changes: Any) -> dict[str, Any]:
 def test_the_table_of_beams(capsys: pytest.CaptureFixture[str]) -> None:
     print_result(result_of(beams=[entry_of(1, 38.307), entry_of(10, 9.5)]), as_json=False)
     shown = capsys.readouterr()
-    assert shown.err == "note: 1 source of 1,000 had more subwords than `data.max_length` and was cut\n"
+    assert shown.err.splitlines() == [
+        "note: 1 source of 1,000 had more subwords than `data.max_length` and was cut",
+        "note: 20 sources of 1,000 had characters or words that the vocabulary has not",
+    ]
     assert shown.out.splitlines() == [
         "by beam on the test split of d (1,000 sentence pairs, 1s), by r/last",
         "signature case:mixed",

@@ -251,7 +251,7 @@ def test_the_test_split_is_read_once(kind: str, train: Callable[..., Any], monke
     tables = ("classes", "confusion", "source_lengths")
     small = {name: value for name, value in result["details"].items() if name not in tables}
     assert {key: lines[0][key] for key in result} == {**result, "details": small}
-    assert len(small) == {"resnet": 5, "seq2seq": 7}[kind]
+    assert len(small) == {"resnet": 5, "seq2seq": 8}[kind]
     assert lines[0]["split"] == "test"
 
 

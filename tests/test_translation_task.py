@@ -300,7 +300,7 @@ def test_scores_of_given_translations(build: Callable[..., Any], monkeypatch: py
 def test_no_line_and_only_blank_lines(build: Callable[..., Any]) -> None:
     task = build("seq2seq")
     assert task.translate([]) == []
-    assert task.translate(["", "\t "]) == [("", 0.0, [], [], None)] * 2
+    assert task.translate(["", "\t "]) == [("", 0.0, [], [], None, False)] * 2
 
 
 def test_more_translations_than_the_beam_are_refused(build: Callable[..., Any]) -> None:
@@ -391,7 +391,7 @@ def test_bleu_is_of_the_translations(build: Callable[..., Any]) -> None:
     texts = [task.translate([source], decoding)[0].text for source, _ in pairs]
     sources, targets = zip(*pairs, strict=True)
     found = task.evaluate("test", decoding)
-    assert found.details.pop("cut_sources") == 0
+    assert (found.details.pop("cut_sources"), found.details.pop("unknown_sources")) == (0, 0)
     assert found == metrics.translation(sources, texts, targets)
     sources = [source for source, _ in task.pairs.splits["validation"]]
     greedy = [line.text for line in task.translate(sources, decoding.updated(beam=1))]
@@ -404,6 +404,15 @@ def test_bleu_is_of_the_translations(build: Callable[..., Any]) -> None:
     own = [(source, line.text) for (source, _), line in zip(pairs, task.translate([s for s, _ in pairs]), strict=True)]
     task.pairs.splits["test"][:] = own
     assert task.evaluate("test").score == pytest.approx(100)
+
+
+def test_sources_with_what_the_vocabulary_has_not_are_counted(build: Callable[..., Any]) -> None:
+    task = build("seq2seq")
+    pairs = task.pairs.splits["test"]
+    for at in (1, 3):
+        pairs[at] = (f"{pairs[at][0]} ☃ ☃", pairs[at][1])
+    assert task.evaluate("test").details["unknown_sources"] == 2
+    assert [line.unknown for line in task.translate([source for source, _ in pairs[:4]])] == [False, True] * 2
 
 
 def test_sources_that_are_cut_are_counted(build: Callable[..., Any]) -> None:

@@ -150,6 +150,9 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
     if cut := result["details"].get("cut_sources"):
         told = f"{console.count(cut, 'source')} of {result['examples']:,}"
         console.note(f"note: {told} had more subwords than `data.max_length` and was cut")
+    if unknown := result["details"].get("unknown_sources"):
+        told = f"{console.count(unknown, 'source')} of {result['examples']:,}"
+        console.note(f"note: {told} had characters or words that the vocabulary has not")
     if "repetition" in result["details"]:
         _warn_of_repetition(result["details"]["repetition"], result["examples"])
     if "beams" in result:

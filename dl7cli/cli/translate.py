@@ -129,6 +129,7 @@ def translate(
             raise UserError(f"`--tree` draws a beam of at most {MOST_DRAWN}", hint=f"add `--beam {MOST_DRAWN}`")
         fields = (task.assets["source_language"], "source", "text")
         documents: list[dict[str, Any]] = []
+        unknown: list[int] = []
         sought = 0
         drawn: TranslatedLine | None = None
         branches: list[Branch] | None = None if tree is None else []
@@ -154,6 +155,8 @@ def translate(
                 sentences.warn_of_cut(line, translated.cut)
                 if translated.score == -math.inf:
                     console.note(f"warning: line {line.number} has no translation that the keys of decoding allow")
+                if translated.unknown:
+                    unknown.append(line.number)
                 drawn = translated if translated.alternatives else drawn
                 if as_json:
                     documents.append(as_document(line.text, translated, n_best, matrix=attention is not None))
@@ -166,6 +169,13 @@ def translate(
             before += len(batch)
         if drawings and drawn is None:
             raise UserError("there is no sentence that could be drawn", hint="give one sentence")
+    if unknown:
+        told = (
+            "line 1 has"
+            if unknown == [1]
+            else f"{console.count(len(unknown), 'line')}, the first line {unknown[0]}, have"
+        )
+        console.note(f"note: {told} characters or words that the model has never seen")
     if as_json:
         console.document({"run": names[0], "others": names[1:], "translations": documents})
     if attention is not None and drawn is not None:

@@ -60,6 +60,8 @@ class TranslatedLine(NamedTuple):
     """The n best, the first included, as far as there are; none for a blank line."""
     cut: int | None
     """To how many subwords the line was cut, where the models read no more."""
+    unknown: bool
+    """Whether the line has characters or words that the vocabulary has not."""
 
 
 class Branch(NamedTuple):
@@ -275,16 +277,20 @@ class Translation:
         rouge: bool = False,
     ) -> Scores:
         """BLEU of translations against a split's references, with the scores and details of `metrics.translation`, and
-        how many sources were cut as too long, for an ensemble with `others` where they are given; `cased` or not as the
-        model is, unless it is given.
+        how many sources were cut as too long and how many have what the vocabulary has not, for an ensemble with
+        `others` where they are given; `cased` or not as the model is, unless it is given.
         """
         sources, references = zip(*self.pairs.split(split), strict=True)
         cased = self.cased if cased is None else cased
         language = self.assets["target_language"]
         scores = translation(sources, translations, references, cased=cased, language=language, with_rouge=rouge)
         _, limit = self._ensemble(others)
-        cut = sum(len(ids) > limit for ids in self.pairs.source_ids(sources))
-        return replace(scores, details={**scores.details, "cut_sources": cut})
+        encoded = self.pairs.source_ids(sources)
+        read = {
+            "cut_sources": sum(len(ids) > limit for ids in encoded),
+            "unknown_sources": sum(UNKNOWN in ids for ids in encoded),
+        }
+        return replace(scores, details={**scores.details, **read})
 
     def translate(
         self,
@@ -321,7 +327,7 @@ class Translation:
                     f"`{text}` has characters or words that the model cannot write",
                     hint="begin translations with what the training data has",
                 )
-        answers = [TranslatedLine("", 0.0, [], [], None)] * len(lines)
+        answers = [TranslatedLine("", 0.0, [], [], None, False)] * len(lines)
         lengths = np.array([min(len(ids), limit) for ids in encoded], dtype=np.int64)
         order = np.argsort(lengths, kind="stable")[np.count_nonzero(lengths == 0) :]
         room = -(-lengths // _SHORT) * (decoding.beam if decoding.method == "beam" else n_best)
@@ -346,7 +352,7 @@ class Translation:
                 candidates = [self._candidate(one, len(tokens)) for one in hypotheses]
                 text, score = (candidates[0].text, candidates[0].score) if candidates else ("", -math.inf)
                 cut = limit if len(encoded[at]) > limit else None
-                answers[at] = TranslatedLine(text, score, tokens, candidates, cut)
+                answers[at] = TranslatedLine(text, score, tokens, candidates, cut, UNKNOWN in ids)
             done += len(chosen)
             self._progress("translating", done, len(order))
         if tree is not None:
