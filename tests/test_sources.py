@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pyarrow.parquet
 import pytest
 
@@ -189,6 +190,40 @@ def test_a_folder_of_parquet_is_loaded_and_nothing_is_printed(
     assert loaded["train"][1] == {"en": "two", "de": "zwei"}
     assert capfd.readouterr() == ("", "")
     assert (datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()) == (bars, verbosity)
+
+
+@pytest.mark.parametrize("source", ["folder", "somebody/words"])
+def test_it_is_told_how_much_has_been_loaded(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever `datasets` and the hub's client write while they load, be it a file that is not complete."""
+    heard: list[tuple[str, int, int]] = []
+    hub = tmp_path / "hub"
+    own = datasets.load_dataset(str(write_folder(tmp_path / "set")), cache_dir=str(tmp_path / "own"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(sources, "_reachable", lambda _: True)
+    monkeypatch.setattr(sources, "TOLD_SECONDS", 0.01)
+
+    def load_dataset(path: str, **arguments: object) -> object:
+        folder = hub / "datasets--somebody--words" if source == "somebody/words" else Path(str(arguments["cache_dir"]))
+        (folder / "blobs").mkdir(parents=True)
+        for megabytes in (1, 3):
+            (folder / "blobs" / f"{megabytes}.incomplete").write_bytes(bytes(megabytes * 10**6))
+            deadline = time.monotonic() + 60
+            while heard[-1][1] < megabytes and time.monotonic() < deadline:
+                time.sleep(0.01)
+        return own
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    name = str(tmp_path / "set") if source == "folder" else source
+    sources.load_splits(name, progress=lambda *said: heard.append(said))
+    assert {what for what, _, _ in heard} == {f"loading {name}, megabytes"}
+    assert heard[0][1:] == (0, 0)
+    assert heard[-1][1:] == (1, 1)
+    steps = [done for _, done, total in heard if not total]
+    assert steps == sorted(steps)
+    assert set(steps) >= {0, 4}
+    count = len(heard)
+    time.sleep(0.05)
+    assert len(heard) == count, "nothing is told of what is over"
 
 
 def test_a_readme_names_the_files_of_the_splits_and_a_colon_chooses_a_configuration(tmp_path: Path) -> None:

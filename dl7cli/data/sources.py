@@ -36,6 +36,8 @@ Progress = Callable[[str, int, int], None]
 
 BUILTIN = ("builtin:shapes", "builtin:phrases")
 REACH_SECONDS = 5.0
+TOLD_SECONDS = 1.0
+"""Between two reports of how much has been loaded."""
 
 _SPLITS = {
     "train": "train",
@@ -258,9 +260,7 @@ def load_splits(
                 f"`{source}` is no file or folder here, and {reason}",
                 hint="give the data with `--data FOLDER`, or use `--data builtin:shapes` or `builtin:phrases`",
             )
-    what = f"loading {source}"
-    progress(what, 0, 1)
-    with _datasets_quiet(offline) as library:
+    with _datasets_quiet(offline) as library, _growth_told(arguments.get("cache_dir") or _kept(path), source, progress):
         try:
             if local:
                 if folder.is_dir():
@@ -278,7 +278,6 @@ def load_splits(
         # The data and the hub are foreign: datasets lets errors of pyarrow, yaml, httpx and its own come through.
         except Exception as error:
             raise _load_error(source, error) from error
-    progress(what, 1, 1)
     return {split: loaded[name] for split, name in by_split(loaded, source).items()}
 
 
@@ -322,6 +321,44 @@ def has_tables(folder: Path) -> bool:
 
 def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def _kept(identity: str) -> str:
+    """The folder that a hub data set is downloaded to."""
+    import huggingface_hub
+
+    return os.path.join(huggingface_hub.constants.HF_HUB_CACHE, "--".join(["datasets", *identity.split("/")]))
+
+
+@contextlib.contextmanager
+def _growth_told(folder: str, source: str, progress: Progress) -> Iterator[None]:
+    """Report, from a thread, by how many megabytes the folder that a source is loaded into has grown."""
+    what, over = f"loading {source}, megabytes", threading.Event()
+    before = _bytes_below(folder)
+
+    def tell() -> None:
+        while not over.wait(TOLD_SECONDS):
+            progress(what, max(0, _bytes_below(folder) - before) // 10**6, 0)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    progress(what, 0, 0)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
+        progress(what, 1, 1)
+
+
+def _bytes_below(folder: str) -> int:
+    """The size of the files below a folder, as far as they are still there when it is asked."""
+    sizes = 0
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(OSError):
+                sizes += os.lstat(os.path.join(place, name)).st_size
+    return sizes
 
 
 def _in_hub_cache(source: str) -> bool:
