@@ -411,6 +411,26 @@ def test_data_info_counts_what_is_also_in_training(images: Path, pairs: Path, tm
     assert shown[at + 1].split() == ["test", "1"]
 
 
+def test_data_info_tells_of_odd_pairs(tmp_path: Path) -> None:
+    given = [
+        ("a dog", "ein Hund"),
+        ("a dog", "ein Hund"),
+        ("a dog", "der Hund"),
+        ("Berlin", "Berlin"),
+        ("no", "x" * 20),
+    ]
+    given += [("no", "x" * 23), ("y" * 30, "z" * 10), ("y" * 31, "z" * 10), ("a dog", "ein Hund")]
+    for number, language in enumerate(("en", "de")):
+        (tmp_path / f"train.{language}").write_text("".join(f"{pair[number]}\n" for pair in given), encoding="utf-8")
+    about = succeed("data", "info", ".", "--json", cwd=tmp_path).document
+    assert about["odd"] == {"repeated": 2, "copied": 1, "uneven": 2}
+    lengths = {"source, median": 5, "source, longest": 31, "target, median": 8, "target, longest": 23}
+    assert about["characters"] == lengths
+    shown = succeed("data", "info", ".", cwd=tmp_path).out
+    assert re.search(r"^characters +source, median  5\n", shown, re.MULTILINE)
+    assert re.search(r"^odd +repeated  2\n +copied  1\n +uneven  2\n", shown, re.MULTILINE)
+
+
 def test_finding_out_what_the_data_are_leaves_nothing_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

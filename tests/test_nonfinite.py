@@ -11,7 +11,7 @@ import torch
 from running import Silent
 from stopping import CPU, Stopping, assert_same_run, differing, state, until_stopped
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import Waits
 
 from dl7cli import runs, tasks, training
 from dl7cli.checkpoint import Progress
@@ -23,7 +23,7 @@ from dl7cli.tasks import Task
 from dl7cli.tasks.classification import Classification
 from dl7cli.tasks.translation import Translation
 from dl7cli.training import loop, session
-from dl7cli.training.loop import Report, Trainer, fit
+from dl7cli.training.loop import Report, Trainer, check_finite, check_weights, fit
 
 KINDS = ("resnet", "seq2seq")
 SKIP = "training.on_nonfinite=skip"
@@ -128,11 +128,32 @@ def test_a_step_whose_loss_alone_is_not_finite_is_left_out_in_fp16(
     assert {name for name in changed if not name.startswith(("random.", "scaler."))} == {"skipped"}
 
 
+def test_a_gradient_that_a_scaler_mends_is_no_reason_to_stop() -> None:
+    loss, infinite = torch.tensor(1.5), torch.tensor(math.inf)
+    check_finite(loss, infinite, 3, 0.1, scaled=True)
+    with pytest.raises(UserError) as stopped:
+        check_finite(loss, infinite, 3, 0.1)
+    assert (
+        stopped.value.message == "the gradient is not finite at step 3: loss 1.5, learning rate 0.1, gradient norm inf"
+    )
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    for index, value in ((0, 0.0), (1, math.nan)):
+        model[index].weight.grad = torch.full((2, 2), value)
+    with pytest.raises(UserError, match=r"^the gradient of `1\.weight` is not finite at step 3: loss 1.5,"):
+        check_finite(loss, infinite, 3, 0.1, model=model)
+    check_weights(model, loss, infinite, 3, 0.1)
+    model[2].bias.data[1] = math.inf
+    with pytest.raises(UserError, match=r"^the weights of `2\.bias` are not finite after step 3: loss 1.5,"):
+        check_weights(model, loss, infinite, 3, 0.1)
+    with pytest.raises(UserError, match="loss nan, learning rate"):
+        check_finite(torch.tensor(math.nan), loss, 3, 0.1, scaled=True)
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_training_stops_where_the_recipe_says_nothing(where: str, build: Callable[..., Task]) -> None:
     task = build("resnet")
     poison(task, 2, where=where)
-    with pytest.raises(UserError, match=f"the {where} is not finite at step 2") as stopped:
+    with pytest.raises(UserError, match=f"the {where}( of `.*`)? is not finite at step 2") as stopped:
         list(fit(task, Trainer.of(task), start=Progress()))
     assert "on_nonfinite=skip" in str(stopped.value.hint)
 
@@ -185,19 +206,6 @@ def test_a_record_of_steps_that_were_all_left_out_is_json(build: Callable[..., T
     watch.see(Report(Progress(step=1), nan, nan, 0.1, 8))
     record = watch.record(Report(Progress(step=1), nan, nan, 0.1, 8))
     assert json.loads(json.dumps(record, allow_nan=False))["loss"] is None
-
-
-class Waits(TorchDispatchMode):
-    """Counts what would have a processor wait for a device: asking for a number, or for how many there are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("overrides", [(), (SKIP,)], ids=["stop", "skip"])

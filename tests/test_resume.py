@@ -19,7 +19,7 @@ from dl7cli import checkpoint, runs, tasks, training
 from dl7cli.checkpoint import Checkpoint, Progress
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
-from dl7cli.recipe import Recipe, resolve
+from dl7cli.recipe import Recipe, from_document, resolve, to_document
 from dl7cli.runs import Run
 from dl7cli.tasks import Task
 from dl7cli.training.loop import Report, Trainer, fit
@@ -96,6 +96,23 @@ def test_a_fast_resnet_goes_on_exactly(tiny: dict[str, Path], tmp_path: Path) ->
 def test_a_translator_whose_matrices_are_made_orthogonal_goes_on_exactly(tiny: dict[str, Path], tmp_path: Path) -> None:
     changes = ["optim.name=muon", "optim.momentum=0.95", "training.ema_decay=0.9", "training.r_drop=2"]
     check_every_report(resolve(str(tiny["seq2seq"]), [*changes, "training.epochs=2"]).recipe, CPU, tmp_path)
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "transformer": {"width": 8, "heads": 2, "feedforward_width": 12, "encoder_layers": 1, "decoder_layers": 2},
+    "convs2s": {"embedding_width": 6, "width": 8, "encoder_layers": 1, "decoder_layers": 2},
+    "seq2seq": {
+        **{"embedding_width": 6, "encoder_width": 5, "decoder_width": 7, "cell": "gru", "attention": "additive"},
+        **{"decoder": "bahdanau", "coverage": True, "copying": True, "readout": "maxout"},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_translators_of_every_family_go_on_exactly(kind: str, tiny: dict[str, Path], tmp_path: Path) -> None:
+    document = to_document(resolve(str(tiny["seq2seq"]), ["training.epochs=2", "training.ema_decay=0.9"]).recipe)
+    document["model"] = {"kind": kind, **SMALL[kind], "dropout": 0.2, "tied": "all"}
+    check_every_report(from_document(document, origin="test"), CPU, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])

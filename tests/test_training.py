@@ -25,7 +25,7 @@ from dl7cli.runs import Run
 from dl7cli.tasks.classification import Classification
 from dl7cli.tasks.translation import Translation
 from dl7cli.training import session
-from dl7cli.training.loop import Report, Trainer, check_finite, fit
+from dl7cli.training.loop import Report, Trainer, fit
 from dl7cli.training.optimisation import learning_rate
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
@@ -297,18 +297,6 @@ def check_diverged(action: Callable[[], Any]) -> None:
         if folder.exists():
             saved = checkpoint.load(folder, training=True)
             assert all(value.isfinite().all() for value in saved.weights.values())
-
-
-def test_a_gradient_that_a_scaler_mends_is_no_reason_to_stop() -> None:
-    loss, infinite = torch.tensor(1.5), torch.tensor(math.inf)
-    check_finite(loss, infinite, 3, 0.1, scaled=True)
-    with pytest.raises(UserError) as stopped:
-        check_finite(loss, infinite, 3, 0.1)
-    assert (
-        stopped.value.message == "the gradient is not finite at step 3: loss 1.5, learning rate 0.1, gradient norm inf"
-    )
-    with pytest.raises(UserError, match="loss nan, learning rate"):
-        check_finite(torch.tensor(math.nan), loss, 3, 0.1, scaled=True)
 
 
 def test_a_record_of_an_overflown_gradient_is_json(tiny: dict[str, Path]) -> None:

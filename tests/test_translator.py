@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from running import Silent
 from torch import Tensor
+from waiting import Waits
 
 from dl7cli import recipe as recipes
 from dl7cli import tasks, training
@@ -18,7 +19,7 @@ from dl7cli.device import Runtime
 from dl7cli.models.translator import Translator
 from dl7cli.recipe import ConvS2SModel, Seq2SeqModel, TransformerModel
 from dl7cli.runs import Run
-from dl7cli.search import Hypothesis, Rules, beam_search
+from dl7cli.search import STEPS_BETWEEN_LOOKS, Hypothesis, Rules, beam_search
 from dl7cli.tasks.decoding import search
 from dl7cli.tasks.translation import translator
 
@@ -177,29 +178,54 @@ def test_logits_of_some_steps_are_those_of_all(name: str) -> None:
     torch.testing.assert_close(net.logits(decoded, context, at), net.logits(decoded, context)[at])
 
 
-@every_model
-def test_search_in_a_batch_is_search_alone_and_scores_as_teacher_forcing(name: str) -> None:
-    net = model(name)
+@pytest.mark.parametrize("name", [*MODELS, *BLIND])
+@given(
+    seed=st.integers(0, 2**32),
+    order=st.permutations(range(3)),
+    length_penalty=st.sampled_from([0.0, 0.6]),
+    min_length=st.integers(0, 4),
+    no_repeat_ngram=st.integers(0, 2),
+    coverage_penalty=st.sampled_from([0.0, 0.3]),
+    prefixes=st.tuples(*[st.lists(st.integers(4, WORDS - 1), max_size=2)] * 3),
+)
+@settings(max_examples=8)
+def test_search_in_a_batch_is_search_alone_and_scores_as_teacher_forcing(
+    name: str, seed: int, order: list[int], coverage_penalty: float, prefixes: tuple[list[int], ...], **more: Any
+) -> None:
+    net = model(name, seed)
+    looks = name in MODELS
     limits = [9, 12, 7]
 
     def rules(sentences: list[int]) -> Rules:
-        longest = [limits[row] for row in sentences]
-        return Rules(bos=BOS, eos=EOS, max_length=longest, forbidden=(0, 1, BOS), length_penalty=0.6)
+        return Rules(
+            bos=BOS,
+            eos=EOS,
+            max_length=[limits[row] for row in sentences],
+            forbidden=(0, 1, BOS),
+            prefixes=[prefixes[row] for row in sentences],
+            coverage_penalty=coverage_penalty if looks else 0.0,
+            source_lengths=[int(LENGTHS[row]) for row in sentences] if looks and coverage_penalty else None,
+            **more,
+        )
 
     with torch.inference_mode():
-        context, state = net.encode(SOURCE, LENGTHS)
-        together = beam_search(net.step, context, state, rules([0, 1, 2]), beam=3, n_best=3, attention=True)
-        for row in range(3):
-            own, begin = rows(context, [row]), rows(state, [row])
+        context, state = net.encode(SOURCE[order], LENGTHS[order])
+        together = beam_search(net.step, context, state, rules(order), beam=3, n_best=3, attention=looks)
+        for at, row in enumerate(order):
+            own, begin = net.encode(SOURCE[row : row + 1, : LENGTHS[row]], LENGTHS[row : row + 1])
             alone = beam_search(net.step, own, begin, rules([row]), beam=3, n_best=3)[0]
-            assert [one.ids for one in alone] == [one.ids for one in together[row]]
-            for hypothesis in together[row]:
+            assert [one.ids for one in alone] == [one.ids for one in together[at]]
+            for hypothesis, same in zip(together[at], alone, strict=True):
+                assert hypothesis.score == pytest.approx(same.score, abs=1e-6)
+                assert hypothesis.ids[: len(prefixes[row])] == tuple(prefixes[row])
                 previous = torch.tensor([[BOS, *hypothesis.ids]])
                 decoded = net.decode(previous, own, begin)
                 scores = net.logits(decoded, own).log_softmax(dim=1)
                 total = sum(scores[step, word].item() for step, word in enumerate((*hypothesis.ids, EOS)))
                 assert hypothesis.log_probability == pytest.approx(total, abs=1e-4)
-                torch.testing.assert_close(torch.tensor(hypothesis.attention), decoded.attention[0].float())
+                if looks:
+                    seen = torch.tensor(hypothesis.attention)[:, : LENGTHS[row]]
+                    torch.testing.assert_close(seen, decoded.attention[0].float())
 
 
 @pytest.mark.parametrize("name", [*MODELS, *BLIND])
@@ -262,6 +288,7 @@ def test_gradients_reach_every_parameter_through_dropout(name: str) -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.bf16
 @every_model
 def test_bfloat16_is_close_to_float32(name: str) -> None:
     net = model(name).float()
@@ -285,6 +312,28 @@ def test_a_step_reads_no_number_back_from_the_device(name: str) -> None:
         words = torch.zeros(3, 6, dtype=torch.int64)
         decoded, context = net(words, torch.ones(3, dtype=torch.int64), words)
         assert net.logits(decoded, context, torch.zeros(7, dtype=torch.int64)).shape == (7, WORDS)
+
+
+@pytest.mark.parametrize("name", [*MODELS, *BLIND])
+def test_a_search_reads_no_number_back_from_the_device_but_at_its_looks(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = model(name)
+    context, state = net.encode(SOURCE, LENGTHS)
+    coverage = {"coverage_penalty": 0.2, "source_lengths": LENGTHS.tolist()} if name in MODELS else {}
+
+    def waits(longest: int, between: int) -> int:
+        monkeypatch.setitem(STEPS_BETWEEN_LOOKS, "cpu", between)
+        limits = [longest, longest - 1, longest]
+        rules = Rules(
+            bos=BOS, eos=EOS, max_length=limits, min_length=longest, forbidden=(0, 1), no_repeat_ngram=3, **coverage
+        )
+        with Waits() as seen, torch.inference_mode():
+            assert all(beam_search(net.step, context, state, rules, beam=3, attention=True))
+        return len(seen.seen)
+
+    assert waits(30, 1000) == waits(5, 1000)
+    assert waits(30, 1) > waits(30, 8) > waits(30, 1000)
 
 
 @pytest.mark.parametrize("tied", ["all", "output", "none"])

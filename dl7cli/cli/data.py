@@ -27,6 +27,8 @@ Source = Annotated[
 _RECIPE = {"classification": "resnet", "translation": "seq2seq"}
 _TABLE_SUFFIXES = (".parquet", ".arrow")
 _EXAMPLES = 3
+_UNEVEN, _APART = 3, 20
+"""How many times as long as the other, and how many characters longer, one side of a pair may be."""
 
 
 @app.command("list", epilog="Example: dl7 data list")
@@ -81,6 +83,9 @@ def info(
 
     As also_in_train it says how many images of another split, pixel by pixel as they are read, or how many
     source sentences are among those of training, too: what a model has seen is no test of it.
+    Of the training pairs also the lengths in characters, and as odd how many are there more than
+    once (all but the first), have the same text on both sides, or one side that is over three times
+    as long as the other and 20 characters longer.
 
     --set data.source_language=fr and the like say how to read it, as for dl7 train.
     """
@@ -189,11 +194,26 @@ def _about_images(contents: "Images") -> dict[str, Any]:
 
 
 def _about_pairs(contents: "Pairs") -> dict[str, Any]:
+    import numpy as np
+
+    train = contents.splits["train"]
+    lengths = np.array([(len(source), len(target)) for source, target in train])
+    shorter, longer = lengths.min(axis=1), lengths.max(axis=1)
     return {
         "task": "translation",
         "from": contents.source_language,
         "to": contents.target_language,
-        "examples": [list(pair) for pair in contents.splits["train"][:_EXAMPLES]],
+        "examples": [list(pair) for pair in train[:_EXAMPLES]],
+        "characters": {
+            f"{side}, {what}": int(value)
+            for side, column in zip(("source", "target"), lengths.T, strict=True)
+            for what, value in (("median", np.median(column)), ("longest", column.max()))
+        },
+        "odd": {
+            "repeated": len(train) - len(set(train)),
+            "copied": sum(source == target for source, target in train),
+            "uneven": int(((longer > _UNEVEN * shorter) & (longer > shorter + _APART)).sum()),
+        },
     }
 
 

@@ -1,7 +1,7 @@
 """The training loop: a generator of reports. It knows no disk and no console; its reader saves and prints."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -171,7 +171,7 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
                 trainer.skipped += skipped
                 optimiser.found_inf = skipped.float()  # type: ignore[attr-defined]
             elif on_cpu or progress.step % STEPS_BETWEEN_CHECKS == 0:
-                check_finite(loss, norm, progress.step + 1, rate, scaled=scaler.is_enabled())
+                check_finite(loss, norm, progress.step + 1, rate, scaled=scaler.is_enabled(), model=task.model)
             if optim.clip_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(parameters, optim.clip_norm, norm)
             try:
@@ -293,13 +293,19 @@ def _too_large(task: Task, parts: int, forgetful: bool) -> UserError:
     return UserError(f"{what}, and taking a batch in {parts} parts is not enough", hint=f"{lower} or the model")
 
 
-def check_finite(loss: Tensor, norm: Tensor, step: int, rate: float, *, scaled: bool = False) -> None:
-    """Raise UserError where the loss, or a gradient that no scaler will mend, is NaN or infinite."""
+def check_finite(
+    loss: Tensor, norm: Tensor, step: int, rate: float, *, scaled: bool = False, model: nn.Module | None = None
+) -> None:
+    """Raise UserError where the loss, or a gradient that no scaler will mend, is NaN or infinite; with a model that
+    still has that gradient, by the name of the weight that is the first of those where it is.
+    """
     finite = math.isfinite(loss.item())
     if not finite or not (scaled or math.isfinite(norm.item())):
         other = ", or leave such steps out: `--set training.on_nonfinite=skip`"
+        gradients = {} if model is None else {name: weight.grad for name, weight in model.named_parameters()}
+        place = _first_not_finite(gradients) if finite else ""
         what = "gradient" if finite else "loss"
-        raise _diverged(f"the {what} is not finite at step {step}", loss, norm, rate, other)
+        raise _diverged(f"the {what}{place} is not finite at step {step}", loss, norm, rate, other)
 
 
 def check_weights(model: nn.Module, loss: Tensor, norm: Tensor, step: int, rate: float) -> None:
@@ -307,8 +313,14 @@ def check_weights(model: nn.Module, loss: Tensor, norm: Tensor, step: int, rate:
 
     The last step before a checkpoint or a validation may have made them so, and no loss has been seen since.
     """
-    if not all(value.isfinite().all() for value in model.state_dict().values()):
-        raise _diverged(f"the weights are not finite after step {step}", loss, norm, rate)
+    if place := _first_not_finite(model.state_dict()):
+        raise _diverged(f"the weights{place} are not finite after step {step}", loss, norm, rate)
+
+
+def _first_not_finite(tensors: Mapping[str, Tensor | None]) -> str:
+    """Of which of these, in their order, to say that it is not finite; empty where all are."""
+    found = (name for name, value in tensors.items() if value is not None and not value.isfinite().all())
+    return next((f" of `{name}`" for name in found), "")
 
 
 def _diverged(what: str, loss: Tensor, norm: Tensor, rate: float, other: str = "") -> UserError:

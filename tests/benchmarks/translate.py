@@ -1,7 +1,8 @@
 """Seconds and memory that `dl7 translate` takes for the test sentences as a whole process, start-up included, by beam
-width, precision, and how many times over the sentences are in its input.
+width, precision, and how many times over the sentences are in its input; and how long the search itself takes.
 
-They take turns after one run that is not counted; BLEU, by sacrebleu, shows that the work was done.
+They take turns after one run that is not counted; BLEU, by sacrebleu, shows that the work was done. The search is timed
+in this process, once for each beam and precision as it is in the others, and then in as many rounds.
 
     python tests/benchmarks/translate.py --run RUN --data FOLDER
     python tests/benchmarks/translate.py --run RUN --data FOLDER --beams 1,2,4,8,16,32 --times 1,10
@@ -20,10 +21,12 @@ from typing import NamedTuple
 
 import sacrebleu
 
-from dl7cli import checkpoint, runs
+from dl7cli import checkpoint, runs, tasks
 from dl7cli.data.pairs import read_pairs
 from dl7cli.data.vocabulary import Vocabulary
+from dl7cli.device import choose
 from dl7cli.recipe import TranslationRecipe
+from dl7cli.tasks.translation import Translation
 
 
 class Kind(NamedTuple):
@@ -61,6 +64,14 @@ def translate(run: str, file: Path, kind: Kind) -> Taken:
     return Taken(seconds, usage.ru_maxrss * unit / 1e6, text.removesuffix("\n").split("\n"))
 
 
+def search(task: Translation, sources: list[str], beam: int) -> tuple[float, int]:
+    """Seconds for all sentences, from text to text, and the subwords of the translations with their ends."""
+    begin = time.perf_counter()
+    found = task.translate(sources, task.recipe.decoding.updated(beam=beam))
+    seconds = time.perf_counter() - begin
+    return seconds, sum(len(line.alternatives[0].tokens) for line in found if line.alternatives)
+
+
 def numbers(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, text.split(","))))
 
@@ -75,7 +86,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object; rounds go to standard error")
     options = parser.parse_args()
-    saved = checkpoint.load(runs.find(options.run, task="translation")[1])
+    folder_of_run = runs.find(options.run, task="translation")[1]
+    saved = checkpoint.load(folder_of_run)
     if not isinstance(saved.recipe, TranslationRecipe):
         parser.error(f"{options.run} is not a translator")
     data = saved.recipe.data
@@ -105,6 +117,18 @@ def main() -> None:
                 output[kind] = taken.lines
             seen = ", ".join(f"{kind} {every[-1]:.2f} s" for kind, every in seconds.items())
             print(f"round {number}: {seen}", file=sys.stderr if options.json else sys.stdout, flush=True)
+    sources = [source for source, _ in pairs]
+    searched: dict[tuple[int, str], list[float]] = {}
+    for name in options.precision.split(","):
+        loaded = tasks.load(folder_of_run, runtime=choose("auto", name, searches=True), task="translation")
+        assert isinstance(loaded, Translation)
+        for beam in options.beams:
+            search(loaded, sources, beam)
+            rates = []
+            for _ in range(options.rounds):
+                taken_by_search, tokens = search(loaded, sources, beam)
+                rates.append(tokens / taken_by_search)
+            searched[beam, name] = rates
     results = []
     for kind, lines in output.items():
         taken = seconds[kind]
@@ -121,12 +145,14 @@ def main() -> None:
                 "sentences": len(lines),
                 "tokens": tokens * kind.times,
                 "bleu": bleu,
+                "search_tokens_per_second": searched[kind.beam, kind.precision],
             }
         )
         if not options.json:
             print(
                 f"{kind}: {min(taken):.2f} s at best, {statistics.median(taken):.2f} s in the median, "
-                f"{megabytes[kind]:.0f} MB; {len(lines):,} sentences, {tokens * kind.times:,} tokens, BLEU {bleu:.2f}"
+                f"{megabytes[kind]:.0f} MB; {len(lines):,} sentences, {tokens * kind.times:,} tokens, BLEU {bleu:.2f}; "
+                f"search alone {statistics.median(searched[kind.beam, kind.precision]):,.0f} tokens/s in the median"
             )
     if options.json:
         print(json.dumps({"run": options.run, "results": results}))
