@@ -381,7 +381,7 @@ def _bf16_hardware(device: torch.device) -> str:
 def _computes_bf16() -> bool:
     """Whether this CPU has what oneDNN needs for bf16; one whose flags are not known is taken at its word.
 
-    Without, LSTMs cannot be had in it, and all else takes some hundred times as long as in float32.
+    Without, LSTMs cannot be trained in it, and all else takes many times as long as in float32.
     """
     flags = _cpu_flags()
     return not flags or not flags.isdisjoint({"avx512bw", "avx512_bf16", "amx_bf16", "avx_ne_convert"})
