@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -133,12 +134,19 @@ def choose(
 @contextmanager
 def _without_tf32() -> Iterator[None]:
     """cuDNN's convolutions and recurrent layers keep all digits of float32, where torch would spare some for speed."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+
+    def exchanged(allowed: bool) -> bool:
+        with warnings.catch_warnings():  # some versions of torch ask for names that others do not know
+            warnings.simplefilter("ignore")
+            before = torch.backends.cudnn.allow_tf32
+            torch.backends.cudnn.allow_tf32 = allowed
+        return before
+
+    before = exchanged(False)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        exchanged(before)
 
 
 def for_workers(device: str, gpus: str | None, workers: int | None = None) -> list[str]:
@@ -384,7 +392,7 @@ def _computes_bf16() -> bool:
     Without, LSTMs cannot be trained in it, and all else takes many times as long as in float32.
     """
     flags = _cpu_flags()
-    return not flags or not flags.isdisjoint({"avx512bw", "avx512_bf16", "amx_bf16", "avx_ne_convert"})
+    return not flags or not flags.isdisjoint({"avx512bw", "avx512_bf16", "amx_bf16"})
 
 
 def _cpu_flags() -> set[str]:

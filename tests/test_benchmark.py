@@ -82,7 +82,7 @@ def test_the_work_of_muon_is_timed_though_the_weights_stay(
     assert sum(seen) >= steps * filters > 0
 
 
-def test_steps_are_those_of_most_of_a_training(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_those_of_the_last_epoch(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its images have their full size, and the moving average of its weights is kept."""
     sizes, averaged = set(), []
     own_loss, own_update = Classification.loss, optimisation.WeightAverage.update

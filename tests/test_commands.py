@@ -424,10 +424,10 @@ def test_data_info_tells_of_odd_pairs(tmp_path: Path) -> None:
         (tmp_path / f"train.{language}").write_text("".join(f"{pair[number]}\n" for pair in given), encoding="utf-8")
     about = succeed("data", "info", ".", "--json", cwd=tmp_path).document
     assert about["odd"] == {"repeated": 2, "copied": 1, "uneven": 2}
-    lengths = {"source, median": 5, "source, longest": 31, "target, median": 8, "target, longest": 23}
+    lengths = {"source_median": 5, "source_longest": 31, "target_median": 8, "target_longest": 23}
     assert about["characters"] == lengths
     shown = succeed("data", "info", ".", cwd=tmp_path).out
-    assert re.search(r"^characters +source, median  5\n", shown, re.MULTILINE)
+    assert re.search(r"^characters +source_median  5\n", shown, re.MULTILINE)
     assert re.search(r"^odd +repeated  2\n +copied  1\n +uneven  2\n", shown, re.MULTILINE)
 
 

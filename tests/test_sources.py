@@ -205,10 +205,10 @@ def test_it_is_told_how_much_has_been_loaded(source: str, tmp_path: Path, monkey
     def load_dataset(path: str, **arguments: object) -> object:
         folder = hub / "datasets--somebody--words" if source == "somebody/words" else Path(str(arguments["cache_dir"]))
         (folder / "blobs").mkdir(parents=True)
-        for megabytes in (1, 3):
-            (folder / "blobs" / f"{megabytes}.incomplete").write_bytes(bytes(megabytes * 10**6))
+        for number, told in enumerate((1, 4)):
+            (folder / "blobs" / f"{number}.incomplete").write_bytes(bytes((told - number) * 10**6))
             deadline = time.monotonic() + 60
-            while heard[-1][1] < megabytes and time.monotonic() < deadline:
+            while heard[-1][1] < told and time.monotonic() < deadline:
                 time.sleep(0.01)
         return own
 

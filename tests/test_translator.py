@@ -325,9 +325,7 @@ def test_a_search_reads_no_number_back_from_the_device_but_at_its_looks(
     def waits(longest: int, between: int) -> int:
         monkeypatch.setitem(STEPS_BETWEEN_LOOKS, "cpu", between)
         limits = [longest, longest - 1, longest]
-        rules = Rules(
-            bos=BOS, eos=EOS, max_length=limits, min_length=longest, forbidden=(0, 1), no_repeat_ngram=3, **coverage
-        )
+        rules = Rules(bos=BOS, eos=EOS, max_length=limits, min_length=longest, forbidden=(0, 1), **coverage)
         with Waits() as seen, torch.inference_mode():
             assert all(beam_search(net.step, context, state, rules, beam=3, attention=True))
         return len(seen.seen)

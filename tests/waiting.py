@@ -5,6 +5,15 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_ASKING = (
+    torch.ops.aten._local_scalar_dense.default,
+    # As which the same comes in inference mode.
+    torch.ops.aten.item.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.nonzero.default,
+)
+
 
 class Waits(TorchDispatchMode):
     """Counts what would have a processor wait for a device: asking for a number, or for how many there are."""
@@ -14,6 +23,6 @@ class Waits(TorchDispatchMode):
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+        if func in _ASKING:
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))

@@ -205,9 +205,9 @@ def _about_pairs(contents: "Pairs") -> dict[str, Any]:
         "to": contents.target_language,
         "examples": [list(pair) for pair in train[:_EXAMPLES]],
         "characters": {
-            f"{side}, {what}": int(value)
+            f"{side}_{what}": int(value)
             for side, column in zip(("source", "target"), lengths.T, strict=True)
-            for what, value in (("median", np.median(column)), ("longest", column.max()))
+            for what, value in (("median", np.percentile(column, 50, method="lower")), ("longest", column.max()))
         },
         "odd": {
             "repeated": len(train) - len(set(train)),

@@ -170,12 +170,11 @@ def translate(
         if drawings and drawn is None:
             raise UserError("there is no sentence that could be drawn", hint="give one sentence")
     if unknown:
+        first = f"line {unknown[0]}"
         told = (
-            "line 1 has"
-            if unknown == [1]
-            else f"{console.count(len(unknown), 'line')}, the first line {unknown[0]}, have"
+            f"{first} has" if len(unknown) == 1 else f"{console.count(len(unknown), 'line')}, the first {first}, have"
         )
-        console.note(f"note: {told} characters or words that the model has never seen")
+        console.note(f"note: {told} characters or words that the vocabulary has not")
     if as_json:
         console.document({"run": names[0], "others": names[1:], "translations": documents})
     if attention is not None and drawn is not None:

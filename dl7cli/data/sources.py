@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -260,7 +260,8 @@ def load_splits(
                 f"`{source}` is no file or folder here, and {reason}",
                 hint="give the data with `--data FOLDER`, or use `--data builtin:shapes` or `builtin:phrases`",
             )
-    with _datasets_quiet(offline) as library, _growth_told(arguments.get("cache_dir") or _kept(path), source, progress):
+    written = [arguments["cache_dir"]] if local else [_downloaded(path), str(_prepared(path))]
+    with _datasets_quiet(offline) as library, _growth_told(written, source, progress):
         try:
             if local:
                 if folder.is_dir():
@@ -323,22 +324,22 @@ def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
-def _kept(identity: str) -> str:
-    """The folder that a hub data set is downloaded to."""
-    import huggingface_hub
+def _downloaded(identity: str) -> str:
+    """The folder that the files of a hub data set are kept in."""
+    from huggingface_hub import constants
 
-    return os.path.join(huggingface_hub.constants.HF_HUB_CACHE, "--".join(["datasets", *identity.split("/")]))
+    return os.path.join(constants.HF_HUB_CACHE, "--".join(["datasets", *identity.split("/")]))
 
 
 @contextlib.contextmanager
-def _growth_told(folder: str, source: str, progress: Progress) -> Iterator[None]:
-    """Report, from a thread, by how many megabytes the folder that a source is loaded into has grown."""
+def _growth_told(folders: Sequence[str], source: str, progress: Progress) -> Iterator[None]:
+    """Report, from a thread, by how many megabytes the folders that a source is loaded into have grown."""
     what, over = f"loading {source}, megabytes", threading.Event()
-    before = _bytes_below(folder)
+    before = sum(map(_bytes_below, folders))
 
     def tell() -> None:
         while not over.wait(TOLD_SECONDS):
-            progress(what, max(0, _bytes_below(folder) - before) // 10**6, 0)
+            progress(what, max(0, sum(map(_bytes_below, folders)) - before) // 10**6, 0)
 
     teller = threading.Thread(target=tell, daemon=True)
     progress(what, 0, 0)
@@ -363,16 +364,20 @@ def _bytes_below(folder: str) -> int:
 
 def _in_hub_cache(source: str) -> bool:
     """Tell whether `datasets` has prepared this hub data set before (without importing it)."""
+    identity, configuration = _split_configuration(source)
+    return any(_prepared(identity).glob(f"{configuration or '*'}/*/*/dataset_info.json"))
+
+
+def _prepared(identity: str) -> Path:
+    """The folder that `datasets` prepares the tables of a hub data set in (without importing it)."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
     folder = Path(os.path.expanduser(os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")))
-    identity, configuration = _split_configuration(source)
     *owner, name = identity.split("/")
     # The folder's name is made as by datasets.naming.camelcase_to_snakecase.
     name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)
     name = re.sub(r"([a-z\d])([A-Z])", r"\1_\2", name).lower()
-    kept = folder / "___".join([*owner, name])
-    return any(kept.glob(f"{configuration or '*'}/*/*/dataset_info.json"))
+    return folder / "___".join([*owner, name])
 
 
 def _reachable(source: str) -> bool:

@@ -29,7 +29,7 @@ from dl7cli.tasks.labelled_images import ImageBatch, LabelledImages
 EVALUATION_BATCH = {"cpu": 100, "cuda": 500, "mps": 500}
 """Images scored at once, by device: on a CPU so few that what a layer of ResNet-20 gives stays in the cache."""
 EVALUATION_PIXELS = 1 << 21
-"""Pixels scored at once, unless one image has more: large ones are not to take more memory than their training."""
+"""Pixels scored at once, unless one image has more: so many as 500 images of 64 by 64 have, or 41 of 224 by 224."""
 WHITENING_IMAGES = 5000
 _STEM_SIZE = 64
 """Smallest side of an image that the `imagenet` stem, which makes it a quarter, is for."""

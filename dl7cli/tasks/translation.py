@@ -288,7 +288,7 @@ class Translation:
         encoded = self.pairs.source_ids(sources)
         read = {
             "cut_sources": sum(len(ids) > limit for ids in encoded),
-            "unknown_sources": sum(UNKNOWN in ids for ids in encoded),
+            "unknown_sources": sum(UNKNOWN in ids[:limit] for ids in encoded),
         }
         return replace(scores, details={**scores.details, **read})
 
@@ -328,7 +328,7 @@ class Translation:
                     hint="begin translations with what the training data has",
                 )
         answers = [TranslatedLine("", 0.0, [], [], None, False)] * len(lines)
-        lengths = np.array([min(len(ids), limit) for ids in encoded], dtype=np.int64)
+        lengths = np.array([len(self.pairs.read(ids[:limit])) if ids else 0 for ids in encoded], dtype=np.int64)
         order = np.argsort(lengths, kind="stable")[np.count_nonzero(lengths == 0) :]
         room = -(-lengths // _SHORT) * (decoding.beam if decoding.method == "beam" else n_best)
         done = 0

@@ -303,9 +303,9 @@ def check_finite(
     if not finite or not (scaled or math.isfinite(norm.item())):
         other = ", or leave such steps out: `--set training.on_nonfinite=skip`"
         gradients = {} if model is None else {name: weight.grad for name, weight in model.named_parameters()}
-        place = _first_not_finite(gradients) if finite else ""
-        what = "gradient" if finite else "loss"
-        raise _diverged(f"the {what}{place} is not finite at step {step}", loss, norm, rate, other)
+        name = _first_not_finite(gradients) if finite else None
+        what = "loss" if not finite else "gradient" if name is None else f"gradient of `{name}`"
+        raise _diverged(f"the {what} is not finite at step {step}", loss, norm, rate, other)
 
 
 def check_weights(model: nn.Module, loss: Tensor, norm: Tensor, step: int, rate: float) -> None:
@@ -313,14 +313,13 @@ def check_weights(model: nn.Module, loss: Tensor, norm: Tensor, step: int, rate:
 
     The last step before a checkpoint or a validation may have made them so, and no loss has been seen since.
     """
-    if place := _first_not_finite(model.state_dict()):
-        raise _diverged(f"the weights{place} are not finite after step {step}", loss, norm, rate)
+    if name := _first_not_finite(model.state_dict()):
+        raise _diverged(f"the weights of `{name}` are not finite after step {step}", loss, norm, rate)
 
 
-def _first_not_finite(tensors: Mapping[str, Tensor | None]) -> str:
-    """Of which of these, in their order, to say that it is not finite; empty where all are."""
-    found = (name for name, value in tensors.items() if value is not None and not value.isfinite().all())
-    return next((f" of `{name}`" for name in found), "")
+def _first_not_finite(tensors: Mapping[str, Tensor | None]) -> str | None:
+    """The name of the first of these that has a NaN or an infinity; None where none has."""
+    return next((name for name, one in tensors.items() if one is not None and not one.isfinite().all()), None)
 
 
 def _diverged(what: str, loss: Tensor, norm: Tensor, rate: float, other: str = "") -> UserError:
