@@ -422,7 +422,7 @@ def test_folders_without_training_images_are_errors(tmp_path: Path) -> None:
         read_images(str(tmp_path / "5"))
     with pytest.raises(UserError, match="has both `val` and `valid`"):
         read_images(write_image_folder(tmp_path / "6", {f"{it}/a/1.png": one for it in ("train", "val", "valid")}))
-    with pytest.raises(UserError, match="is an image folder and has no columns"):
+    with pytest.raises(UserError, match="has images and no columns"):
         read_images(write_image_folder(tmp_path / "7", {"train/a/1.png": one}), label="label")
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dl7cli.data import sources
+from dl7cli.data.cifar import read_cifar
 from dl7cli.data.columns import Content, Encoded, Split
 from dl7cli.data.columns import read as read_columns
 from dl7cli.data.sources import Progress, silent
@@ -62,7 +63,7 @@ def read_images(
     offline: bool = False,
     progress: Progress = silent,
 ) -> Images:
-    """Read labelled images from a hub id, a folder in the same layout, an image folder or `builtin:shapes`.
+    """Read labelled images from a hub id, a folder in its layout or CIFAR's own, an image folder or `builtin:shapes`.
 
     `image` and `label` name the columns where they are not to be found by their type. Images that are not
     `image_size` pixels wide and high are scaled to fill that square and cropped to its centre. Without `image_size`
@@ -161,11 +162,9 @@ def _encoded(
         return _generated()
     if sources.is_local(source):
         path = sources.existing_path(source)
-        if path.is_dir() and (found := _image_folder(path)):
+        if path.is_dir() and (found := read_cifar(path) or _image_folder(path)):
             if image or label:
-                raise UserError(
-                    f"`{source}` is an image folder and has no columns", hint="leave out data.image and data.label"
-                )
+                raise UserError(f"`{source}` has images and no columns", hint="leave out data.image and data.label")
             return found
     loaded = sources.load_splits(source, offline=offline, progress=progress, working=working / "datasets")
     return read_columns(source, loaded, image, label)
