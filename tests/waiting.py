@@ -12,6 +12,7 @@ _ASKING = (
     torch.ops.aten.is_nonzero.default,
     torch.ops.aten.equal.default,
     torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
 )
 
 
@@ -23,6 +24,7 @@ class Waits(TorchDispatchMode):
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _ASKING:
+        chosen = args[1] if func is torch.ops.aten.index.Tensor else ()
+        if func in _ASKING or any(part is not None and part.dtype == torch.bool for part in chosen):
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))

@@ -144,14 +144,14 @@ def _read(source: str, task: str | None, overrides: list[str], offline: bool) ->
 def _guess(source: str, offline: bool, progress: "Progress") -> str:
     """Tell from the names of its files, or else from the types of its columns, what a data set is for."""
     from dl7cli.data import columns, sources
-    from dl7cli.data.cifar import read_cifar
+    from dl7cli.data.cifar import is_cifar
     from dl7cli.data.images import IMAGE_SUFFIXES
 
     if sources.is_local(source):
         path = sources.existing_path(source)
         files = [path] if path.is_file() else sources.files_below(path)
         suffixes = {file.suffix.lower() for file in files}
-        if suffixes.intersection(IMAGE_SUFFIXES) or (path.is_dir() and read_cifar(path)):
+        if suffixes.intersection(IMAGE_SUFFIXES) or (path.is_dir() and is_cifar(path)):
             return "classification"
         if not suffixes.intersection(_TABLE_SUFFIXES):
             return "translation"

@@ -19,44 +19,63 @@ class _Layout(NamedTuple):
     names: str
     """The file with the name of a class on each line."""
     splits: dict[str, tuple[str, ...]]
+    classes: int
     label_bytes: int
     """Before the pixels of an image; the last of them is the class."""
+
+    def is_of(self, folder: Path) -> bool:
+        return (folder / self.names).is_file() and any((folder / name).is_file() for name in self.files)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.splits["train"] + self.splits["test"]
 
 
 _BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 _LAYOUTS = (
-    _Layout("batches.meta.txt", {"train": tuple(f"{name}.bin" for name in _BATCHES), "test": ("test_batch.bin",)}, 1),
-    _Layout("fine_label_names.txt", {"train": ("train.bin",), "test": ("test.bin",)}, 2),
+    _Layout(
+        "batches.meta.txt", {"train": tuple(f"{name}.bin" for name in _BATCHES), "test": ("test_batch.bin",)}, 10, 1
+    ),
+    _Layout("fine_label_names.txt", {"train": ("train.bin",), "test": ("test.bin",)}, 100, 2),
 )
 _PICKLES = ((*_BATCHES, "test_batch", "batches.meta"), ("train", "test", "meta"))
 
 
-def read_cifar(folder: Path) -> Content | None:
-    """Read a folder in the binary layout, of CIFAR-100 the fine labels; None where it is another layout.
+def is_cifar(folder: Path) -> bool:
+    """Tell by the names of its files whether a folder is in the binary layout.
 
-    Raises UserError where a file is missing or damaged, and for the layout for Python, which is of pickles.
+    Raises UserError for the layout for Python, which is of pickles.
     """
-    for layout in _LAYOUTS:
-        if (folder / layout.names).is_file():
-            text = (folder / layout.names).read_text(encoding="utf-8", errors="replace")
-            classes = tuple(filter(None, map(str.strip, text.splitlines())))
-            splits = {split: _split(folder, files, layout, classes) for split, files in layout.splits.items()}
-            return Content(splits, classes)
+    if any(layout.is_of(folder) for layout in _LAYOUTS):
+        return True
     if any(all((folder / name).is_file() for name in names) for names in _PICKLES):
         raise UserError(
             f"`{folder}` holds CIFAR as Python pickles, which may run any program when they are read",
             hint="give the folder of the binary version, `cifar-10-batches-bin` or `cifar-100-binary`",
         )
-    return None
+    return False
 
 
-def _split(folder: Path, names: tuple[str, ...], layout: _Layout, classes: tuple[str, ...]) -> Split:
-    parts = [(folder / name, _records(folder / name, layout, len(classes))) for name in names]
+def read_cifar(folder: Path) -> Content:
+    """Read a folder in the binary layout, of CIFAR-100 the fine labels.
+
+    Raises UserError where a file is missing or damaged, and OSError where one cannot be read.
+    """
+    layout = next(layout for layout in _LAYOUTS if layout.is_of(folder))
+    text = (folder / layout.names).read_text(encoding="utf-8", errors="replace")
+    classes = tuple(filter(None, map(str.strip, text.splitlines())))
+    if len(classes) != layout.classes:
+        raise UserError(f"`{folder / layout.names}` is damaged: it names {len(classes)} classes of {layout.classes}")
+    return Content({split: _split(folder, files, layout) for split, files in layout.splits.items()}, classes)
+
+
+def _split(folder: Path, names: tuple[str, ...], layout: _Layout) -> Split:
+    parts = [(folder / name, _records(folder / name, layout)) for name in names]
     labels = [label for _, records in parts for label in records[:, layout.label_bytes - 1].tolist()]
     return Split(labels, functools.partial(_images, parts, layout))
 
 
-def _records(path: Path, layout: _Layout, classes: int) -> npt.NDArray[np.uint8]:
+def _records(path: Path, layout: _Layout) -> npt.NDArray[np.uint8]:
     """The images of a file, mapped from disk, with their labels before them: (N, label bytes and pixels)."""
     if not path.is_file():
         raise UserError(f"there is no file `{path}`, which is a part of CIFAR", hint="unpack the whole archive again")
@@ -65,8 +84,8 @@ def _records(path: Path, layout: _Layout, classes: int) -> npt.NDArray[np.uint8]
     if size == 0 or size % width:
         raise UserError(f"`{path}` is damaged: {size:,} bytes are not images of {width:,} bytes each")
     records = np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, width)
-    if (greatest := int(records[:, layout.label_bytes - 1].max())) >= classes:
-        raise UserError(f"`{path}` is damaged: it has label {greatest}, and there are {classes} classes")
+    if (greatest := int(records[:, layout.label_bytes - 1].max())) >= layout.classes:
+        raise UserError(f"`{path}` is damaged: it has label {greatest}, and there are {layout.classes} classes")
     return records
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dl7cli.data import sources
-from dl7cli.data.cifar import read_cifar
+from dl7cli.data.cifar import is_cifar, read_cifar
 from dl7cli.data.columns import Content, Encoded, Split
 from dl7cli.data.columns import read as read_columns
 from dl7cli.data.sources import Progress, silent
@@ -162,7 +162,10 @@ def _encoded(
         return _generated()
     if sources.is_local(source):
         path = sources.existing_path(source)
-        if path.is_dir() and (found := read_cifar(path) or _image_folder(path)):
+        found = _image_folder(path) if path.is_dir() else None
+        if found is None and path.is_dir() and is_cifar(path):
+            found = read_cifar(path)
+        if found:
             if image or label:
                 raise UserError(f"`{source}` has images and no columns", hint="leave out data.image and data.label")
             return found

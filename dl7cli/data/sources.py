@@ -338,8 +338,11 @@ def _growth_told(folders: Sequence[str], source: str, progress: Progress) -> Ite
     before = sum(map(_bytes_below, folders))
 
     def tell() -> None:
-        while not over.wait(TOLD_SECONDS):
+        pause = TOLD_SECONDS
+        while not over.wait(pause):
+            begin = time.monotonic()
             progress(what, max(0, sum(map(_bytes_below, folders)) - before) // 10**6, 0)
+            pause = max(TOLD_SECONDS, 20 * (time.monotonic() - begin))  # looking takes long where files are many
 
     teller = threading.Thread(target=tell, daemon=True)
     progress(what, 0, 0)

@@ -19,18 +19,18 @@ class Attention(nn.Module):
     """A softmax over s of what `scores` says, and the weighted sum of the memory."""
 
     def keys(self, memory: Tensor) -> Tensor:
-        """What every query is compared with, from `memory` (B, S, M): made once per sentence."""
+        """memory (B, S, M) → what every query is compared with, (B, S, …), of a width of its own; once a sentence."""
         return memory
 
     def scores(self, queries: Tensor, keys: Tensor, coverage: Tensor | None) -> Tensor:
-        """queries (B, Q, D), coverage (B, Q, S) or None → how well each query goes with each step, (B, Q, S)."""
+        """queries (B, Q, D), keys, coverage (B, Q, S) or None → how well each query goes with each step, (B, Q, S)."""
         raise NotImplementedError
 
     def forward(
         self, queries: Tensor, keys: Tensor, memory: Tensor, mask: Tensor, coverage: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """queries (B, Q, D), keys, memory (B, S, M), mask (B, S) true at real steps
-        → context (B, Q, M), weights (B, Q, S) that sum to one over the real steps, in float32 or wider.
+        """queries (B, Q, D), keys by `keys`, memory (B, S, M), mask (B, S) true at real steps
+        → what is found (B, Q, M), weights (B, Q, S) that sum to one over the real steps, in float32 or wider.
         """
         weights = _softmax(self.scores(queries, keys, coverage), mask[:, None])
         return torch.bmm(weights.to(memory.dtype), memory), weights

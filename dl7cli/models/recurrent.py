@@ -16,8 +16,6 @@ from torch.nn import functional
 from dl7cli.models.dropout import Dropout
 from dl7cli.models.translator import State
 
-_GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1}
-
 
 def layer(cell: str, width: int, units: int) -> nn.RNNBase:
     """One layer of cells: "lstm" (Hochreiter & Schmidhuber 1997), "gru" (Cho et al. 2014) or "rnn", with tanh."""
@@ -95,7 +93,7 @@ class Transitions(nn.Module):
     def __init__(self, cell: str, width: int, units: int, depth: int) -> None:
         super().__init__()
         self.first = layer(cell, width, units)
-        gates = _GATES[self.first.mode] * units
+        gates = self.first.all_weights[0][1].size(0)
         self.further = nn.ModuleList(nn.Linear(units, gates) for _ in range(depth - 1))
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, State]:

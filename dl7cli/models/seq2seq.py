@@ -85,20 +85,21 @@ class Seq2Seq(Translator):
             final=not attends,
         )
         memory = self.encoder.width
-        lower = not attends or options.decoder != "bahdanau"
-        upper = attends and options.decoder != "luong"
-        self.start_lower = nn.Linear(memory, units) if attends and lower else None
-        self.start_upper = nn.Linear(memory, units) if upper else None
-        self.lower = layer(cell, embedding + options.input_feeding * width, units) if lower else None
+        has_lower = not attends or options.decoder != "bahdanau"
+        has_upper = attends and options.decoder != "luong"
+        self.start_lower = nn.Linear(memory, units) if attends and has_lower else None
+        self.start_upper = nn.Linear(memory, units) if has_upper else None
+        self.lower = layer(cell, embedding + options.input_feeding * width, units) if has_lower else None
         self.attention = _attention(options, memory) if attends else None
-        self.upper = layer(cell, (units if lower else embedding) + memory, units) if upper else None
-        said = units + attends * memory + upper * embedding
+        self.upper = layer(cell, (units if has_lower else embedding) + memory, units) if has_upper else None
+        said = units + attends * memory + has_upper * embedding
         self.readout = nn.Linear(said, (2 if options.readout == "maxout" else 1) * width)
         self.output_bias = nn.Parameter(torch.zeros(target_words))
         nn.init.normal_(self.embedding.weight, std=embedding**-0.5)
-        higher = options.decoder_layers - 1
-        self.higher = nn.ModuleList(layer(cell, units, units) for _ in range(higher))
-        self.start_higher = nn.ModuleList(nn.Linear(memory, units) for _ in range(attends * higher))
+        nn.init.zeros_(self.embedding.weight[pad])
+        count = options.decoder_layers - 1
+        self.higher = nn.ModuleList(layer(cell, units, units) for _ in range(count))
+        self.start_higher = nn.ModuleList(nn.Linear(memory, units) for _ in range(attends * count))
         parts = sum(state_size(one) for one in self._layers) if not attends and memory != units else 0
         self.bridges = nn.ModuleList(nn.Linear(memory, units) for _ in range(parts))
         self.gate = nn.Linear(units + memory + embedding, 1) if options.copying else None
@@ -106,23 +107,15 @@ class Seq2Seq(Translator):
         if options.tied != "all":
             self.source_embedding = nn.Embedding(source_words, embedding, padding_idx=pad)
             nn.init.normal_(self.source_embedding.weight, std=embedding**-0.5)
+            nn.init.zeros_(self.source_embedding.weight[pad])
         self.output_weight = None
         if options.tied == "none":
             self.output_weight = nn.Parameter(torch.empty(target_words, width).normal_(std=width**-0.5))
-        with torch.no_grad():
-            for one in (self.embedding, self.source_embedding):
-                if one is not None:
-                    one.weight[pad].zero_()
 
     @property
     def _layers(self) -> list[nn.RNNBase]:
         """Of the decoder, from below."""
         return [one for one in (self.lower, self.upper, *self.higher) if isinstance(one, nn.RNNBase)]
-
-    @property
-    def _below(self) -> int:
-        """How many of the decoder's layers are below the attention."""
-        return len(self._layers) if self.upper is None else int(self.lower is not None)
 
     def encode(self, source: Tensor, lengths: Tensor) -> tuple[State, State]:
         """As `Translator.encode`; context: memory, keys, mask and, for copying, source; none without attention.
@@ -156,7 +149,8 @@ class Seq2Seq(Translator):
         states, rest = self._unpacked(state)
         if self.options.input_feeding or (self.attention is not None and self.lower is None):
             return self._decode_by_steps(embedded, context, states, rest)
-        layers, below = self._layers, self._below
+        layers = self._layers
+        below = len(layers) if self.upper is None else 1
         asked, after = self._stack(layers[:below], embedded, states[:below])
         asked = answered = self.dropout(asked)
         found = weights = None

@@ -309,7 +309,7 @@ def fill(order: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray
             batches.append(order[begin:at])
             begin, grown = at, int(lengths[index])
         longest = grown
-    return [*batches, order[begin:]]
+    return [*batches, order[begin:]] if len(order) else []
 
 
 def _rectangle(rows: list[list[int]]) -> Tensor:

@@ -28,7 +28,7 @@ from dl7cli.tasks.sentences import PairBatch, SentencePairs, fill
 HYPOTHESES_AT_ONCE = 640
 """Sentences searched at once times the beam, of sources up to `_SHORT`; of up to twice that half as many, and so on."""
 _SHORT = 64
-"""Subwords."""
+"""Subwords as the model reads them, `</s>` included."""
 SUBWORDS_AT_ONCE = 8192
 """Most subwords of a batch that is scored, padding included."""
 
@@ -332,8 +332,10 @@ class Translation:
         order = np.argsort(lengths, kind="stable")[np.count_nonzero(lengths == 0) :]
         room = -(-lengths // _SHORT) * (decoding.beam if decoding.method == "beam" else n_best)
         done = 0
-        steps: list[list[Extension]] | None = None if tree is None else []
-        for chosen in fill(order, room, HYPOTHESES_AT_ONCE) if len(order) else []:
+        if tree is not None and len(order) > 1:
+            raise ValueError(f"a tree is of one sentence, not of {len(order)}")
+        steps: list[list[Extension]] = []
+        for chosen in fill(order, room, HYPOTHESES_AT_ONCE):
             sentences = [encoded[at][:limit] for at in chosen]
             with self.runtime.autocast_search():
                 found = search(
@@ -345,7 +347,7 @@ class Translation:
                     numbers=[first_line + int(at) for at in chosen],
                     n_best=n_best,
                     attention=attention,
-                    tree=steps,
+                    tree=None if tree is None else steps,
                 )
             for at, ids, hypotheses in zip(chosen, sentences, found, strict=True):
                 tokens = self.pairs.source_tokens(ids)
@@ -356,7 +358,7 @@ class Translation:
             done += len(chosen)
             self._progress("translating", done, len(order))
         if tree is not None:
-            tree.extend(self._branches(steps or []))
+            tree.extend(self._branches(steps))
         return answers
 
     def score(self, pairs: Sequence[tuple[str, str]], *, others: Sequence["Translation"] = ()) -> list[ScoredPair]:
@@ -371,7 +373,7 @@ class Translation:
         answers = [ScoredPair(0.0, [], [], None)] * len(pairs)
         read = [len(self.pairs.read(ids)) for ids in sources]
         lengths = np.array([max(length, len(ids) + 1) for length, ids in zip(read, targets, strict=True)])
-        for chosen in fill(np.argsort(lengths, kind="stable"), lengths, SUBWORDS_AT_ONCE) if pairs else []:
+        for chosen in fill(np.argsort(lengths, kind="stable"), lengths, SUBWORDS_AT_ONCE):
             batch = self.pairs.batch([(sources[at], targets[at]) for at in chosen])
             with self.runtime.autocast_search():
                 values = teacher_forced(models, *batch[:5]).tolist()
