@@ -264,18 +264,18 @@ def test_a_wide_beam_is_enumeration_and_beam_1_a_greedy_loop(
         expected = {}
         for ids in (ids for count in range(4) for ids in itertools.product(words, repeat=count)):
             penalty = {"gnmt": (6 + len(ids)) / 6, "average": len(ids) + 1}[normalisation] ** length_penalty
-            total = sum(scores(ids)[at, word].item() for at, word in enumerate((*ids, EOS)))
-            expected[ids] = total / penalty
+            following = scores(ids)
+            expected[ids] = sum(following[at, word].item() for at, word in enumerate((*ids, EOS))) / penalty
         assert {one.ids: one.score for one in found} == pytest.approx(expected, abs=1e-4)
         assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
         assert best == found[:1]
         ids = ()
         while len(ids) < 3:
-            following = scores(ids)[-1, [*words, EOS]].topk(2)
-            assume(following.values[0] - following.values[1] > 1e-4)
-            if following.indices[0] == len(words):
+            likeliest = scores(ids)[-1, [*words, EOS]].topk(2)
+            assume(likeliest.values[0] - likeliest.values[1] > 1e-4)
+            if likeliest.indices[0] == len(words):
                 break
-            ids = (*ids, words[int(following.indices[0])])
+            ids = (*ids, words[int(likeliest.indices[0])])
         assert find(1, 1)[0].ids == ids
 
 
