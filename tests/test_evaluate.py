@@ -142,12 +142,9 @@ def test_what_was_trained_in_fp32_is_evaluated_and_used_in_it(
     assert (found["scores"], found["details"]) == (result["scores"], result["details"])
     dl7("eval", "run", "--precision", "bf16")
     assert [line["precision"] for line in runs.evaluations(run)] == ["fp32", "fp32", "bf16"]
-    image = str(tiny["resnet"].parent / "images/test/red/0.png")
-    automatic, exact, rough = (
-        dl7("classify", image, "--run", "run", "--json", *flags).stdout
-        for flags in ((), ("--precision", "fp32"), ("--precision", "bf16"))
-    )
-    assert automatic == exact != rough
+    use = ("classify", str(tiny["resnet"].parent / "images/test/red/0.png"), "--run", "run", "--json")
+    exact, rough = (dl7(*use, "--precision", name).stdout for name in ("fp32", "bf16"))
+    assert dl7(*use).stdout == exact != rough
     assert runs.scoring_precision("auto", ["run"]) == "fp32"
     assert runs.scoring_precision("bf16", ["run"]) == "bf16"
     runs.amend_environment(run, {"precision": "bf16"})
