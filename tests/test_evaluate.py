@@ -135,8 +135,7 @@ def test_keys_of_decoding_can_be_changed_for_one_evaluation(train: Callable[...,
 def test_what_was_trained_in_fp32_is_evaluated_and_used_in_it(
     tiny: dict[str, Path], train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "_bf16_hardware", lambda _: "it has bf16")
-    monkeypatch.setattr(device, "_cpu_flags", set)
+    monkeypatch.setattr(device, "_cpu_flags", lambda: {"avx512_bf16"})
     run, result, _ = train("resnet", "training.epochs=1")
     found = json.loads(dl7("eval", "run", "--json").stdout)
     assert (found["scores"], found["details"]) == (result["scores"], result["details"])

@@ -24,11 +24,8 @@ class _Layout(NamedTuple):
     """Before the pixels of an image; the last of them is the class."""
 
     def is_of(self, folder: Path) -> bool:
-        return (folder / self.names).is_file() and any((folder / name).is_file() for name in self.files)
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        return self.splits["train"] + self.splits["test"]
+        files = (name for names in self.splits.values() for name in names)
+        return (folder / self.names).is_file() and any((folder / name).is_file() for name in files)
 
 
 _BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))

@@ -162,9 +162,9 @@ def _encoded(
         return _generated()
     if sources.is_local(source):
         path = sources.existing_path(source)
-        found = _image_folder(path) if path.is_dir() else None
-        if found is None and path.is_dir() and is_cifar(path):
-            found = read_cifar(path)
+        found = None
+        if path.is_dir():
+            found = _image_folder(path) or (read_cifar(path) if is_cifar(path) else None)
         if found:
             if image or label:
                 raise UserError(f"`{source}` has images and no columns", hint="leave out data.image and data.label")
