@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from dl7cli.models import losses
-from dl7cli.models.losses import smoothed_cross_entropy, symmetric_divergence
+from dl7cli.models.losses import agreeing_cross_entropy, smoothed_cross_entropy
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -52,29 +52,31 @@ def test_words_without_probability_cost_nothing_unless_they_are_smoothed() -> No
     assert gradient[0, 1] == 0
 
 
-def torchs_divergence(logits: torch.Tensor) -> torch.Tensor:
+def torchs(logits: torch.Tensor, target: torch.Tensor, smoothing: float, weight: float) -> torch.Tensor:
     one, two = logits.log_softmax(dim=1).chunk(2)
-    return sum(
-        functional.kl_div(answer, expected, reduction="sum", log_target=True)
-        for answer, expected in ((one, two), (two, one))
-    )
+    losses = [functional.cross_entropy(x, target, reduction="sum", label_smoothing=smoothing) for x in (one, two)]
+    apart = [functional.kl_div(x, y, reduction="sum", log_target=True) for x, y in ((one, two), (two, one))]
+    return (sum(losses) + weight * sum(apart) / 2) / 2
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("rows", [1, 4, 7])
-def test_the_divergence_is_torchs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agreement_is_torchs(rows: int, smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "_AT_ONCE", 4 * 9 + 5)  # four rows at once
     torch.manual_seed(2)
     logits = (3 * torch.randn(2 * rows, 9, dtype=torch.float64)).requires_grad_()
-    own, theirs = symmetric_divergence(logits), torchs_divergence(logits)
-    assert own > 1
+    target = torch.randint(9, (rows,))
+    own, theirs = (loss(logits, target, smoothing, 5.0) for loss in (agreeing_cross_entropy, torchs))
+    assert own - agreeing_cross_entropy(logits, target, smoothing, 0.0) > 1
     torch.testing.assert_close(own, theirs)
     found, expected = (torch.autograd.grad(3 * total, logits)[0] for total in (own, theirs))
     torch.testing.assert_close(found, expected)
 
 
-def test_the_divergence_of_bfloat16_is_summed_in_float32() -> None:
+def test_agreement_of_bfloat16_is_summed_in_float32() -> None:
     logits = torch.randn(300, 50, dtype=torch.bfloat16, requires_grad=True)
-    own, theirs = symmetric_divergence(logits), torchs_divergence(logits.float())
+    target = torch.randint(50, (150,))
+    own, theirs = agreeing_cross_entropy(logits, target, 0.1, 5.0), torchs(logits.float(), target, 0.1, 5.0)
     assert own.dtype == torch.float32
     torch.testing.assert_close(own, theirs)
     found, expected = (torch.autograd.grad(total, logits)[0] for total in (own, theirs))
@@ -82,9 +84,10 @@ def test_the_divergence_of_bfloat16_is_summed_in_float32() -> None:
     torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-3)
 
 
-def test_the_divergence_of_nothing_and_of_no_number() -> None:
+def test_agreement_of_nothing_and_of_no_number() -> None:
     """The former is the part of a worker for which no pair is left."""
-    none = torch.zeros(0, 5, requires_grad=True)
-    assert symmetric_divergence(none) == 0
-    assert torch.autograd.grad(symmetric_divergence(none), none)[0].shape == (0, 5)
-    assert symmetric_divergence(torch.tensor([[0.0, torch.nan], [0.0, 0.0]])).isnan()
+    none, no_target = torch.zeros(0, 5, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    total = agreeing_cross_entropy(none, no_target, 0.1, 5.0)
+    assert total == 0
+    assert torch.autograd.grad(total, none)[0].shape == (0, 5)
+    assert agreeing_cross_entropy(torch.tensor([[0.0, torch.nan], [0.0, 0.0]]), torch.tensor([0]), 0.1, 5.0).isnan()

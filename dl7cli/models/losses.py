@@ -60,35 +60,45 @@ def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> 
     return total
 
 
-class _SymmetricDivergence(torch.autograd.Function):
-    """Keeps the scores as they came and nothing else."""
+class _AgreeingCrossEntropy(torch.autograd.Function):
+    """Keeps the scores as they came and nothing else. Both losses at once, as each needs all probabilities."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, smoothing: float, weight: float) -> Tensor:
         total = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-        for own, other in _halves(logits):
-            one, two = _log_probabilities(logits[own]), _log_probabilities(logits[other])
+        for rows in _twins(logits):
+            one, two = (_log_probabilities(logits[own]) for own in rows)
+            words = target[rows[0], None]
+            for scores in (one, two):
+                total -= (1 - smoothing) * scores.gather(1, words).sum()
+                if smoothing:
+                    total -= smoothing * scores.mean(dim=1).sum()
             apart = one - two
-            total += ((one.exp_() - two.exp_()) * apart).sum()
-        ctx.save_for_backward(logits)
-        return total
+            total += weight / 2 * ((one.exp_() - two.exp_()) * apart).sum()
+        ctx.save_for_backward(logits, target)
+        ctx.smoothing, ctx.weight = smoothing, weight
+        return total / 2
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (logits,) = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, target = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        for own, other in _halves(logits):
-            one, two = _log_probabilities(logits[own]), _log_probabilities(logits[other])
+        for rows in _twins(logits):
+            one, two = (_log_probabilities(logits[own]) for own in rows)
+            words = target[rows[0], None]
             apart = one - two
             difference = one.exp_() - two.exp_()
-            for rows, probabilities, sign in ((own, one, 1), (other, two, -1)):
+            for own, probabilities, sign in zip(rows, (one, two), (1, -1), strict=True):
                 mean = (probabilities * apart).sum(dim=1, keepdim=True)
-                found = probabilities.mul_(apart - mean).add_(difference)
-                gradient[rows] = found.mul_(sign * gradients[0])
-        return gradient
+                found = (apart - mean).mul_(probabilities).add_(difference).mul_(sign * ctx.weight / 2)
+                found += probabilities
+                found -= ctx.smoothing / logits.size(1)
+                found.scatter_add_(1, words, torch.full_like(words, ctx.smoothing - 1, dtype=found.dtype))
+                gradient[own] = found.mul_(gradients[0] / 2)
+        return gradient, None, None, None
 
 
-def _halves(logits: Tensor) -> Iterator[tuple[slice, slice]]:
+def _twins(logits: Tensor) -> Iterator[tuple[slice, slice]]:
     """Rows of the first half, and those of the second that belong to them: a few on a CPU, on a GPU all at once."""
     half = len(logits) // 2
     rows = max(1, _AT_ONCE // logits.size(1) if logits.device.type == "cpu" else half)
@@ -101,7 +111,11 @@ def _log_probabilities(logits: Tensor) -> Tensor:
     return logits.log_softmax(dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def symmetric_divergence(logits: Tensor) -> Tensor:
-    """logits (2N, V) → KL(P‖Q) + KL(Q‖P) summed over N, in float32, where P is by row i and Q by row N + i."""
-    total: Tensor = _SymmetricDivergence.apply(logits)  # type: ignore[no-untyped-call]
+def agreeing_cross_entropy(logits: Tensor, target: Tensor, smoothing: float, weight: float) -> Tensor:
+    """Half the objective of R-Drop (Liang et al. 2021, arXiv 2106.14448, eq. 4), summed over N, in float32.
+
+    logits (2N, V) of two readings of everything, target (N,): the mean of both `smoothed_cross_entropy`, and half of
+    `weight` times the mean of KL(P‖Q) and KL(Q‖P), where P is by row i and Q by row N + i.
+    """
+    total: Tensor = _AgreeingCrossEntropy.apply(logits, target, smoothing, weight)  # type: ignore[no-untyped-call]
     return total

@@ -15,7 +15,7 @@ from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, bleu, chrf, translation
 from dl7cli.models.convolutional import ConvS2S
-from dl7cli.models.losses import smoothed_cross_entropy, symmetric_divergence
+from dl7cli.models.losses import agreeing_cross_entropy, smoothed_cross_entropy
 from dl7cli.models.seq2seq import Seq2Seq, Seq2SeqOptions
 from dl7cli.models.transformer import Transformer
 from dl7cli.models.translator import Translator
@@ -207,14 +207,17 @@ class Translation:
             decoded, context = self.model(batch.source, batch.lengths, batch.previous)
             logits = self.model.logits(decoded, context, batch.real)
         target = batch.target.flatten().index_select(0, batch.real)
-        total = smoothed_cross_entropy(logits, target, training.label_smoothing)
+        if training.r_drop:
+            once = target[: len(target) // 2]
+            total = agreeing_cross_entropy(logits, once, training.label_smoothing, training.r_drop)
+        else:
+            total = smoothed_cross_entropy(logits, target, training.label_smoothing)
         if training.coverage_weight:
             assert decoded.attention is not None
             covered = decoded.attention.cumsum(dim=1) - decoded.attention
             overlap = torch.minimum(decoded.attention, covered).sum(dim=2)
-            total = total + training.coverage_weight * overlap.flatten().index_select(0, batch.real).sum()
-        if training.r_drop:
-            total = (total + training.r_drop * symmetric_divergence(logits) / 2) / 2
+            overlap = overlap.flatten().index_select(0, batch.real).sum() / (2 if training.r_drop else 1)
+            total = total + training.coverage_weight * overlap
         return total, self.count(batch)
 
     def validate(self) -> Scores:
