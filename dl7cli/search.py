@@ -49,6 +49,7 @@ at, or None.
 LEAST_COVERAGE = 1e-6
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8, "mps": 1}
 """By device: to look costs nothing where the CPU knows the numbers anyway."""
+_SCORE = 0
 _BLOCK = 32
 """Ids of which the greatest log-probability is found before any is ranked."""
 
@@ -182,14 +183,14 @@ def beam_search(
         new = walk.endings(scores, ranked[:, :beam], gains[:, :beam], parents[:, :beam])
         best = torch.cat([best, new], dim=1)
         # Stable: of equal scores the one finished first stays first.
-        first = best[:, :, 0].sort(dim=1, descending=True, stable=True).indices[:, :n_best]
+        first = best[:, :, _SCORE].sort(dim=1, descending=True, stable=True).indices[:, :n_best]
         best = best.gather(1, first[:, :, None].expand(-1, -1, best.shape[2]))
         endings.index_copy_(0, walk.sentence, best)
         finished = finished + finishing.sum(dim=1)
 
         going_on = ends.byte().argsort(dim=1, stable=True)[:, :beam]
         totals = ranked.masked_fill(ends, -math.inf).gather(1, going_on)
-        done = (finished >= beam) | (totals[:, 0] / most <= best[:, -1, 0])
+        done = (finished >= beam) | (totals[:, 0] / most <= best[:, -1, _SCORE])
         totals = totals.masked_fill(done[:, None], -math.inf)  # so nothing more of it can finish
         if tree is not None and (step_of_tree := _extensions(parents, tokens, ranked, scores, going_on, totals)):
             tree.append(step_of_tree)
@@ -322,7 +323,7 @@ class Walk:
         return scores + self._rules.coverage_penalty * coverage.gather(1, parents)
 
     def endings(self, scores: Tensor, totals: Tensor, gains: Tensor, parents: Tensor) -> Tensor:
-        """What `hypotheses` needs to know of outputs that end here (L, N) → (L, N, 5)."""
+        """What `hypotheses` needs to know of outputs that end here (L, N) → (L, N, 5), the score as column `_SCORE`."""
         return torch.stack([scores, totals, gains, torch.full_like(scores, self.length), parents.double()], dim=2)
 
     def no_endings(self, number: int) -> Tensor:
@@ -370,7 +371,7 @@ class Walk:
         """The outputs of every sentence that end as `endings` (sentences, N, 5) say; a score of -inf is none."""
         self._refuse_nonsense()
         told = endings.cpu().numpy()
-        sentence, rank = np.nonzero(told[:, :, 0] > -math.inf)
+        sentence, rank = np.nonzero(told[:, :, _SCORE] > -math.inf)
         scores, totals, gains, lengths, cursor = told[sentence, rank].T
         length, cursor = lengths.astype(np.int64), cursor.astype(np.int64)
         steps = range(1 + length.max(initial=-1))

@@ -19,7 +19,7 @@ from dl7cli.device import Runtime
 from dl7cli.models.translator import Translator
 from dl7cli.recipe import ConvS2SModel, Seq2SeqModel, TransformerModel
 from dl7cli.runs import Run
-from dl7cli.search import STEPS_BETWEEN_LOOKS, Hypothesis, Rules, beam_search
+from dl7cli.search import LEAST_COVERAGE, STEPS_BETWEEN_LOOKS, Hypothesis, Rules, beam_search
 from dl7cli.tasks.decoding import search
 from dl7cli.tasks.translation import translator
 
@@ -190,8 +190,15 @@ def test_logits_of_some_steps_are_those_of_all(name: str) -> None:
 )
 @settings(max_examples=8)
 def test_search_in_a_batch_is_search_alone_and_scores_as_teacher_forcing(
-    name: str, seed: int, order: list[int], coverage_penalty: float, prefixes: tuple[list[int], ...], **more: Any
+    name: str,
+    seed: int,
+    order: list[int],
+    length_penalty: float,
+    coverage_penalty: float,
+    prefixes: tuple[list[int], ...],
+    **more: Any,
 ) -> None:
+    """And the best of three is the one that is found where no other is wanted."""
     net = model(name, seed)
     looks = name in MODELS
     limits = [9, 12, 7]
@@ -203,6 +210,7 @@ def test_search_in_a_batch_is_search_alone_and_scores_as_teacher_forcing(
             max_length=[limits[row] for row in sentences],
             forbidden=(0, 1, BOS),
             prefixes=[prefixes[row] for row in sentences],
+            length_penalty=length_penalty,
             coverage_penalty=coverage_penalty if looks else 0.0,
             source_lengths=[int(LENGTHS[row]) for row in sentences] if looks and coverage_penalty else None,
             **more,
@@ -215,6 +223,7 @@ def test_search_in_a_batch_is_search_alone_and_scores_as_teacher_forcing(
             own, begin = net.encode(SOURCE[row : row + 1, : LENGTHS[row]], LENGTHS[row : row + 1])
             alone = beam_search(net.step, own, begin, rules([row]), beam=3, n_best=3)[0]
             assert [one.ids for one in alone] == [one.ids for one in together[at]]
+            assert beam_search(net.step, own, begin, rules([row]), beam=3, n_best=1)[0] == alone[:1]
             for hypothesis, same in zip(together[at], alone, strict=True):
                 assert hypothesis.score == pytest.approx(same.score, abs=1e-6)
                 assert hypothesis.ids[: len(prefixes[row])] == tuple(prefixes[row])
@@ -223,6 +232,11 @@ def test_search_in_a_batch_is_search_alone_and_scores_as_teacher_forcing(
                 scores = net.logits(decoded, own).log_softmax(dim=1)
                 total = sum(scores[step, word].item() for step, word in enumerate((*hypothesis.ids, EOS)))
                 assert hypothesis.log_probability == pytest.approx(total, abs=1e-4)
+                score = total / ((6 + len(hypothesis.ids)) / 6) ** length_penalty
+                if looks:
+                    paid = decoded.attention[0].sum(dim=0).double().clamp(LEAST_COVERAGE, 1)
+                    score += coverage_penalty * paid.log().sum().item()
+                assert hypothesis.score == pytest.approx(score, abs=1e-4)
                 if looks:
                     seen = torch.tensor(hypothesis.attention)[:, : LENGTHS[row]]
                     torch.testing.assert_close(seen, decoded.attention[0].float())

@@ -89,17 +89,18 @@ class Seq2Seq(Translator):
         has_upper = attends and options.decoder != "luong"
         self.start_lower = nn.Linear(memory, units) if attends and has_lower else None
         self.start_upper = nn.Linear(memory, units) if has_upper else None
-        self.lower = layer(cell, embedding + options.input_feeding * width, units) if has_lower else None
+        fed = width if options.input_feeding else 0
+        self.lower = layer(cell, embedding + fed, units) if has_lower else None
         self.attention = _attention(options, memory) if attends else None
         self.upper = layer(cell, (units if has_lower else embedding) + memory, units) if has_upper else None
-        said = units + attends * memory + has_upper * embedding
+        said = units + (memory if attends else 0) + (embedding if has_upper else 0)
         self.readout = nn.Linear(said, (2 if options.readout == "maxout" else 1) * width)
         self.output_bias = nn.Parameter(torch.zeros(target_words))
         nn.init.normal_(self.embedding.weight, std=embedding**-0.5)
         nn.init.zeros_(self.embedding.weight[pad])
         count = options.decoder_layers - 1
         self.higher = nn.ModuleList(layer(cell, units, units) for _ in range(count))
-        self.start_higher = nn.ModuleList(nn.Linear(memory, units) for _ in range(attends * count))
+        self.start_higher = nn.ModuleList(nn.Linear(memory, units) for _ in range(count if attends else 0))
         parts = sum(state_size(one) for one in self._layers) if not attends and memory != units else 0
         self.bridges = nn.ModuleList(nn.Linear(memory, units) for _ in range(parts))
         self.gate = nn.Linear(units + memory + embedding, 1) if options.copying else None
@@ -225,7 +226,7 @@ class Seq2Seq(Translator):
         """Where a step needs what the one before it has found: embedded (R, T, W), state of every layer, the rest."""
         layers, drop = self._layers, self.dropout.by_steps()
         states = list(states)
-        covered, fed = rest[: self.options.coverage], rest[self.options.coverage :]
+        covered, fed = (rest[:1], rest[1:]) if self.options.coverage else ((), rest)
         all_entering = project(layers[0], embedded)
         extra_weight = layers[0].all_weights[0][0][:, embedded.size(2) :].to(all_entering.dtype)
         all_answered, all_found, all_weights, readouts = [], [], [], []
