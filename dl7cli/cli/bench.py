@@ -27,7 +27,7 @@ def bench(
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Time a recipe's training steps and name the fastest way to run them.
+    """Time a recipe's training steps and say how its training is over soonest.
 
     Data, forward pass, backward pass and optimiser are timed apart, on the recipe's own batches, in each precision
     that the device has and, for classifiers, in each memory layout, compiled and not. The settings take turns; medians
@@ -59,7 +59,7 @@ def bench(
     console.note(f"{recipe.name} on {task.data_name}, {runtime.device_name}; milliseconds of a step:")
     columns = ("PRECISION", "LAYOUT", "COMPILED", "DATA", "FORWARD", "BACKWARD", "OPTIMISER", "STEP", f"{task.unit}/S")
     console.table([column.upper() for column in columns], [_row(one) for one in found.measured])
-    console.write(f"fastest: {found.chosen.setting}: {found.reason}")
+    console.write(f"chosen: {found.chosen.setting}: {found.reason}")
 
 
 def _row(measured: "Measured") -> list[str]:
