@@ -76,7 +76,7 @@ def test_the_curves_of_runs_are_what_they_have_recorded(
     text = (tmp_path / "curves.svg").read_text(encoding="utf-8")
     assert text.count(">one</text>") == 1
     assert text.count(">$x^2$ &lt;b&gt;</text>") == 1
-    assert "accuracy on validation" in text
+    assert "accuracy on validation of …" in text
     records = runs.metrics(Run(small_runs / "resnet"))
     losses, scores = figures[0].axes
     for axes, key, kept in (
@@ -95,6 +95,13 @@ def test_the_curves_of_runs_are_what_they_have_recorded(
     succeed("plot", "curves", "one", "elsewhere/one", "--output", "curves.svg", cwd=tmp_path)
     text = (tmp_path / "curves.svg").read_text(encoding="utf-8")
     assert text.count(">one</text>") == text.count(">elsewhere/one</text>") == 1
+    with_other = (tmp_path / "elsewhere" / "one" / "recipe.toml").read_text(encoding="utf-8")
+    source = f'source = "{runs.read_recipe(Run(tmp_path / "one")).data.source}"'
+    (tmp_path / "elsewhere" / "one" / "recipe.toml").write_text(with_other.replace(source, 'source = "builtin:shapes"'))
+    succeed("plot", "curves", "one", "elsewhere/one", "--output", "curves.svg", cwd=tmp_path)
+    text = (tmp_path / "curves.svg").read_text(encoding="utf-8")
+    assert ">accuracy on validation</text>" in text
+    assert ">elsewhere/one on builtin:shapes</text>" in text
     refused = dl7("plot", "curves", "one", str(small_runs / "seq2seq"), cwd=tmp_path)
     assert refused.code == 1
     assert "`one` is chosen by accuracy and " in refused.err

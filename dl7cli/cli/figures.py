@@ -209,6 +209,7 @@ class Course(NamedTuple):
     """How a run has learnt."""
 
     name: str
+    data: str
     losses: list[tuple[int, float]]
     """Step, and the mean training loss since the one before."""
     score: str | None
@@ -220,28 +221,40 @@ class Course(NamedTuple):
 def learning_curves(courses: Sequence[Course], score: str, *, suffix: str) -> tuple["Figure", list[str]]:
     """Draw training losses beside scores on validation, for a file that ends in `suffix`.
 
-    Also returns what the user has to be told about names that cannot be drawn.
+    The title of the scores names their data or, where the courses have several, the legend does. Also returns what the
+    user has to be told about names that cannot be drawn.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     names = drawable([course.name for course in courses], suffix, "run")
-    with matplotlib.rc_context({"font.family": names.families}):
+    sources = list(dict.fromkeys(course.data for course in courses))
+    # Of a path the end says most.
+    ends = [one if len(one) < LONGEST_NAME else f"…{one[2 - LONGEST_NAME :]}" for one in sources]
+    data = drawable(ends, suffix, "data source")
+    labels, title = names.labels, f"{score.replace('_', ' ')} on validation"
+    if len(sources) > 1:
+        shown = dict(zip(sources, data.labels, strict=True))
+        labels = [f"{name} on {shown[course.data]}" for name, course in zip(labels, courses, strict=True)]
+    else:
+        title += f" of {data.labels[0]}"
+    with matplotlib.rc_context({"font.family": list(dict.fromkeys([*names.families, *data.families]))}):
         figure = Figure(figsize=(11, 4.5), layout="constrained")
         losses, scores = figure.subplots(1, 2)
-        for number, (course, name) in enumerate(zip(courses, names.labels, strict=True)):
+        for number, (course, label) in enumerate(zip(courses, labels, strict=True)):
             for axes, points in ((losses, course.losses), (scores, course.scores)):
                 x, y = zip(*points, strict=True) if points else ((), ())
-                axes.plot(x, y, style(number), color=f"C{number % COLOURS}", label=name)
+                axes.plot(x, y, style(number), color=f"C{number % COLOURS}", label=label)
         losses.set(title="training loss", xlabel="step")
-        scores.set(title=f"{score.replace('_', ' ')} on validation", xlabel="epoch")
+        scores.set(xlabel="epoch")
+        scores.set_title(title, parse_math=False)
         scores.xaxis.get_major_locator().set_params(integer=True)
         for axes in (losses, scores):
             axes.grid(alpha=0.3)
         legend = figure.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=4)
         for text in legend.get_texts():
             text.set_parse_math(False)
-    return figure, names.notes
+    return figure, [*names.notes, *data.notes]
 
 
 def style(number: int) -> str:

@@ -108,7 +108,10 @@ def curves(
     apart = len({run.name for run in found}) == len(found)
     shared = os.path.commonpath([run.folder.resolve() for run in found])
     labels = [run.name if apart else os.path.relpath(run.folder.resolve(), shared) for run in found]
-    courses = [_course(runs.metrics(run), label) for run, label in zip(found, labels, strict=True)]
+    courses = [
+        _course(runs.metrics(run), label, runs.read_recipe(run).data.source)
+        for run, label in zip(found, labels, strict=True)
+    ]
     scores = {course.score: course.name for course in courses if course.score is not None}
     if len(scores) > 1:
         (one, first), (other, second) = list(scores.items())[:2]
@@ -117,11 +120,12 @@ def curves(
     figures.save(figure, output, notes)
 
 
-def _course(records: Sequence[dict[str, Any]], name: str) -> figures.Course:
+def _course(records: Sequence[dict[str, Any]], name: str, data: str) -> figures.Course:
     """What the records of a run say; a loss that is missing, as of steps that were left out, is passed over."""
     closed = [record for record in records if record.get("primary") is not None]
     return figures.Course(
         name,
+        data,
         [(record.get("step", 0), record["loss"]) for record in records if isinstance(record.get("loss"), int | float)],
         closed[-1]["primary"] if closed else None,
         [(record.get("epoch", 0), record["scores"][record["primary"]]) for record in closed],
