@@ -21,8 +21,9 @@ SOURCE_WORDS = (5, 10, 15, 20, 30, 50)
 RESAMPLES = 1000
 """Of the sentences, for an interval; fewer where the sentences are so many that memory would not hold them."""
 _CHINESE = frozenset({"zh", "zho", "cmn", "yue"})
-_WITHOUT_SPACES = frozenset({"ja", "jpn", "th", "tha", "lo", "lao", "km", "khm", "my", "mya"})
-"""Other languages whose words have no spaces between them: ISO 639-1 and 639-3."""
+_JAPANESE = frozenset({"ja", "jpn"})
+_SOUTH_EAST_ASIAN = frozenset({"th", "tha", "lo", "lao", "km", "khm", "my", "mya"})
+"""Other languages whose words have no spaces between them. All codes are those of ISO 639-1 and 639-3."""
 _UNSPACED = r"\u3041-\u3096\u30a1-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
 """Kana and Chinese characters."""
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
@@ -168,8 +169,23 @@ def tokenizer(language: str | None) -> str:
     It is 13a, the one for Chinese, or where words of another language have no spaces between them single characters:
     what sacrebleu has for those needs a dictionary or a model.
     """
-    code = re.split("[-_]", (language or "").lower())[0]
-    return "zh" if code in _CHINESE else "char" if code in _WITHOUT_SPACES else "13a"
+    code = _code(language)
+    return "zh" if code in _CHINESE else "char" if code in _JAPANESE | _SOUTH_EAST_ASIAN else "13a"
+
+
+def words(text: str, language: str | None) -> list[str]:
+    """Give the words of a text in a language: what lies between spaces.
+
+    Where there are none: of Chinese and Japanese as `rouge` takes them, of others single characters.
+    """
+    code = _code(language)
+    if code in _CHINESE | _JAPANESE:
+        return _WORD.findall(text)
+    return [one for one in text if not one.isspace()] if code in _SOUTH_EAST_ASIAN else text.split()
+
+
+def _code(language: str | None) -> str:
+    return re.split("[-_]", (language or "").lower())[0]
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str], *, cased: bool = True) -> Scores:
@@ -191,26 +207,27 @@ def translation(
     *,
     cased: bool = True,
     language: str | None = None,
+    source_language: str | None = None,
     with_rouge: bool = False,
 ) -> Scores:
-    """Give the BLEU of translations into a language as `bleu` does, beside it that with or without case, whichever it
-    is not, and chrF as `chrf` does; and `rouge` where asked for.
+    """Give the BLEU of translations from and into a language as `bleu` does, beside it that with or without case,
+    whichever it is not, and chrF as `chrf` does; and `rouge` where asked for.
 
     These are the details, with case where BLEU is `cased`, but for TER, which never is:
 
-    - `ter`: translation edit rate (Snover et al. 2006) in percent; lower is better. Null where the references have more
-      than `TER_WORDS` words on average.
+    - `ter`: translation edit rate (Snover et al. 2006) in percent; lower is better. Of Chinese and Japanese with
+      Tercom's normalisation, which parts Chinese characters and leaves a run of kana one word. Null where the
+      references have more than `TER_WORDS` `words` on average, and in other languages without spaces.
     - `bleu_interval`: the two ends of sacrebleu's 95 % bootstrap interval (Koehn 2004), from a fixed seed.
     - `length_ratio`: tokens of the hypotheses through those of the references. `brevity_penalty`: what BLEU was
       multiplied by, 1 where the hypotheses are not the shorter ones.
     - `signatures`: of all these, as sacrebleu writes them, by the names they have in scores and details.
-    - `source_lengths`: of each group of sources of like length its least and greatest number of words (what lies
-      between spaces) as `from` and `to`, null for no greatest; how many `sentences` it has, and as `bleu` their corpus
-      BLEU, with case or without like the whole.
-      Groups without a sentence are left out.
+    - `source_lengths`: of each group of sources of like length its least and greatest number of `words` as
+      `from` and `to`, null for no greatest; how many `sentences` it has, and as `bleu` their corpus BLEU, with case or
+      without like the whole. Groups without a sentence are left out.
     - `repetition`: the translation that most sentences got as `most_frequent`, and how many as `times`; and how many
-      translations are `looping`: they have three words in a row three times or more. Both are signs of a model that has
-      learnt too little, which BLEU does not tell from one that errs now and then.
+      translations are `looping`: they have three `words` in a row three times or more. Both are signs of a model that
+      has learnt too little, which BLEU does not tell from one that errs now and then.
 
     Raises as `bleu`.
     """
@@ -228,8 +245,13 @@ def translation(
     turned = BLEU(lowercase=cased, tokenize=tokenize, force=True)
     other, other_signature = _corpus(turned, hypotheses, references)
     characters = chrf(hypotheses, references, cased=cased)
-    short = sum(len(reference.split()) for reference in references) <= TER_WORDS * len(references)
-    edits, ter_signature = _corpus(TER(), hypotheses, references) if short else (None, None)
+    code = _code(language)
+    unspaced = code in _CHINESE | _JAPANESE
+    short = sum(len(words(reference, language)) for reference in references) <= TER_WORDS * len(references)
+    edits, ter_signature = None, None
+    if short and code not in _SOUTH_EAST_ASIAN:
+        metric = TER(normalized=unspaced, asian_support=unspaced)
+        edits, ter_signature = _corpus(metric, hypotheses, references)
     values = {names[0]: main.score, names[1]: other.score, **characters.values}
     details = {
         "ter": None if edits is None else edits.score,
@@ -243,8 +265,10 @@ def translation(
             characters.primary: characters.signature,
             "ter": ter_signature,
         },
-        "source_lengths": _by_source_length(sources, hypotheses, references, quiet),
-        "repetition": _repetition(hypotheses),
+        "source_lengths": _by_source_length(
+            [len(words(source, source_language)) for source in sources], hypotheses, references, quiet
+        ),
+        "repetition": _repetition(hypotheses, language),
     }
     if with_rouge:
         values |= rouge(hypotheses, references)
@@ -270,12 +294,11 @@ def _interval(score: "Score", signature: str) -> list[float]:
 
 
 def _by_source_length(
-    sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str], metric: "Metric"
+    lengths: Sequence[int], hypotheses: Sequence[str], references: Sequence[str], metric: "Metric"
 ) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = []
-    words = [len(source.split()) for source in sources]
     for least, most in zip((0, *(end + 1 for end in SOURCE_WORDS)), (*SOURCE_WORDS, None), strict=True):
-        chosen = [at for at, count in enumerate(words) if count >= least and (most is None or count <= most)]
+        chosen = [at for at, count in enumerate(lengths) if count >= least and (most is None or count <= most)]
         if chosen:
             score, _ = _corpus(metric, [hypotheses[at] for at in chosen], [references[at] for at in chosen])
             groups.append({"from": least, "to": most, "sentences": len(chosen), "bleu": score.score})
@@ -294,18 +317,20 @@ def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, flo
         own, wanted = (_WORD.findall(text.lower()) for text in (hypothesis, reference))
         for name, size in (("rouge_1", 1), ("rouge_2", 2)):
             found, sought = (
-                Counter(tuple(words[at : at + size]) for at in range(len(words) - size + 1)) for words in (own, wanted)
+                Counter(tuple(text[at : at + size]) for at in range(len(text) - size + 1)) for text in (own, wanted)
             )
             sums[name] += _f1((found & sought).total(), found.total(), sought.total())
         sums["rouge_l"] += _f1(_common_subsequence(own, wanted), len(own), len(wanted))
     return {name: 100 * value / len(hypotheses) for name, value in sums.items()}
 
 
-def _repetition(hypotheses: Sequence[str]) -> dict[str, Any]:
+def _repetition(hypotheses: Sequence[str], language: str | None) -> dict[str, Any]:
     [(text, times)] = Counter(hypotheses).most_common(1)
     looping = 0
-    for words in map(str.split, hypotheses):
-        trigrams = Counter(zip(words, words[1:], words[2:], strict=False))
+    for hypothesis in hypotheses:
+        # Where words are single letters, three of them are the same in many a sentence.
+        written = hypothesis.split() if _code(language) in _SOUTH_EAST_ASIAN else words(hypothesis, language)
+        trigrams = Counter(zip(written, written[1:], written[2:], strict=False))
         looping += max(trigrams.values(), default=0) >= 3
     return {"most_frequent": text, "times": times, "looping": looping}
 

@@ -20,7 +20,7 @@ from dl7cli.cli import main
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 KEYS = (
-    *("run", "checkpoint", "task", "recipe", "data", "split", "examples", "primary", "scores", "signature"),
+    *("run", "checkpoint", "task", "recipe", "data", "split", "digest", "examples", "primary", "scores", "signature"),
     *("details", "seconds"),
 )
 """Of what every evaluation prints with `--json`."""

@@ -256,3 +256,13 @@ def test_one_image_that_cannot_be_normalised_is_told(build: Callable[..., Any]) 
         task.loss(last)
     total, _ = task.loss(next(iter(task.batches(0))))
     assert torch.isfinite(total)
+
+
+def test_scoring_tells_how_far_it_is(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[str, int, int]] = []
+    recipe = resolve(str(tiny["resnet"])).recipe
+    task = tasks.build(recipe, runtime=CPU, progress=lambda *said: heard.append(said))
+    heard.clear()
+    monkeypatch.setitem(classification.EVALUATION_BATCH, "cpu", 3)
+    task.evaluate("test")
+    assert heard == [("scoring images", done, 7) for done in (0, 3, 6, 7)]

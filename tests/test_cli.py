@@ -24,8 +24,8 @@ from dl7cli.errors import UserError
 COMMON = "--device --gpus --precision --offline --json"
 SURFACE = {
     "": "--version",
-    "train": "RECIPE --data --set --seed --seeds --out --resume --deterministic --device --gpus --workers --nodes "
-    "--node-rank --rendezvous --timeout --precision --offline --json",
+    "train": "RECIPE --data --set --seed --seeds --out --init --resume --deterministic --device --gpus --workers "
+    "--nodes --node-rank --rendezvous --timeout --precision --offline --json",
     "eval": f"RUN --with --split --data --beam --length-penalty --set --rouge --output --plot {COMMON}",
     "compare": f"RUN --split --data --beam {COMMON}",
     "average": f"RUN --last {COMMON}",
@@ -187,8 +187,12 @@ def test_mistakes_that_can_be_put_right(
     [
         ("train", "give a RECIPE"),
         ("train resnet --resume runs/x", "RECIPE cannot be given with it"),
-        ("train --resume runs/x --data d --set a=1 --seed 1 --out o", "--set, --seed, --out cannot be given"),
-        ("train --resume runs/x --seeds 2 --seed 1 --out o --data d", "--seed, --data cannot be given"),
+        ("train --resume runs/x --data d --init y --seed 1 --out o", "--seed, --init, --out cannot be given"),
+        (
+            "train --resume runs/x --seeds 2 --seed 1 --out o --data d --set a=1",
+            "--seed, --data, --set cannot be given",
+        ),
+        ("train resnet --seeds 2 --init runs/x", "--init cannot be given"),
         ("train resnet --seeds 0", "'--seeds'"),
         ("train resnet --seeds 2 --workers 2", "--workers cannot be given"),
         ("train resnet --depth 20", "No such option: --depth"),

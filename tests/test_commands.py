@@ -359,6 +359,12 @@ def test_the_built_in_set_stands_in_and_that_is_said(tmp_path: Path, images: Pat
     asked = dl7(*arguments, "--data", "uoft-cs/cifar10", "--offline", cwd=tmp_path)
     assert (asked.code, asked.out) == (1, ""), "data asked for by name are not replaced"
     assert "uoft-cs/cifar10" in asked.err
+    text = (tmp_path / "mine.toml").read_text(encoding="utf-8").replace("uoft-cs/cifar10", "./my-imgaes")
+    (tmp_path / "own.toml").write_text(text, encoding="utf-8")
+    for command in ("train", "bench"):
+        missing = dl7(command, "own.toml", cwd=tmp_path)
+        assert (missing.code, missing.out) == (1, ""), "nor is a folder that a recipe of one's own names"
+        assert "error: there is no file or folder `./my-imgaes`" in missing.err
 
 
 def test_shipped_recipes_fall_back_on_built_in_sets(tmp_path: Path) -> None:

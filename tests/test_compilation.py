@@ -164,6 +164,28 @@ def test_the_only_batch_of_an_epoch_is_a_whole_one(tiny: dict[str, Path], compil
     assert compiler == [26]
 
 
+def test_images_of_both_sizes_are_compiled_for_before_the_first_step(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch would compile in the middle of the training else."""
+    sides: list[tuple[int, int]] = []
+
+    def compiled(model: nn.Module, **settings: Any) -> Callable[[Tensor], Tensor]:
+        def forward(images: Tensor) -> Tensor:
+            sides.append((len(images), images.shape[2]))
+            scores: Tensor = model(images)
+            return scores
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    for small, part, expected in ((8, 0.5, [(8, 8), (8, 16)]), (8, 1.0, [(8, 8), (8, 8)]), (0, 0.5, [(8, 16)])):
+        keys = [f"training.small_size={small}", f"training.small_part={part}"] if small else []
+        build(tiny, "data.image_size=16", *keys).compile()
+        assert sides == expected
+        sides.clear()
+
+
 def test_compiling_changes_neither_weights_nor_statistics_nor_names_nor_random_numbers(
     tiny: dict[str, Path], compiler: list[int]
 ) -> None:
@@ -310,6 +332,28 @@ def test_a_compiled_run_that_is_killed_goes_on_to_the_same_bits(
         for one, other in ((first.weights, second.weights), (first.training, second.training)):
             assert one.keys() == other.keys()
             assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["relu", "su", "maxout"])
+def test_what_is_compiled_has_the_loss_and_the_gradients_of_what_is_not(
+    activation: str, tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That they are finite, which is all that is looked at before a training, does not make them right."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    task = build(tiny, f"model.activation={activation}")
+    batch, found = next(task.batches(0)), []
+    task.model.train()
+    for compiled in (False, True):
+        if compiled:
+            task.compile()
+        task.model.zero_grad()
+        total, _ = task.loss(batch)
+        total.backward()  # type: ignore[no-untyped-call]
+        found.append({name: one.grad for name, one in task.model.named_parameters()} | {"loss": total.detach()})
+    eager, other = found
+    for name, expected in eager.items():
+        torch.testing.assert_close(other[name], expected, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.slow

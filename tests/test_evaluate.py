@@ -273,7 +273,7 @@ def test_what_is_no_ensemble_is_not_scored(
     for one, other, message in (
         ("run", "lower", "`run` and `lower` differ in vocabulary, languages or reading order"),
         ("run", "images", "run `images` is for classification, not for translation"),
-        ("images", "run", "run `images` is a classifier: it has no ensemble"),
+        ("images", "run", "run `run` is for translation, not for classification"),
         ("run", "run/best", "`run` is named twice"),
     ):
         failed = dl7("eval", one, "--with", other)

@@ -28,6 +28,7 @@ from dl7cli.metrics import (
     tokenizer,
     translation,
     wilson_interval,
+    words,
 )
 
 REFERENCES = [
@@ -143,8 +144,8 @@ def test_every_score_of_a_translation_is_that_of_the_command_line(
 
 
 def test_texts_too_long_for_ter_have_none() -> None:
-    for words, there in ((30, True), (31, False)):
-        details = translation(["one"] * 2, ["ein"] * 2, ["ein " * 10, "ein " * (2 * words - 10)]).details
+    for mean, there in ((30, True), (31, False)):
+        details = translation(["one"] * 2, ["ein"] * 2, ["ein " * 10, "ein " * (2 * mean - 10)]).details
         assert (details["ter"] is not None, details["signatures"]["ter"] is not None) == (there, there)
 
 
@@ -382,6 +383,24 @@ def test_languages_without_spaces_have_a_tokenizer_of_their_own(language: str | 
     assert {f"tok:{name}|" in whole.details["signatures"][one] for one in ("bleu", "bleu_lowercase")} == {True}
     assert whole.details["source_lengths"][0]["bleu"] == scores.score
     assert (scores.score > 30) == (name != "13a")
+
+
+def test_words_of_languages_without_spaces_are_characters() -> None:
+    assert words("a dog, 犬だ", "en") == ["a", "dog,", "犬だ"]
+    assert words("我爱 GPU 2号", "zh_CN") == ["我", "爱", "GPU", "2", "号"]
+    assert words("犬 だ。", "ja") == ["犬", "だ"]
+    assert words("ไป กิน", "th") == list("ไปกิน")
+    wrong, right = "我喜欢红色的猫", "我喜欢黑色的猫"  # one of seven
+    details = translation(["我们今天去北京看朋友"], [wrong], [right], language="zh", source_language="zh").details
+    assert details["ter"] == pytest.approx(100 / 7)
+    assert [(group["from"], group["to"]) for group in details["source_lengths"]] == [(6, 10)]
+    assert translation(["one"], [wrong], [right], language="en").details["ter"] == 100
+    assert translation(["one"], [wrong], [right], language="th").details["ter"] is None
+    looping = ["我喜欢我喜欢我喜欢", "我喜欢猫"]
+    assert [
+        translation(["one"] * 2, looping, [right] * 2, language=language).details["repetition"]["looping"]
+        for language in ("zh", "en", "th")
+    ] == [1, 0, 0]
 
 
 def test_rouge_of_chinese_is_of_characters() -> None:

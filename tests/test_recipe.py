@@ -1,5 +1,6 @@
 """Recipes: every shipped one loads, overrides mean what they say, and all mistakes are named at once."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from dl7cli import recipe
 from dl7cli.errors import UserError
+from dl7cli.training.optimisation import learning_rate
 
 
 @pytest.mark.parametrize("name", recipe.shipped())
@@ -319,3 +321,60 @@ def test_flags_that_were_given_change_how_a_run_searches() -> None:
     for wrong in ({"beam": 0}, {"top_p": 0.0}, {"temperature": 0.0}, {"length_normalisation": "mean"}, {"width": 3}):
         with pytest.raises(ValidationError):
             decoding.updated(**wrong)
+
+
+# The papers' protocols
+
+
+@pytest.mark.parametrize("depth", [20, 56, 110])
+def test_the_recipes_of_he_et_al_have_their_protocol(depth: int) -> None:
+    """He et al. 2015, §4.2: 45,000 images in batches of 128, 64,000 steps, a tenth of the rate at 32,000 and 48,000."""
+    paper = recipe.resolve(f"resnet{depth}-paper").recipe
+    training, optim = paper.training, paper.optim
+    steps = training.epochs * -(-45_000 // training.batch_size)
+    assert (training.batch_size, steps // 1000) == (128, 64)
+    assert [learning_rate(optim, step, steps) for step in (31_900, 32_100, 47_900, 48_100, steps - 1)] == pytest.approx(
+        [0.1, 0.01, 0.01, 0.001, 0.001]
+    )
+    # "we use 0.01 to warm up the training until the training error is below 80% (about 400 iterations)" for 110 layers.
+    assert round(optim.warmup * steps) == pytest.approx(400 if depth == 110 else 0, abs=5)
+    assert (optim.name, optim.momentum, optim.weight_decay) == ("sgd", 0.9, 1e-4)
+    assert (paper.data.crop_padding, paper.data.flip, paper.data.validation_fraction) == (4, "random", 0.1)
+    assert (paper.evaluation.flip, training.ema_decay, training.label_smoothing) == (False, 0, 0)
+
+
+def test_plain_and_residual_recipes_differ_in_the_shortcuts_alone() -> None:
+    for depth in (20, 56):
+        both = (recipe.resolve(f"{kind}{depth}-paper").recipe for kind in ("resnet", "plain"))
+        assert recipe.differences(*both) == {"model.residual": [True, False]}
+
+
+def test_a_key_that_would_do_nothing_is_refused_where_it_is_set() -> None:
+    for name, change, needed in (
+        ("resnet", "optim.milestones=[0.5]", '`optim.milestones` does nothing without `optim.schedule = "step"`'),
+        (
+            "resnet",
+            "model.match=parameters",
+            '`model.match` does nothing without `model.activation = "maxout" or "glu"`',
+        ),
+        ("seq2seq", "model.heads=2", '`model.heads` does nothing without `model.attention = "multihead"`'),
+        ("seq2seq", "decoding.top_k=2", '`decoding.top_k` does nothing without `decoding.method = "sample"`'),
+    ):
+        with pytest.raises(UserError, match=re.escape(needed)):
+            recipe.resolve(name, [change])
+    assert recipe.resolve("seq2seq", ["decoding.top_k=2", "decoding.method=sample"]).recipe.decoding.top_k == 2
+    # A recipe has it for when it is wanted, as its own rate of Muon's other weights.
+    assert recipe.resolve("resnet", ["optim.name=sgd"]).recipe.optim.other_learning_rate is not None
+
+
+def test_a_flag_and_a_key_must_not_say_different_things() -> None:
+    whole = recipe.resolve("seq2seq").recipe
+    assert isinstance(whole, recipe.TranslationRecipe)
+    assert recipe.decoding(whole, ["decoding.beam=3"], beam=3).beam == recipe.decoding(whole, beam=3).beam == 3
+    for flags, change, told in (
+        ({"beam": 3}, "decoding.beam=5", "`decoding.beam` is `5`, and by a flag `3`"),
+        ({"method": "sample", "seed": 1}, "decoding.seed=2", "`decoding.seed` is `2`, and by a flag `1`"),
+        ({"beam": 1, "method": "beam"}, "decoding.method=sample", '`decoding.method` is `"sample"`, and by a flag'),
+    ):
+        with pytest.raises(UserError, match=re.escape(told)):
+            recipe.decoding(whole, [change], **flags)

@@ -32,7 +32,10 @@ def test_the_best_translation_has_the_probability_that_search_gives_it(translato
     expected = [[pair["log_probability"], len(pair["tokens"]), pair["perplexity"]] for pair in document["pairs"]]
     for row, pair in zip(numbers(shown.out), expected, strict=True):
         assert row == pytest.approx(pair, abs=2e-3)
-    said = re.fullmatch(r"perplexity (.+) per token: 3 pairs, (\d+) tokens, log-probability (.+)\n", shown.err)
+    said = re.fullmatch(
+        r"by runs/seq2seq-1: en to de\nperplexity (.+) per token: 3 pairs, (\d+) tokens, log-probability (.+)\n",
+        shown.err,
+    )
     assert said is not None
     assert [*map(float, said.groups())] == pytest.approx([document["perplexity"], tokens, total], abs=2e-3)
 
@@ -83,7 +86,7 @@ def test_one_line_in_one_line_out(translator: Path, tmp_path: Path) -> None:
     documents = succeed("score", "--json", cwd=translator, stdin="\n".join(pairs).encode()).document["pairs"]
     assert [pair["perplexity"] is None for pair in documents] == [False, True, False, True, False]
     nothing = succeed("score", cwd=translator)
-    assert (nothing.out, nothing.err) == ("", "")
+    assert (nothing.out, nothing.err) == ("", "by runs/seq2seq-1: en to de\n")
     assert succeed("score", "--json", cwd=translator).document["perplexity"] is None
 
 
@@ -106,12 +109,22 @@ def test_wrong_lines_are_told_by_their_number(line: bytes, expected: str, transl
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_says_which_lines_have_what_the_vocabulary_has_not(translator: Path) -> None:
+    never = "characters or words that the vocabulary has not\n"
+    shown = succeed("score", cwd=translator, stdin="red\trot\nred ☃\trot\n\nblue\tblau ☃\n".encode())
+    assert f"note: 2 lines, the first line 2, have {never}" in shown.err
+    assert "vocabulary" not in succeed("score", cwd=translator, stdin=b"red\trot\n").err
+
+
 def test_a_perplexity_beyond_a_float_is_none(translator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = ScoredPair(-2000.0, ["rot", "</s>"], [-1000.0, -1000.0], None)
+    pair = ScoredPair(-2000.0, ["rot", "</s>"], [-1000.0, -1000.0], None, False)
     monkeypatch.setattr(Translation, "score", lambda *_, **__: [pair])
     shown = succeed("score", cwd=translator, stdin=b"red\trot\n")
     assert shown.out == "-2000.0000\t2\t-\n"
-    assert shown.err == "perplexity - per token: 1 pair, 2 tokens, log-probability -2000.0000\n"
+    assert (
+        shown.err
+        == "by runs/seq2seq-1: en to de\nperplexity - per token: 1 pair, 2 tokens, log-probability -2000.0000\n"
+    )
     document = succeed("score", "--json", cwd=translator, stdin=b"red\trot\n").document
     assert (document["perplexity"], document["pairs"][0]["perplexity"]) == (None, None)
 
@@ -119,7 +132,9 @@ def test_a_perplexity_beyond_a_float_is_none(translator: Path, monkeypatch: pyte
 def test_warns_of_a_line_that_is_cut(translator: Path) -> None:
     done = succeed("score", cwd=translator, stdin=b"red\trot\n\n" + b"red " * 30 + b"\trot\nblue\tblau\n")
     assert done.out.count("\n") == 4
-    assert done.err.startswith("warning: line 3 is longer than 20 subwords and was cut\nperplexity ")
+    assert done.err.startswith(
+        "by runs/seq2seq-1: en to de\nwarning: line 3 is longer than 20 subwords and was cut\nperplexity "
+    )
 
 
 def test_an_ensemble_is_the_mean_of_its_members(translator: Path) -> None:

@@ -206,7 +206,8 @@ def on_a_terminal(*arguments: str, cwd: Path, stdin: bytes = b"") -> str:
 
 def test_a_translation_is_shown_on_a_terminal(obedient: Path) -> None:
     record = '{"en": "red", "x": "\x9b2J"}'.encode()
-    sent = on_a_terminal("translate", "--jsonl", "--n-best", "2", cwd=obedient, stdin=record)
+    flags = ("--run", "runs/seq2seq-1", "--jsonl", "--n-best", "2")
+    sent = on_a_terminal("translate", *flags, cwd=obedient, stdin=record)
     assert not SENT.search(sent)
     assert sent.startswith('{"en": "red", "x": "\\x9b2J", "translation": "\\u001b[31mred\\n\\x9b0m\\u202e", "score": ')
 

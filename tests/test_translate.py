@@ -24,6 +24,9 @@ from dl7cli.cli.progress import Nothing, Plain
 from dl7cli.cli.sentences import BATCH, Line, display, field, read
 from dl7cli.errors import UserError
 
+BY = "by runs/seq2seq-1: en to de\n"
+"""Said where the run was not named."""
+
 
 def test_one_line_in_one_line_out(translator: Path, tmp_path: Path) -> None:
     sentences = ["red blue big small", "", "old new small red", "  ", "big old blue new"]
@@ -86,18 +89,19 @@ def test_to_json(translator: Path) -> None:
 def test_warns_of_a_line_that_is_cut(translator: Path) -> None:
     done = succeed("translate", cwd=translator, stdin=b"red\n" + b"red " * 30 + b"\nblue\n")
     assert done.out.count("\n") == 3
-    assert done.err == "warning: line 2 is longer than 20 subwords and was cut\n"
+    assert done.err == f"{BY}warning: line 2 is longer than 20 subwords and was cut\n"
 
 
 def test_says_which_lines_have_what_the_vocabulary_has_not(translator: Path) -> None:
     never = "characters or words that the vocabulary has not\n"
     many = b"red\nblue \xe2\x98\x83\nred\n\xe2\x98\x83\n"
-    assert succeed("translate", cwd=translator, stdin=many).err == f"note: 2 lines, the first line 2, have {never}"
+    assert succeed("translate", cwd=translator, stdin=many).err == f"{BY}note: 2 lines, the first line 2, have {never}"
     one = succeed("translate", "red ☃", "--json", cwd=translator)
-    assert one.err == f"note: line 1 has {never}"
+    assert one.err == f"{BY}note: line 1 has {never}"
     assert "<unk>" in one.document["translations"][0]["source_tokens"]
-    assert succeed("translate", "red", "☃", cwd=translator).err == f"note: line 2 has {never}"
-    assert succeed("translate", "red", cwd=translator).err == ""
+    assert succeed("translate", "red", "☃", cwd=translator).err == f"{BY}note: line 2 has {never}"
+    assert succeed("translate", "red", cwd=translator).err == BY
+    assert succeed("translate", "red", "--run", "runs/seq2seq-1", cwd=translator).err == "", "it was named"
 
 
 def test_leaves_nothing_half_written(translator: Path, tmp_path: Path) -> None:
@@ -106,7 +110,7 @@ def test_leaves_nothing_half_written(translator: Path, tmp_path: Path) -> None:
     command = ("translate", "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.txt"))
     failed = dl7(*command, cwd=translator)
     assert failed.code == 1
-    assert failed.err.startswith(f"error: {tmp_path}/in.txt: line 3 is not UTF-8 (byte 3 is 0xef)\nhint: ")
+    assert failed.err.startswith(f"{BY}error: {tmp_path}/in.txt: line 3 is not UTF-8 (byte 3 is 0xef)\nhint: ")
     assert (tmp_path / "out.txt").read_text(encoding="utf-8") == "as it was"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.txt"]
 
@@ -115,7 +119,7 @@ def test_prompts_at_a_terminal(translator: Path) -> None:
     typed = b"red blue big small\nold new small red\n"
     shown = succeed("translate", cwd=translator, stdin=typed, terminal=True, TERM="xterm")
     assert shown.out == succeed("translate", cwd=translator, stdin=typed).out
-    assert shown.err == "one line in, one line out; Ctrl-D ends\n> > > \n"
+    assert shown.err == f"{BY}one line in, one line out; Ctrl-D ends\n> > > \n"
 
 
 class Dribble(io.BytesIO):
@@ -264,7 +268,8 @@ def test_after_a_wrong_json_line_there_is_no_output_file(translator: Path, tmp_p
     written = ("--jsonl", "--output", str(tmp_path / "out"))
     failed = dl7("translate", *written, cwd=translator, stdin=b'{"en": "red"}\n{"en": "red", "id": 1\n')
     assert (failed.code, failed.out) == (1, "")
-    assert failed.err.startswith("error: standard input: line 2 is not JSON: expecting ',' delimiter at character 22\n")
+    expected = "error: standard input: line 2 is not JSON: expecting ',' delimiter at character 22\n"
+    assert failed.err.startswith(f"{BY}{expected}")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -281,12 +286,13 @@ def test_keys_of_decoding_can_be_set_and_no_others(translator: Path) -> None:
         ("decoding.beam", "`--set decoding.beam` has no `=`"),
         ("model.dropout=0.5", "`model.dropout` was settled in training; only keys of `decoding` can be changed"),
         ("decoding=3", "`decoding` was settled in training"),
+        ("decoding.length_penalty=nan", "`decoding.length_penalty` is `NaN`: "),
     ):
         failed = dl7("translate", sentence, "--set", setting, cwd=translator)
         assert (failed.code, failed.out) == (1, "")
         assert expected in failed.err
     failed = dl7("translate", sentence, "--set", "decoding.beam=0", "--set", "data.joint=3", cwd=translator)
-    assert failed.err.startswith("error: `--set` has 2 mistakes:\n")
+    assert failed.err.startswith(f"{BY}error: `--set` has 2 mistakes:\n")
 
 
 def test_samples_depend_on_the_seed_and_on_nothing_else(translator: Path) -> None:
@@ -320,21 +326,24 @@ def test_it_is_told_how_far_a_file_has_come(translator: Path, tmp_path: Path, mo
     (tmp_path / "in.txt").write_text("red\nblue\nbig\n", encoding="utf-8")
     read = ("--input", str(tmp_path / "in.txt"))
     for flags in (("--output", str(tmp_path / "out.txt")), ("--json",)):
-        assert succeed("translate", *read, *flags, cwd=translator).err == "translating  2\ntranslating  3\n"
-    assert succeed("translate", *read, cwd=translator).err == "", "each answer is seen itself"
+        assert succeed("translate", *read, *flags, cwd=translator).err == f"{BY}translating  2\ntranslating  3\n"
+    assert succeed("translate", *read, cwd=translator).err == BY, "each answer is seen itself"
     (tmp_path / "in.txt").write_text("red\trot\n" * 3, encoding="utf-8")
     told = succeed("score", *read, "--json", cwd=translator).err.splitlines()
-    assert told[:2] == ["scoring  2", "scoring  3"]
+    assert told[:3] == [BY.rstrip(), "scoring  2", "scoring  3"]
     with (tmp_path / "out.txt").open("w") as file, contextlib.redirect_stdout(file):
         assert isinstance(display(None, is_silent=False), Plain)
     assert isinstance(display(None, is_silent=False), Nothing)
 
 
-def test_a_beam_that_is_given_is_searched_with(translator: Path) -> None:
-    flags = ("red blue big small", "--set", "decoding.temperature=9.0", "--set", "decoding.method=sample")
-    searched = succeed("translate", *flags[:3], "--beam", "1", cwd=translator).out
-    assert succeed("translate", *flags, "--beam", "1", cwd=translator).out == searched
-    assert succeed("translate", *flags, cwd=translator).out != searched
+def test_a_beam_that_is_given_is_searched_with(pairs: Path, tmp_path: Path) -> None:
+    sampling = ("--set", "decoding.method=sample", "--set", "decoding.temperature=9.0", "--set", "training.epochs=1")
+    succeed("train", "seq2seq", "--data", str(pairs), *TINY_SEQ2SEQ, *sampling, cwd=tmp_path)
+    sampled, searched, expected = (
+        succeed("translate", "red blue big small", *flags, cwd=tmp_path).out
+        for flags in ((), ("--beam", "1"), ("--set", "decoding.method=beam", "--set", "decoding.beam=1"))
+    )
+    assert searched == expected != sampled
 
 
 def test_every_translation_begins_with_the_prefix(translator: Path) -> None:
@@ -355,7 +364,7 @@ def test_a_prefix_is_one_line_of_what_the_model_can_write(translator: Path, tmp_
     ):
         failed = dl7("translate", "red", "--prefix", prefix, cwd=cwd)
         assert (failed.code, failed.out) == (1, "")
-        assert failed.err.startswith(f"error: {expected}\nhint: ")
+        assert f"error: {expected}\nhint: " in failed.err
 
 
 def test_several_runs_are_an_ensemble(translator: Path) -> None:
@@ -417,13 +426,13 @@ def test_a_line_that_nothing_can_translate_is_told_by_its_number(translator: Pat
     warned = "warning: line 2 has no translation that the keys of decoding allow\n"
     for more, expected in (((), "\n\n"), (("--n-best", "2"), "1\t0.0000\t\n2\t-inf\t\n")):
         shown = succeed("translate", *flags, *more, cwd=translator, stdin=b"\nred\n")
-        assert (shown.out, shown.err) == (expected, warned)
+        assert (shown.out, shown.err) == (expected, f"{BY}{warned}")
     json_flags = (*flags, "--json", "--n-best", "2")
     _, one = succeed("translate", *json_flags, "", "red", cwd=translator).document["translations"]
     assert (one["text"], one["score"], one["log_probability"], one["alternatives"]) == ("", None, None, [])
     piped = succeed("translate", *flags, "--jsonl", cwd=translator, stdin=b'\n{"en": "red"}\n')
     assert piped.out == '\n{"en": "red", "translation": "", "score": null}\n'
-    assert piped.err == warned
+    assert piped.err == f"{BY}{warned}"
 
 
 # What it looked at
@@ -433,7 +442,7 @@ def test_attention_is_drawn(translator: Path, tmp_path: Path) -> None:
     for name in ("a.png", "b.svg"):
         flags = ("--attention", str(tmp_path / name), "--json")
         shown = succeed("translate", "red blue big small", *flags, cwd=translator)
-        assert shown.err == f"drawn: {tmp_path / name}\n"
+        assert shown.err == f"{BY}drawn: {tmp_path / name}\n"
     (translated,) = shown.document["translations"]
     weights = np.array(translated["attention"])
     assert weights.shape == (len(translated["tokens"]), len(translated["source_tokens"]))
@@ -471,7 +480,7 @@ def test_a_model_that_looks_at_nothing_cannot_be_drawn(pairs: Path, tmp_path: Pa
     succeed("train", "seq2seq", "--data", str(pairs), *TINY_SEQ2SEQ, *settings, cwd=tmp_path)
     failed = dl7("translate", "red", "--attention", "a.png", cwd=tmp_path)
     assert (failed.code, failed.out) == (1, ""), "it is told before anything is translated"
-    assert failed.err.startswith("error: the model of run `runs/seq2seq-1` has no attention to draw\nhint: ")
+    assert failed.err.startswith(f"{BY}error: the model of run `runs/seq2seq-1` has no attention to draw\nhint: ")
     assert not (tmp_path / "a.png").exists()
     (told,) = succeed("translate", "red", "--json", cwd=tmp_path).document["translations"]
     assert told["alignment"] is None

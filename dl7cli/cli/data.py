@@ -81,6 +81,8 @@ def info(
 ) -> None:
     """Show what is in a data set: its splits, and its classes or languages with examples.
 
+    Its digests are hashes of what is read, by which the same data is known again, whatever files it was in;
+    dl7 eval notes that of the split it has read, of images with the classes as the model numbers them.
     As also_in_train it says how many images of another split, pixel by pixel as they are read, or how many
     source sentences are among those of training, too: what a model has seen is no test of it.
     Of the training pairs also the lengths in characters, and as odd how many are there more than
@@ -93,7 +95,7 @@ def info(
     from dl7cli.data.images import Images
 
     about = _about_images(contents) if isinstance(contents, Images) else _about_pairs(contents)
-    sizes = {"splits": _sizes(contents), "also_in_train": _also_in_train(contents)}
+    sizes = {"splits": _sizes(contents), "digests": _digests(contents), "also_in_train": _also_in_train(contents)}
     shown = {"source": source, **about, **sizes, "notes": list(contents.notes)}
     if as_json:
         console.document(shown)
@@ -169,6 +171,14 @@ def _sizes(contents: "Images | Pairs") -> dict[str, int]:
     return {split: len(pairs) for split, pairs in contents.splits.items()}
 
 
+def _digests(contents: "Images | Pairs") -> dict[str, str]:
+    from dl7cli.data import images, pairs
+
+    if isinstance(contents, images.Images):
+        return {split: images.digest(part) for split, part in contents.splits.items()}
+    return {split: pairs.digest(part) for split, part in contents.splits.items()}
+
+
 def _also_in_train(contents: "Images | Pairs") -> dict[str, int]:
     """Of every other split, how many of its inputs are among those of the training split."""
     from dl7cli.data.images import Images
@@ -222,7 +232,7 @@ def _lines(value: Any) -> list[str]:
     """Return what `info` prints beside a name, in lines."""
     match value:
         case dict():
-            return [f"{key}  {number:,}" for key, number in value.items()]
+            return [f"{key}  {one:,}" if isinstance(one, int) else f"{key}  {one}" for key, one in value.items()]
         case list():
             return [" → ".join(entry) if isinstance(entry, list) else str(entry) for entry in value]
         case _:

@@ -25,7 +25,7 @@ def evaluate(
         typer.Option(
             "--with",
             metavar="RUN",
-            help="Of a translator: score it together with this one, as an ensemble; may be given several times.",
+            help="Score it together with this one, as an ensemble; may be given several times.",
         ),
     ] = None,
     split: Annotated[

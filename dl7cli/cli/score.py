@@ -36,6 +36,7 @@ def score(
         display = sentences.display(source, is_silent=target is not None or as_json)
         stack.enter_context(display)
         documents: list[dict[str, Any]] = []
+        unknown: list[int] = []
         pairs = tokens = 0
         total = 0.0
         for batch in batches:
@@ -45,6 +46,8 @@ def score(
                 scored = None if pair is None else next(found)
                 if scored is not None:
                     sentences.warn_of_cut(line, scored.cut)
+                    if scored.unknown:
+                        unknown.append(line.number)
                     pairs, tokens, total = pairs + 1, tokens + len(scored.tokens), total + scored.log_probability
                 if as_json:
                     documents.append(as_document(pair, scored))
@@ -54,6 +57,7 @@ def score(
             display.progress("scoring", batch[-1].number, 0)
     from dl7cli.tasks.translation import perplexity
 
+    sentences.note_unknown(unknown)
     if as_json:
         numbers = {"log_probability": total, "tokens": tokens, "perplexity": perplexity(total, tokens)}
         console.document({"run": names[0], "others": names[1:], **numbers, "pairs": documents})

@@ -198,6 +198,14 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number there")
 
 
+def note_unknown(lines: Sequence[int]) -> None:
+    """Say in which lines, by their numbers, there is what a vocabulary has not."""
+    if lines:
+        first = f"line {lines[0]}"
+        told = f"{first} has" if len(lines) == 1 else f"{console.count(len(lines), 'line')}, the first {first}, have"
+        console.note(f"note: {told} characters or words that the vocabulary has not")
+
+
 def warn_of_cut(line: Line, cut: int | None) -> None:
     """Tell the user where a line was cut to so many subwords."""
     if cut is not None:

@@ -42,12 +42,22 @@ def train(
         Path | None,
         typer.Option(metavar="RUN", help="Folder of the run; runs/RECIPE-NUMBER if not given. With --seeds: RUN-SEED."),
     ] = None,
+    initial: Annotated[
+        str | None,
+        typer.Option(
+            "--init",
+            metavar="RUN",
+            help="Begin with the weights of this run, and a translator with its vocabulary. For other classes the last"
+            " layer is new.",
+        ),
+    ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
             metavar="RUN",
-            help="Go on with this run, as if it had never stopped; with --data where its data lies now. With --seeds:"
-            " runs with commas between them.",
+            help="Go on with this run, as if it had never stopped; with --data where its data lies now, with --set"
+            " training.parts, on_oom, on_nonfinite or checkpoint_minutes otherwise. With --seeds: runs with commas"
+            " between them.",
         ),
     ] = None,
     deterministic: Annotated[
@@ -96,9 +106,9 @@ def train(
     --json then prints runs, seeds and results, and of every score the mean in scores, the standard_deviation
     and the 95 % interval.
     """
-    given: dict[str, object] = {"RECIPE": name, "--set": overrides, "--seed": seed}
+    given: dict[str, object] = {"RECIPE": name, "--seed": seed, "--init": initial}
     # --out says where those of several seeds lie that have not begun, --data where that of a single run lies now.
-    given |= {"--out": out} if seeds is None else {"--data": data}
+    given |= {"--out": out} if seeds is None else {"--data": data, "--set": overrides}
     if resume is None and name is None:
         raise typer.BadParameter("give a RECIPE to train, or --resume RUN to go on with a run")
     if resume is not None and (refused := [flag for flag, value in given.items() if value not in (None, [])]):
@@ -109,6 +119,8 @@ def train(
         shared = {"--workers": workers, "--nodes": nodes, "--node-rank": node_rank, "--rendezvous": rendezvous}
         if refused := [flag for flag, value in shared.items() if value is not None]:
             raise typer.BadParameter(f"--seeds trains each seed on one device; {', '.join(refused)} cannot be given")
+        if initial is not None:
+            raise typer.BadParameter("--seeds is for what chance does to first weights; --init cannot be given")
         cluster.refuse_other_tasks()
         place = cluster.place()
         if (place is not None and place.count > 1) or cluster.nodes(None, None, None).count > 1:
@@ -159,9 +171,13 @@ def train(
             runtime = devices.choose(where, precision, workers=group, deterministic=deterministic)
             with console.display() if group.first else console.nothing() as display:
                 if resume is not None:
-                    result = training.resume(resume, data=data, runtime=runtime, offline=offline, listener=display)
+                    result = training.resume(
+                        resume, data=data, overrides=overrides or (), runtime=runtime, offline=offline, listener=display
+                    )
                 else:
-                    result = training.train(recipe, out=out, runtime=runtime, offline=offline, listener=display)
+                    result = training.train(
+                        recipe, out=out, initial=initial, runtime=runtime, offline=offline, listener=display
+                    )
     except training.Interrupted as stop:
         console.note(f"stopped; saved in {stop.run}\ngo on with: dl7 train --resume {shlex.quote(str(stop.run))}")
         if place is not None:
@@ -246,7 +262,10 @@ def _leave(code: int) -> NoReturn:
 def choose(
     name: str, overrides: list[str], *, data: str | None, seed: int | None, offline: bool, command: str = "train"
 ) -> "Recipe":
-    """Resolve a recipe for a command; the built-in set stands in for data that cannot be had and was not asked for."""
+    """Resolve a recipe for a command; the built-in set stands in for data that cannot be had and was not asked for.
+
+    A file or folder was asked for, also in a recipe of one's own.
+    """
     from dl7cli import recipe as recipes
 
     resolved = recipes.resolve(name, overrides, data=data, seed=seed)
@@ -255,7 +274,7 @@ def choose(
     from dl7cli.data import sources
 
     source = resolved.recipe.data.source
-    if sources.available(source, offline=offline):
+    if sources.is_local(source) or sources.available(source, offline=offline):
         return resolved.recipe
     fallback = resolved.fallback()
     doing, wanted = ("training", "scores") if command == "train" else ("timing steps", "times")

@@ -169,12 +169,7 @@ def translate(
             before += len(batch)
         if drawings and drawn is None:
             raise UserError("there is no sentence that could be drawn", hint="give one sentence")
-    if unknown:
-        first = f"line {unknown[0]}"
-        told = (
-            f"{first} has" if len(unknown) == 1 else f"{console.count(len(unknown), 'line')}, the first {first}, have"
-        )
-        console.note(f"note: {told} characters or words that the vocabulary has not")
+    sentences.note_unknown(unknown)
     if as_json:
         console.document({"run": names[0], "others": names[1:], "translations": documents})
     if attention is not None and drawn is not None:
@@ -194,7 +189,10 @@ def load(
     offline: bool,
     progress: "Progress" = lambda what, done, total: None,
 ) -> tuple[list[str], "Translation", list["Translation"]]:
-    """Load the newest translator or those named: what they are called, the first, and the rest of an ensemble."""
+    """Load the newest translator or those named: what they are called, the first, and the rest of an ensemble.
+
+    Which is the newest is told.
+    """
     from dl7cli import device as devices
     from dl7cli import runs, tasks
     from dl7cli.tasks.translation import Translation, refuse_disagreement
@@ -208,6 +206,8 @@ def load(
     called = [runs.called(run, folder) for run, folder in found]
     first, *others = (task for task in loaded if isinstance(task, Translation))
     refuse_disagreement(called, [first, *others])
+    if not names:
+        console.note(f"by {called[0]}: {first.assets['source_language']} to {first.assets['target_language']}")
     return called, first, others
 
 

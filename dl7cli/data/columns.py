@@ -45,11 +45,13 @@ class Content:
 def read(source: str, loaded: "dict[str, datasets.Dataset]", image: str | None, label: str | None) -> Content:
     """Find the image and label columns of loaded tables, by type or by the names given, and read and check the labels.
 
-    Raises UserError if a column cannot be found or a row has no label or one that is not among the classes.
+    Columns are those of the first split, classes those of `train` or, without it, of all splits. Raises UserError if a
+    column cannot be found or a row has no label or one that is not among the classes.
     """
     import datasets
 
-    features = loaded["train"].features
+    first = next(iter(loaded))
+    features = loaded[first].features
     listed = ", ".join(f"`{name}` ({kind(feature)})" for name, feature in features.items())
     notes: list[str] = []
     for wanted in (image, label):
@@ -75,22 +77,23 @@ def read(source: str, loaded: "dict[str, datasets.Dataset]", image: str | None, 
     values: dict[str, list[Any]] = {}
     for split, table in loaded.items():
         if missing := [name for name in (image, label) if name not in table.features]:
-            raise UserError(f"split `{split}` of `{source}` has no column `{missing[0]}`, which `train` has")
+            raise UserError(f"split `{split}` of `{source}` has no column `{missing[0]}`, which `{first}` has")
         values[split] = table.with_format("arrow").select_columns([label])[:].column(label).to_pylist()
         for row, value in enumerate(values[split], 1):
             if value is None:
                 raise UserError(f"row {row} of split `{split}` of `{source}` has no label (column `{label}`)")
+    decisive = values["train"] if "train" in values else [value for some in values.values() for value in some]
     if isinstance(feature, datasets.ClassLabel):
         classes = tuple(feature.names)
         numbers = {number: number for number in range(len(classes))}
         for split, table in loaded.items():
             if (other := getattr(table.features[label], "names", None)) != feature.names:
-                raise UserError(f"split `{split}` of `{source}` has other classes than `train`: {other}")
+                raise UserError(f"split `{split}` of `{source}` has other classes than `{first}`: {other}")
     elif kind(feature) == "string":
-        classes = tuple(sorted(set(values["train"])))
+        classes = tuple(sorted(set(decisive)))
         numbers = {name: number for number, name in enumerate(classes)}
     else:
-        highest = max(values["train"], default=0)
+        highest = max(decisive, default=0)
         classes = tuple(str(number) for number in range(min(highest + 1, _MOST_CLASSES)))
         numbers = {number: number for number in range(len(classes))}
 

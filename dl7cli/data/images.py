@@ -44,7 +44,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Images:
-    """The splits of a source by name (`train` always, `validation` and `test` where it has them), and its classes.
+    """The splits of a source by name, of `train`, `validation` and `test` those that it has, and its classes.
 
     `classes` are in the order of the labels. `notes` say what was done to the data, for the user to read.
     """
@@ -62,6 +62,7 @@ def read_images(
     image_size: int | None = None,
     offline: bool = False,
     progress: Progress = silent,
+    for_training: bool = True,
 ) -> Images:
     """Read labelled images from a hub id, a folder in its layout or CIFAR's own, an image folder or `builtin:shapes`.
 
@@ -70,7 +71,8 @@ def read_images(
     the images keep their size if all are square, equal and at most 64 wide, and become 32 by 32 otherwise.
 
     The first reading decodes and keeps arrays below the cache folder; later ones map those. They are made anew when
-    the name, size or time of a file of the source changes. Raises UserError for a source or data that cannot be used.
+    the name, size or time of a file of the source changes. Raises UserError for a source or data that cannot be used,
+    as one without a train split is `for_training`.
     """
     mark = ""
     if sources.is_builtin(source):
@@ -83,22 +85,31 @@ def read_images(
     entry = f"{sources.cache_name(source)}-{options}-"
     kept = sources.cache_folder() / "images"
     target = kept / (entry + mark)
-    if found := _open_cache(target):
+    if found := _open_cache(target, for_training):
         return found
     with sources.working_folder(kept) as working:
-        content = _encoded(source, image, label, offline, progress, working)
+        content = _encoded(source, image, label, offline, progress, working, for_training)
         _decode_to(working, source, content, image_size, progress)
         shutil.rmtree(working / "datasets", ignore_errors=True)
         for old in kept.glob(entry + "*"):
             # What an earlier state of the files gave, or what is damaged.
-            if old.name != target.name or _open_cache(old) is None:
+            if old.name != target.name or _open_cache(old, for_training) is None:
                 shutil.rmtree(old, ignore_errors=True)
         # Fails if another process was faster: then its result serves as well.
         with contextlib.suppress(OSError):
             working.rename(target)
-    if found := _open_cache(target):
+    if found := _open_cache(target, for_training):
         return found
     raise UserError(f"what was written to `{target}` cannot be read back", hint="is the disk full or damaged?")
+
+
+def digest(*splits: ImageSet) -> str:
+    """A hash of images and labels, in their order, wherever they were read from."""
+    found = hashlib.sha256()
+    for split in splits:
+        found.update(np.ascontiguousarray(split.images).data)
+        found.update(np.ascontiguousarray(split.labels).data)
+    return found.hexdigest()
 
 
 def read_image_file(path: str | Path, image_size: int) -> npt.NDArray[np.uint8]:
@@ -155,7 +166,13 @@ def _generated() -> Content:
 
 
 def _encoded(
-    source: str, image: str | None, label: str | None, offline: bool, progress: Progress, working: Path
+    source: str,
+    image: str | None,
+    label: str | None,
+    offline: bool,
+    progress: Progress,
+    working: Path,
+    for_training: bool,
 ) -> Content:
     """Find the images of a source and their labels, not yet decoded."""
     if sources.is_builtin(source):
@@ -164,25 +181,28 @@ def _encoded(
         path = sources.existing_path(source)
         found = None
         if path.is_dir():
-            found = _image_folder(path) or (read_cifar(path) if is_cifar(path) else None)
+            found = _image_folder(path, for_training) or (read_cifar(path) if is_cifar(path) else None)
         if found:
             if image or label:
                 raise UserError(f"`{source}` has images and no columns", hint="leave out data.image and data.label")
             return found
-    loaded = sources.load_splits(source, offline=offline, progress=progress, working=working / "datasets")
+    tables = working / "datasets"
+    loaded = sources.load_splits(source, offline=offline, progress=progress, working=tables, for_training=for_training)
     return read_columns(source, loaded, image, label)
 
 
-def _image_folder(path: Path) -> Content | None:
+def _image_folder(path: Path, for_training: bool) -> Content | None:
     """Read the layout `train/<class>/*.png`; None where it is another layout."""
     folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     images = {name: _files_of_classes(path / name) for name in folders if sources.split_name(name)}
-    trained = any(found and sources.split_name(name) == "train" for name, found in images.items())
+    trained = any(found and (sources.split_name(name) == "train" or not for_training) for name, found in images.items())
     if not any(images.values()) or (not trained and sources.has_tables(path)):
         return None
-    names = sources.by_split(folders, str(path))
+    names = sources.by_split(folders, str(path), for_training=for_training)
     splits = {split: images[name] for split, name in names.items()}
-    classes = tuple(sorted(splits["train"]))
+    classes = tuple(
+        sorted(splits["train"] if "train" in splits else {name for found in splits.values() for name in found})
+    )
     for split, found in splits.items():
         if unknown := sorted(set(found) - set(classes)):
             raise UserError(
@@ -216,9 +236,10 @@ def _decode_to(folder: Path, source: str, content: Content, image_size: int | No
     with warnings.catch_warnings():
         _refuse_bombs()
         if size is None:
-            where, first = next(content.splits["train"].encoded(), ("", None))
+            split, it = next(iter(content.splits.items()))
+            where, first = next(it.encoded(), ("", None))
             if first is None:
-                raise UserError(f"the train split of `{source}` has no images")
+                raise UserError(f"the {split} split of `{source}` has no images")
             width, height = _open(first, where).size
             size = width if width == height <= _LARGEST_KEPT_SIZE else _DEFAULT_SIZE
         if not _write_splits(folder, source, content, size, seen, progress, guessed=image_size is None):
@@ -341,8 +362,8 @@ def _square(image: "PIL.Image.Image", size: int) -> "PIL.Image.Image":
     return PIL.ImageOps.fit(image, (size, size), method=PIL.Image.Resampling.BICUBIC)
 
 
-def _open_cache(folder: Path) -> Images | None:
-    """Map what was kept of a source; None where it is missing or not whole."""
+def _open_cache(folder: Path, for_training: bool) -> Images | None:
+    """Map what was kept of a source; None where it is missing or not whole, or is `for_training` and has not that."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         splits = {}
@@ -360,6 +381,8 @@ def _open_cache(folder: Path) -> Images | None:
             ):
                 return None
             splits[split] = ImageSet(images, labels)
-        return Images(splits, tuple(meta["classes"]), tuple(meta["notes"])) if "train" in splits else None
+        if not ("train" in splits if for_training else splits):
+            return None
+        return Images(splits, tuple(meta["classes"]), tuple(meta["notes"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None

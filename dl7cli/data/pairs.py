@@ -7,6 +7,7 @@ two sides of parallel files out of step).
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -31,6 +32,7 @@ _WANTED = (
     "give a `.jsonl`, `.tsv` or `.parquet` file, or a folder with `train.jsonl`, `train.tsv`, or one file per language "
     "such as `train.en` and `train.de`"
 )
+_OTHER_TEST = re.compile(r"test[\W_\d]")
 _CODE = re.compile(r"[a-z]{2,3}([-_][A-Za-z]+)?")
 
 Rows = Iterable[tuple[str, str]]
@@ -38,7 +40,7 @@ Rows = Iterable[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Pairs:
-    """The splits of a source (`train` always, `validation` and `test` where it has them) as (source, target).
+    """The splits of a source, of `train`, `validation` and `test` those that it has, as (source, target).
 
     The sentences are stripped and none is empty. `notes` say what was left out, for the user to read.
     """
@@ -56,13 +58,14 @@ def read_pairs(
     target_language: str,
     offline: bool = False,
     progress: Progress = silent,
+    for_training: bool = True,
 ) -> Pairs:
     """Read sentence pairs from a hub id, a folder, a file or `builtin:phrases`.
 
     The languages are keys (JSON lines), columns (tables), keys of the column `translation` (as on the hub), suffixes
     (`train.en` beside `train.de`) or a header (TSV; without one, the source comes first). Pairs of which a side is
     blank are left out and counted in the notes. Raises UserError, naming file and line or split and row, for
-    anything that is not what it should be.
+    anything that is not what it should be, as what has no train split is `for_training`.
     """
     languages = (source_language, target_language)
     if source_language == target_language:
@@ -75,15 +78,23 @@ def read_pairs(
         path = sources.existing_path(source)
         found = _text_file(path, languages, progress) if path.is_file() else None
         if path.is_dir():
-            found = _text_folder(path, languages, notes, progress)
+            found = _text_folder(path, languages, notes, progress, for_training)
         if found is None:
             with sources.working_folder(sources.cache_folder()) as working:
-                loaded = sources.load_splits(source, progress=progress, working=working)
+                loaded = sources.load_splits(source, progress=progress, working=working, for_training=for_training)
                 found = _tables(source, loaded, languages, progress)
     else:
-        found = _hub(source, languages, offline, progress)
+        found = _hub(source, languages, offline, progress, for_training)
     splits = {split: _without_blank(split, found[split], source, notes) for split in _SPLITS if split in found}
     return Pairs(splits, source_language, target_language, tuple(notes))
+
+
+def digest(*splits: Iterable[tuple[str, str]]) -> str:
+    """A hash of sentence pairs, in their order, wherever they were read from."""
+    found = hashlib.sha256()
+    for pair in itertools.chain.from_iterable(splits):
+        found.update("\t".join((*pair, "\n")).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
 
 
 def _without_blank(split: str, pairs: Rows, source: str, notes: list[str]) -> list[tuple[str, str]]:
@@ -167,38 +178,57 @@ def _text_file(path: Path, languages: tuple[str, str], progress: Progress) -> di
 
 
 def _text_folder(
-    folder: Path, languages: tuple[str, str], notes: list[str], progress: Progress
+    folder: Path, languages: tuple[str, str], notes: list[str], progress: Progress, for_training: bool
 ) -> dict[str, Rows] | None:
     """Read a folder of text files, one or two per split; None where it is for `datasets` to read."""
     files = sorted(file.name for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    texts = [name for name in files if name.endswith((".jsonl", ".tsv", *(f".{one}" for one in languages)))]
+    # What can be trained on is read as it is for that, whatever lies beside it.
+    for_training = for_training or any(_is_wanted(Path(name).stem, True) for name in texts)
     for suffix, read in ((".jsonl", _json_lines), (".tsv", _tabbed)):
         if stems := [name.removesuffix(suffix) for name in files if name.endswith(suffix)]:
-            if "train" not in map(sources.split_name, stems):
+            if not any(
+                _is_wanted(stem, for_training) and (suffix == ".tsv" or sources.split_name(stem)) for stem in stems
+            ):
                 # Such as shards, or names that a README.md maps to splits.
                 continue
-            chosen = _choose_splits(stems, str(folder), notes)
+            chosen = _choose_splits(stems, str(folder), notes, for_training)
             return {split: read(folder / (stem + suffix), languages, progress) for split, stem in chosen.items()}
-    return _parallel(folder, files, languages, notes, progress)
+    return _parallel(folder, files, languages, notes, progress, for_training)
+
+
+def _is_wanted(stem: str, for_training: bool) -> bool:
+    """Whether a name is that of a split that there has to be."""
+    if for_training:
+        return sources.split_name(stem) == "train"
+    return sources.split_name(stem) is not None or _OTHER_TEST.match(stem) is not None
 
 
 def _parallel(
-    folder: Path, files: list[str], languages: tuple[str, str], notes: list[str], progress: Progress
+    folder: Path,
+    files: list[str],
+    languages: tuple[str, str],
+    notes: list[str],
+    progress: Progress,
+    for_training: bool,
 ) -> dict[str, Rows] | None:
     """Read `train.en` beside `train.de` and so on."""
     named = [(stem, suffix) for stem, _, suffix in (name.rpartition(".") for name in files)]
     ending = {stem: [suffix for other, suffix in named if other == stem] for stem, _ in named}
-    trained = [suffix for stem, suffix in named if sources.split_name(stem) == "train"]
-    if sources.has_tables(folder) and not set(languages) & set(trained):
+    wanted = {stem: suffixes for stem, suffixes in ending.items() if _is_wanted(stem, for_training)}
+    there = list(dict.fromkeys(suffix for suffixes in wanted.values() for suffix in suffixes))
+    if sources.has_tables(folder) and not set(languages) & set(there):
         return None
-    if not trained:
-        if any(sources.split_name(entry.name) == "train" for entry in folder.iterdir()):
+    if not there:
+        names = sorted(entry.name for entry in folder.iterdir())
+        if any(_is_wanted(name, for_training) for name in names):
             raise UserError(f"`{folder}` holds no sentence pairs that can be read", hint=_WANTED)
-        sources.by_split(sorted(entry.name for entry in folder.iterdir()), str(folder))
-    _check_languages(languages, trained, f"{folder}/train.*")
+        sources.by_split(names, str(folder), for_training=for_training)
+    _check_languages(languages, there, f"{folder}/{next(iter(wanted))}.*")
     # A split counts as there with one of its two files, so that a missing other one is not passed over.
     enough = {stem: any if sources.split_name(stem) else all for stem in ending}
     stems = [stem for stem in ending if enough[stem](language in ending[stem] for language in languages)]
-    chosen = _choose_splits(stems, str(folder), notes)
+    chosen = _choose_splits(stems, str(folder), notes, for_training)
     splits: dict[str, Rows] = {}
     for split, stem in chosen.items():
         paths = [folder / f"{stem}.{language}" for language in languages]
@@ -215,10 +245,11 @@ def _parallel(
     return splits
 
 
-def _choose_splits(stems: list[str], where: str, notes: list[str]) -> dict[str, str]:
+def _choose_splits(stems: list[str], where: str, notes: list[str], for_training: bool) -> dict[str, str]:
     """Map splits to the stems of their files; a test set of another name (`test_2016`) serves if it is the only one."""
-    chosen = sources.by_split(stems, where)
-    others = [stem for stem in stems if re.match(r"test[\W_\d]", stem)]
+    others = [stem for stem in stems if _OTHER_TEST.match(stem)]
+    needed = for_training or len(others) != 1 or any(map(sources.split_name, stems))
+    chosen = sources.by_split(stems, where, for_training=for_training) if needed else {}
     if "test" in chosen or not others:
         return chosen
     if len(others) == 1:
@@ -290,7 +321,8 @@ def _tables(
     source: str, loaded: "dict[str, datasets.Dataset]", languages: tuple[str, str], progress: Progress
 ) -> dict[str, Rows]:
     """Take the sentence pairs out of loaded tables: two columns, or the column `translation`."""
-    features = loaded["train"].features
+    first = next(iter(loaded))
+    features = loaded[first].features
     translation = features.get(_NESTED)
     # A column of plain text may have that name, too.
     within: Any = translation if isinstance(translation, dict) else getattr(translation, "languages", None)
@@ -303,7 +335,7 @@ def _tables(
     splits: dict[str, Rows] = {}
     for split, table in loaded.items():
         if missing := [name for name in columns if name not in table.features]:
-            raise UserError(f"split `{split}` of `{source}` has no column `{missing[0]}`, which `train` has")
+            raise UserError(f"split `{split}` of `{source}` has no column `{missing[0]}`, which `{first}` has")
         pairs: list[tuple[str, str]] = []
         for batch in table.with_format("arrow").select_columns(columns).iter(batch_size=_EVERY):
             for record in batch.to_pylist():
@@ -317,13 +349,16 @@ def _tables(
     return splits
 
 
-def _hub(source: str, languages: tuple[str, str], offline: bool, progress: Progress) -> dict[str, Rows]:
+def _hub(
+    source: str, languages: tuple[str, str], offline: bool, progress: Progress, for_training: bool
+) -> dict[str, Rows]:
     """Read from the hub once and from the cache folder ever after."""
     options = hashlib.sha256(json.dumps([_FORMAT, *languages]).encode()).hexdigest()[:8]
     folder = sources.cache_folder() / "pairs" / f"{sources.cache_name(source)}-{options}"
-    if (kept := _open_cache(folder, languages)) is not None:
+    if (kept := _open_cache(folder, languages, for_training)) is not None:
         return kept
-    splits = _tables(source, sources.load_splits(source, offline=offline, progress=progress), languages, progress)
+    loaded = sources.load_splits(source, offline=offline, progress=progress, for_training=for_training)
+    splits = _tables(source, loaded, languages, progress)
     with sources.working_folder(folder.parent) as working:
         for split, pairs in splits.items():
             rows = (json.dumps(dict(zip(languages, pair, strict=True)), ensure_ascii=False) + "\n" for pair in pairs)
@@ -337,12 +372,14 @@ def _hub(source: str, languages: tuple[str, str], offline: bool, progress: Progr
     return splits
 
 
-def _open_cache(folder: Path, languages: tuple[str, str]) -> dict[str, Rows] | None:
-    """Read what was kept of a hub data set; None where it is missing or not whole."""
+def _open_cache(folder: Path, languages: tuple[str, str], for_training: bool) -> dict[str, Rows] | None:
+    """Read what was kept of a hub data set; None where it is missing or not whole, or has not what is wanted."""
     try:
         sizes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["sizes"]
         files = {split: folder / f"{split}.jsonl" for split in sizes}
-        if "train" not in files or any(file.stat().st_size != sizes[split] for split, file in files.items()):
+        if not ("train" in files if for_training else files) or any(
+            file.stat().st_size != sizes[split] for split, file in files.items()
+        ):
             return None
         return {split: list(_json_lines(file, languages, silent)) for split, file in files.items()}
     except (OSError, ValueError, KeyError, TypeError, UserError):

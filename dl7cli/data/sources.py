@@ -140,6 +140,11 @@ def local_path(source: str) -> Path:
     return Path(os.path.expanduser(_split_configuration(source)[0]))  # Path's own fails for a user that is not there
 
 
+def is_file(source: str) -> bool:
+    """Tell whether the source is a single file, which has no splits."""
+    return is_local(source) and os.path.isfile(local_path(source))
+
+
 def existing_path(source: str) -> Path:
     """Return the path of a local source; raise UserError if nothing is there or it is an empty folder."""
     path = local_path(source)
@@ -175,10 +180,11 @@ def split_name(name: str) -> str | None:
     return _SPLITS.get(name.lower())
 
 
-def by_split(names: Iterable[str], where: str) -> dict[str, str]:
+def by_split(names: Iterable[str], where: str, *, for_training: bool = True) -> dict[str, str]:
     """Map train, validation and test to the one among the names that stands for it.
 
-    Raises UserError when there is no training split or two names mean the same split.
+    Raises UserError when two names mean the same split, and when there is no training split or, where it is not
+    `for_training`, none at all.
     """
     names = list(names)
     found: dict[str, str] = {}
@@ -191,9 +197,11 @@ def by_split(names: Iterable[str], where: str) -> dict[str, str]:
                 f"`{where}` has both `{found[split]}` and `{name}` for its {split} split", hint="remove one of them"
             )
         found[split] = name
-    if "train" not in found:
+    if not ("train" in found if for_training else found):
         there = ", ".join(f"`{name}`" for name in names[:20]) or "nothing"
-        raise UserError(f"`{where}` has no train split: there is {there}", hint="call the training data `train`")
+        if for_training:
+            raise UserError(f"`{where}` has no train split: there is {there}", hint="call the training data `train`")
+        raise UserError(f"`{where}` has no split: there is {there}", hint="call what is to be evaluated `test`")
     return {split: found[split] for split in ("train", "validation", "test") if split in found}
 
 
@@ -218,13 +226,18 @@ def available(source: str, *, offline: bool) -> bool:
 
 
 def load_splits(
-    source: str, *, offline: bool = False, progress: Progress = silent, working: Path | None = None
+    source: str,
+    *,
+    offline: bool = False,
+    progress: Progress = silent,
+    working: Path | None = None,
+    for_training: bool = True,
 ) -> "dict[str, datasets.Dataset]":
     """Load a hub data set, a folder or a parquet file with `datasets`: its train, validation and test splits.
 
     Other splits are left out. For local data the tables that `datasets` makes go to the folder `working` (default:
     below the cache folder), and no connection is opened. Raises UserError if the source is not there, cannot be
-    reached or read, or has no training split.
+    reached or read, or has not the splits that `by_split` wants.
     """
     if is_builtin(source):
         raise UserError(f"`{source}` is generated and not loaded", hint=f"built-in sets are {_listed(BUILTIN)}")
@@ -242,7 +255,7 @@ def load_splits(
         else:
             path = str(folder.resolve())
             if not has_tables(folder):
-                by_split(sorted(entry.name for entry in folder.iterdir()), source)
+                by_split(sorted(entry.name for entry in folder.iterdir()), source, for_training=for_training)
                 raise UserError(
                     f"`{source}` holds no data that can be read",
                     hint="a folder needs parquet or JSON lines files, or a README.md with `configs`",
@@ -279,7 +292,7 @@ def load_splits(
         # The data and the hub are foreign: datasets lets errors of pyarrow, yaml, httpx and its own come through.
         except Exception as error:
             raise _load_error(source, error) from error
-    return {split: loaded[name] for split, name in by_split(loaded, source).items()}
+    return {split: loaded[name] for split, name in by_split(loaded, source, for_training=for_training).items()}
 
 
 def _split_configuration(source: str) -> tuple[str, str | None]:

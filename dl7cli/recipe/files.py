@@ -31,6 +31,17 @@ MOST_TOLD = 20
 """Mistakes."""
 DEEPEST = 8
 """Tables and lists within one another."""
+_NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "model.heads": ("model.attention", ("multihead",)),
+    "model.match": ("model.activation", ("maxout", "glu")),
+    "optim.milestones": ("optim.schedule", ("step",)),
+    "optim.factor": ("optim.schedule", ("step",)),
+    "optim.other_learning_rate": ("optim.name", ("muon",)),
+    **{f"decoding.{key}": ("decoding.method", ("sample",)) for key in ("temperature", "top_k", "top_p", "seed")},
+}
+"""What a key is of, where it does nothing otherwise. A recipe may hold it all the same; who sets it wants something."""
+WHILE_TRAINING = ("parts", "on_oom", "on_nonfinite", "checkpoint_minutes")
+"""Keys of `training` that a run may go on with otherwise: none is of what is learnt, as far as all goes well."""
 
 
 class Resolved(NamedTuple):
@@ -68,6 +79,7 @@ def resolve(name: str, overrides: Sequence[str] = (), *, data: str | None = None
     if built_in is not None and ("data.source", built_in) in _flat(own):
         own = _changed(document, [*standing_in, *changes], [])
     recipe = from_document(own, mistakes, origin=f"recipe `{name}`")
+    from_document(own, _idle(recipe, changes), origin="`--set`")
     asked = any(path == ["data", "source"] for path, _ in changes)
     if built_in is None or asked:
         return Resolved(recipe, None)
@@ -111,6 +123,12 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
     return from_document(document, origin="`--seed`")
 
 
+def alike(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes train the same but for their seeds."""
+    unlike = differences(one, other).keys() - {f"training.{key}" for key in WHILE_TRAINING if key != "parts"}
+    return unlike <= {"training.seed"}
+
+
 def differences(one: Recipe, other: Recipe) -> dict[str, list[Any]]:
     """The keys in which two recipes differ, whatever they are called, with both values; None where one has none."""
     documents = [recipe.model_dump(mode="json", exclude={"name"}) for recipe in (one, other)]
@@ -127,24 +145,47 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
 def decoding(recipe: TranslationRecipe, overrides: Iterable[str] = (), **flags: Any) -> Decoding:
     """How to search: as the recipe says, but for `--set decoding.KEY=VALUE` and the flags that are not None.
 
-    Raises UserError, all at once, for what is not such a key or out of its range.
+    Raises UserError, all at once, for what is not such a key, out of its range, or said otherwise by a flag.
     """
-    document = to_document(recipe)
-    mistakes = []
+    given = {key: value for key, value in flags.items() if value is not None}
+    changes, mistakes = _permitted(overrides, "decoding", (), "keys of `decoding`")
+    for path, value in changes:
+        if path[1] in given and given[path[1]] != value:
+            mistakes.append(f"`decoding.{path[1]}` is {_show(value)}, and by a flag {_show(given[path[1]])}")
+    document = _changed(to_document(recipe), changes, mistakes)
+    document["decoding"] |= given
+    changed = from_document(document, mistakes, origin="`--set`")
+    from_document(document, _idle(changed, changes), origin="`--set`")
+    assert isinstance(changed, TranslationRecipe)
+    return changed.decoding
+
+
+def resumed(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """The recipe of a run that goes on, with other keys of those that settle how it runs and not what is trained.
+
+    Raises UserError, all at once, for other keys and for values that are out of range.
+    """
+    told = _choices(f"training.{key}" for key in WHILE_TRAINING)
+    changes, mistakes = _permitted(overrides, "training", WHILE_TRAINING, told)
+    return from_document(_changed(to_document(recipe), changes, mistakes), mistakes, origin="`--set`")
+
+
+def _permitted(
+    overrides: Iterable[str], section: str, keys: Sequence[str], told: str
+) -> tuple[list[tuple[list[str], Any]], list[str]]:
+    """The changes of `--set` to these keys of a section, or without to any of its keys, and what else is a mistake."""
+    changes, mistakes = [], []
     for text in overrides:
         try:
             path, value = parse_override(text)
         except ValueError as error:
             mistakes.append(str(error))
             continue
-        if path[0] == "decoding" and len(path) == 2:
-            document["decoding"][path[1]] = value
+        if path[0] == section and len(path) == 2 and (not keys or path[1] in keys):
+            changes.append((path, value))
         else:
-            mistakes.append(f"`{'.'.join(path)}` was settled in training; only keys of `decoding` can be changed")
-    document["decoding"] |= {key: value for key, value in flags.items() if value is not None}
-    changed = from_document(document, mistakes, origin="`--set`")
-    assert isinstance(changed, TranslationRecipe)
-    return changed.decoding
+            mistakes.append(f"`{'.'.join(path)}` was settled in training; only {told} can be changed")
+    return changes, mistakes
 
 
 def unset_keys(recipe: Recipe) -> list[str]:
@@ -270,6 +311,18 @@ def _changed(document: dict[str, Any], changes: Iterable[tuple[list[str], Any]],
         else:
             mistakes.append(f"`{'.'.join(path)}` leads through a key that holds a value")
     return copy
+
+
+def _idle(recipe: Recipe, changes: Iterable[tuple[list[str], Any]]) -> list[str]:
+    """What is wrong with changes of keys that do nothing in this recipe."""
+    values = dict(_flat(recipe.model_dump()))
+    mistakes = []
+    for key in (".".join(path) for path, _ in changes):
+        other, needed = _NEEDED.get(key, ("", ()))
+        if other in values and values[other] not in needed:
+            wanted = " or ".join(f'"{value}"' for value in needed)
+            mistakes.append(f"`{key}` does nothing without `{other} = {wanted}`")
+    return mistakes
 
 
 def _flat(table: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -66,11 +66,16 @@ class Training(Section):
     """Validated and used is a moving average of the weights, this much of it the one before; 0: none."""
     keep_last: Annotated[int, Field(ge=0, le=1000)] = 0
     """How many of the last epochs keep a checkpoint for `dl7 average`, each as large on disk as `best`; 0: none."""
-    on_oom: Literal["stop", "halve"] = "stop"
-    """What happens where the memory is too small for a batch; `halve`: from then on it is taken in parts.
+    parts: Annotated[int, Field(ge=1, le=1 << 20)] = 1
+    """In how many parts a batch is taken, one after the other, so that less memory is needed.
 
-    The gradients of two parts, or four, and so on, are summed, so that each step is still one of the whole batch; only
-    batch normalisation sees each part alone, and dropout draws for each.
+    Their gradients are summed, so that each step is still one of the whole batch; only batch normalisation sees each
+    part alone, and dropout draws for each. Above 1 no model is compiled, as that is for whole batches.
+    """
+    on_oom: Literal["stop", "halve"] = "stop"
+    """What happens where the memory is too small for a batch; `halve`: from then on it is taken in twice as many parts.
+
+    As with `parts`. Where the system ends the process instead, or oneDNN crashes, no one can tell.
     """
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What happens where a loss or its gradient is NaN or infinite; `skip`: the step is left out and counted."""

@@ -27,18 +27,27 @@ def build(
     offline: bool = False,
     progress: Progress = silent,
     weights: Mapping[str, Tensor] | None = None,
+    for_training: bool = True,
 ) -> Task:
     """The task of a recipe, with a model fresh from the recipe's seed.
 
-    With `assets` (from a checkpoint) no data is read until it is asked for; without, they are derived from the data.
+    With `assets` (from a checkpoint) no data is read until it is asked for; without, they are derived from the data,
+    which has a train split unless it is not `for_training`.
     Raises UserError, before the model is made, for assets of another kind of task, for `weights` that it will be given
     and are not its own, and, where none are given, for a model larger than the memory.
     """
+    options: dict[str, Any] = {
+        "runtime": runtime,
+        "offline": offline,
+        "progress": progress,
+        "weights": weights,
+        "for_training": for_training,
+    }
     match recipe:
         case ClassificationRecipe():
-            return Classification(recipe, assets, runtime=runtime, offline=offline, progress=progress, weights=weights)
+            return Classification(recipe, assets, **options)
         case TranslationRecipe():
-            return Translation(recipe, assets, runtime=runtime, offline=offline, progress=progress, weights=weights)
+            return Translation(recipe, assets, **options)
 
 
 def load(
@@ -50,27 +59,41 @@ def load(
     data: str | None = None,
     task: str | None = None,
 ) -> Task:
-    """The task of a checkpoint with its trained weights; `data` names another source to evaluate it on.
+    """The task of a checkpoint with its trained weights; `data` names another source to evaluate it on, of any splits.
 
     Raises UserError for a damaged checkpoint, and for one that is not for `task`, `classification` or `translation`,
     where that is given: a checkpoint alone, out of its run, tells only when it is read.
     """
-    saved = checkpoint.load(folder)
+    saved = trained(folder)
     recipe = saved.recipe
     if task not in (None, recipe.task):
         raise UserError(f"checkpoint `{folder}` is for {recipe.task}, not for {task}")
-    if recipe.training.ema_decay:
-        # `last` has the weights to go on from; what was validated, and is to be used, is their average.
-        training = checkpoint.load(folder, training=True).training
-        average = {name: value for name, value in training.items() if name.startswith("average.")}
-        saved.weights.update({name.removeprefix("average."): value for name, value in average.items()})
     if data is not None:
         # The other source has columns of its own.
         other = {"source": data, **({"image": None, "label": None} if isinstance(recipe.data, ImageData) else {})}
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=other)})
-    loaded = build(recipe, saved.assets, runtime=runtime, offline=offline, progress=progress, weights=saved.weights)
+    loaded = build(
+        recipe,
+        saved.assets,
+        runtime=runtime,
+        offline=offline,
+        progress=progress,
+        weights=saved.weights,
+        for_training=data is None,
+    )
     restore(loaded, saved)
     return loaded
+
+
+def trained(folder: Path) -> Checkpoint:
+    """A checkpoint with the weights that are to be used. Raises UserError as `checkpoint.load`."""
+    saved = checkpoint.load(folder)
+    if saved.recipe.training.ema_decay:
+        # `last` has the weights to go on from; what was validated, and is to be used, is their average.
+        training = checkpoint.load(folder, training=True).training
+        average = {name: value for name, value in training.items() if name.startswith("average.")}
+        saved.weights.update({name.removeprefix("average."): value for name, value in average.items()})
+    return saved
 
 
 def restore(task: Task, saved: Checkpoint) -> None:

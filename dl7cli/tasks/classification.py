@@ -1,5 +1,6 @@
 """Image classification: where a recipe meets images, a residual network, cross-entropy and accuracy."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -51,13 +52,21 @@ class Classification:
         offline: bool = False,
         progress: Progress = silent,
         weights: Mapping[str, Tensor] | None = None,
+        for_training: bool = True,
     ) -> None:
         fresh = assets is None
         self.recipe = recipe
         self.runtime = runtime
         self.images = LabelledImages(
-            recipe, assets, device=runtime.device, workers=runtime.workers, offline=offline, progress=progress
+            recipe,
+            assets,
+            device=runtime.device,
+            workers=runtime.workers,
+            offline=offline,
+            progress=progress,
+            for_training=for_training,
         )
+        self._progress = progress
         self.assets = assets = self.images.assets
         self.notes = self.images.notes
         # Beside the model and not in its place: names of weights and evaluation are those of the plain module.
@@ -108,9 +117,13 @@ class Classification:
         return self.images.digest
 
     @property
-    def test_digest(self) -> str:
-        """Of what is evaluated at the end."""
-        return self.images.digest_of("test")
+    def carved(self) -> bool:
+        """Whether what is there for validation is a part of the training split, once the data is read."""
+        return self.images.carved
+
+    def digest_of(self, split: str) -> str:
+        """Of what is evaluated, where the data has that split."""
+        return self.images.digest_of(split)
 
     def lay_out(self, memory_format: torch.memory_format) -> None:
         """Keep weights and training images in this order in memory, before anything is compiled."""
@@ -159,11 +172,12 @@ class Classification:
                 self._compiled = torch.compile(self.model, dynamic=False)
                 # Nothing is compiled before the first batch, whose statistics must not count, and the backward pass
                 # not before its gradient.
-                total, count = self.loss(next(self.batches(0)))
-                (total / count).backward()  # type: ignore[no-untyped-call]
-                gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-                if not torch.nn.utils.get_total_norm(gradients).isfinite():
-                    raise RuntimeError("its gradient is not finite when compiled")
+                for batch in self._sizes():
+                    total, count = self.loss(batch)
+                    (total / count).backward()  # type: ignore[no-untyped-call]
+                    gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+                    if not torch.nn.utils.get_total_norm(gradients).isfinite():
+                        raise RuntimeError("its gradient is not finite when compiled")
         except BaseException:
             self._compiled = None
             raise
@@ -171,6 +185,13 @@ class Classification:
             self.model.zero_grad(set_to_none=True)
             for name, value in self.model.named_buffers():
                 value.copy_(kept[name])
+
+    def _sizes(self) -> Iterator[ImageBatch]:
+        """A whole batch of images of each size that the training has."""
+        yield next(self.batches(0))
+        if self.recipe.training.small_size:
+            last = self.recipe.training.epochs - 1
+            yield next(self.batches(last, max(0, self.steps(last) - 2)))  # the very last may be a smaller batch
 
     def loss(self, batch: ImageBatch) -> tuple[Tensor, int]:
         """Cross-entropy summed over this worker's part of a batch, and how many images the whole has.
@@ -212,16 +233,26 @@ class Classification:
         """
         return self.judge(split, self.logits(split))
 
-    def logits(self, split: str) -> Tensor:
-        """Of every image of a split, in the order of the data: (N, classes) float32. Raises as `evaluate`."""
+    def logits(self, split: str, *, others: Sequence["Classification"] = ()) -> Tensor:
+        """Of every image of a split, in the order of the data: (N, classes) float32. Raises as `evaluate`.
+
+        Of an ensemble with `others` they are the logarithms of the means of all probabilities.
+        """
         images, labels = self.images.split(split)
         workers = self.runtime.workers
         logits = torch.zeros(len(labels), len(self.assets["classes"]), device=images.device)
-        scores = self._scorer()
+        scorers = [one._scorer() for one in (self, *others)]
         height, width = images.shape[1:3]
         size = max(1, min(EVALUATION_BATCH[images.device.type], EVALUATION_PIXELS // (height * width)))
         for at in range(size * workers.rank, len(labels), size * workers.count):
-            logits[at : at + size] = scores(images[at : at + size])
+            self._progress("scoring images", at, len(labels))
+            answers = [scores(images[at : at + size]) for scores in scorers]
+            if others:
+                several = torch.stack([one.log_softmax(dim=1) for one in answers])
+                logits[at : at + size] = several.logsumexp(dim=0) - math.log(len(answers))
+            else:
+                logits[at : at + size] = answers[0]
+        self._progress("scoring images", len(labels), len(labels))
         # Each row is one worker's, and zero on all others.
         return workers.add(logits)
 
@@ -297,6 +328,17 @@ class Classification:
                 return with_mirror_image(image) / 2 + (one + other) / 4
 
         return scores
+
+
+def refuse_other_classes(names: Sequence[str], members: Sequence[Classification]) -> None:
+    """Raise UserError where classifiers that go by these names do not answer the same question of the same images."""
+    for name, other in zip(names[1:], members[1:], strict=True):
+        for key in ("classes", "image_size"):
+            if members[0].assets[key] != other.assets[key]:
+                raise UserError(
+                    f"`{names[0]}` and `{name}` differ in {key.replace('_', ' ')}",
+                    hint="train the runs of an ensemble on the same data",
+                )
 
 
 def _refuse_size(recipe: ClassificationRecipe, size: int) -> None:

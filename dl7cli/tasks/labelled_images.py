@@ -1,6 +1,5 @@
 """The images of a recipe as its model sees them: splits, normalisation, and batches changed as the recipe says."""
 
-import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dl7cli.data import augmentation
-from dl7cli.data.images import ImageSet, read_images, statistics
-from dl7cli.data.sources import Progress
+from dl7cli.data.images import ImageSet, digest, read_images, statistics
+from dl7cli.data.sources import Progress, is_file
 from dl7cli.data.transfer import moved
 from dl7cli.distributed import Workers
 from dl7cli.errors import UserError
@@ -48,13 +47,17 @@ class LabelledImages:
         workers: Workers,
         offline: bool,
         progress: Progress,
+        for_training: bool = True,
     ) -> None:
         self.notes: list[str] = []
+        self.carved = False
+        """Whether what is there for validation is a part of the training split, known once the data is read."""
         self._recipe = recipe
         self._device = device
         self._workers = workers
         self._offline = offline
         self._progress = progress
+        self._for_training = for_training
         self._on_device: dict[str, tuple[Tensor, Tensor]] = {}
         if assets is None:
             self.splits, names = self._read(recipe.data.image_size)
@@ -73,15 +76,22 @@ class LabelledImages:
 
     @cached_property
     def splits(self) -> dict[str, ImageSet]:
-        """The images and labels of each split; `train` and `validation` are there in any case."""
+        """The images and labels of each split; for training `train` and `validation` are there in any case.
+
+        To be evaluated, images may be of some of the classes, in any order, and a single file is also the test split.
+        """
         splits, classes = self._read(self._recipe.data.image_size)
-        if splits["train"].images.shape[1] != self.assets["image_size"]:
+        if next(iter(splits.values())).images.shape[1] != self.assets["image_size"]:
             self.notes.clear()  # they were of the other size
             splits, classes = self._read(self.assets["image_size"])
-        if list(classes) != self.assets["classes"]:
+        known = self.assets["classes"]
+        if list(classes) != known and not self._for_training and set(classes) <= set(known):
+            numbers = np.array([known.index(name) for name in classes])
+            return {name: ImageSet(split.images, numbers[split.labels]) for name, split in splits.items()}
+        if list(classes) != known:
             raise UserError(
                 f"`{self._recipe.data.source}` has other classes than the model was trained on",
-                hint=f"the model knows {', '.join(self.assets['classes'])}",
+                hint=f"the model knows {', '.join(known)}",
             )
         return splits
 
@@ -109,11 +119,7 @@ class LabelledImages:
 
     def digest_of(self, *splits: str) -> str:
         """Of the images and labels of some splits, as far as there are such."""
-        digest = hashlib.sha256()
-        for found in (self.splits[split] for split in splits if split in self.splits):
-            digest.update(np.ascontiguousarray(found.images).data)
-            digest.update(np.ascontiguousarray(found.labels).data)
-        return digest.hexdigest()
+        return digest(*(self.splits[split] for split in splits if split in self.splits))
 
     def steps(self, epoch: int) -> int:
         """Batches of an epoch, counted from 0; the last one may be smaller."""
@@ -198,14 +204,20 @@ class LabelledImages:
             image_size=image_size,
             offline=self._offline,
             progress=self._progress,
+            for_training=self._for_training,
         )
         self.notes.extend(images.notes)
         splits = dict(images.splits)
-        if "validation" not in splits:
-            whole = len(splits["train"].labels)
-            splits["train"], splits["validation"] = _carve(splits["train"], data.validation_fraction)
+        whole = splits.get("train")
+        self.carved = False
+        if whole is not None and "validation" not in splits and (self._for_training or len(whole.labels) > 1):
+            self.carved = True
+            splits["train"], splits["validation"] = _carve(whole, data.validation_fraction)
             kept = len(splits["validation"].labels)
-            self.notes.append(f"kept for validation: {kept:,} of {whole:,} images of train")
+            self.notes.append(f"kept for validation: {kept:,} of {len(whole.labels):,} images of train")
+        if whole is not None and not self._for_training and is_file(data.source):
+            splits["test"] = whole
+            self.notes.append(f"the test split is all of {data.source}")
         return splits, images.classes
 
 

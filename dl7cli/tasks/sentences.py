@@ -1,6 +1,5 @@
 """The sentence pairs of a recipe as its model reads them: vocabularies, subwords, reading order and batches."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from random import Random
@@ -10,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dl7cli.data.pairs import read_pairs
-from dl7cli.data.sources import Progress
+from dl7cli.data.pairs import digest, read_pairs
+from dl7cli.data.sources import Progress, is_file
 from dl7cli.data.transfer import moved
 from dl7cli.data.vocabulary import BOS, EOS, PAD, Subwords, Vocabulary
 from dl7cli.distributed import ALONE, Workers
@@ -69,8 +68,11 @@ class SentencePairs:
         workers: Workers = ALONE,
         offline: bool,
         progress: Progress,
+        for_training: bool = True,
     ) -> None:
         self.notes: list[str] = []
+        self.carved = False
+        """Whether what is there for validation is a part of the training split, known once the data is read."""
         self._data = recipe.data
         self._seed = recipe.training.seed
         self._batch_tokens = recipe.training.batch_tokens
@@ -78,6 +80,7 @@ class SentencePairs:
         self._workers = workers
         self._offline = offline
         self._progress = progress
+        self._for_training = for_training
         self._steps: dict[int, int] = {}
         if assets is None:
             assets = {
@@ -92,7 +95,10 @@ class SentencePairs:
 
     @cached_property
     def splits(self) -> dict[str, list[tuple[str, str]]]:
-        """Source and target sentences of each split; `train` and `validation` are there in any case."""
+        """Source and target sentences of each split; for training `train` and `validation` are there in any case.
+
+        To be evaluated, a single file is also the test split as a whole.
+        """
         data = self._data
         found = read_pairs(
             data.source,
@@ -100,13 +106,18 @@ class SentencePairs:
             target_language=data.target_language,
             offline=self._offline,
             progress=self._progress,
+            for_training=self._for_training,
         )
         self.notes.extend(found.notes)
         splits = dict(found.splits)
-        if "validation" not in splits:
-            whole = len(splits["train"])
-            splits["train"], splits["validation"] = _carve(splits["train"], data.validation_fraction)
-            self.notes.append(f"kept for validation: {len(splits['validation']):,} of {whole:,} pairs of train")
+        whole = splits.get("train", [])
+        self.carved = "validation" not in splits and (self._for_training or len(whole) > 1)
+        if self.carved:
+            splits["train"], splits["validation"] = _carve(whole, data.validation_fraction)
+            self.notes.append(f"kept for validation: {len(splits['validation']):,} of {len(whole):,} pairs of train")
+        if not self._for_training and is_file(data.source):
+            splits["test"] = whole
+            self.notes.append(f"the test split is all of {data.source}")
         return splits
 
     def split(self, name: str) -> list[tuple[str, str]]:
@@ -122,11 +133,7 @@ class SentencePairs:
 
     def digest_of(self, *splits: str) -> str:
         """Of the sentences of some splits, as far as there are such."""
-        digest = hashlib.sha256()
-        for split in splits:
-            for pair in self.splits.get(split, ()):
-                digest.update("\t".join((*pair, "\n")).encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+        return digest(*(self.splits.get(split, ()) for split in splits))
 
     def steps(self, epoch: int) -> int:
         """Batches of an epoch, counted from 0."""

@@ -89,6 +89,8 @@ class ScoredPair(NamedTuple):
     token_log_probabilities: list[float]
     cut: int | None
     """To how many subwords the source was cut, where the models read no more."""
+    unknown: bool
+    """Whether either has characters or words that the vocabulary has not."""
 
     @property
     def perplexity(self) -> float | None:
@@ -134,13 +136,20 @@ class Translation:
         offline: bool = False,
         progress: Progress = silent,
         weights: Mapping[str, Tensor] | None = None,
+        for_training: bool = True,
     ) -> None:
         if assets is not None:
             check_assets(assets, PairAssets)
         self.recipe = recipe
         self.runtime = runtime
         self.pairs = SentencePairs(
-            recipe, assets, device=runtime.device, workers=runtime.workers, offline=offline, progress=progress
+            recipe,
+            assets,
+            device=runtime.device,
+            workers=runtime.workers,
+            offline=offline,
+            progress=progress,
+            for_training=for_training,
         )
         self.assets = self.pairs.assets
         self.notes = self.pairs.notes
@@ -167,9 +176,13 @@ class Translation:
         return self.pairs.digest
 
     @property
-    def test_digest(self) -> str:
-        """Of what is evaluated at the end."""
-        return self.pairs.digest_of("test")
+    def carved(self) -> bool:
+        """Whether what is there for validation is a part of the training split, once the data is read."""
+        return self.pairs.carved
+
+    def digest_of(self, split: str) -> str:
+        """Of what is evaluated, where the data has that split."""
+        return self.pairs.digest_of(split)
 
     def steps(self, epoch: int) -> int:
         """Batches of an epoch, counted from 0."""
@@ -285,8 +298,15 @@ class Translation:
         """
         sources, references = zip(*self.pairs.split(split), strict=True)
         cased = self.cased if cased is None else cased
-        language = self.assets["target_language"]
-        scores = translation(sources, translations, references, cased=cased, language=language, with_rouge=rouge)
+        scores = translation(
+            sources,
+            translations,
+            references,
+            cased=cased,
+            language=self.assets["target_language"],
+            source_language=self.assets["source_language"],
+            with_rouge=rouge,
+        )
         _, limit = self._ensemble(others)
         encoded = self.pairs.source_ids(sources)
         read = {
@@ -373,7 +393,7 @@ class Translation:
         encoded = self.pairs.source_ids([source for source, _ in pairs])
         sources = [ids[:limit] for ids in encoded]
         targets = self.pairs.target_ids([target for _, target in pairs])
-        answers = [ScoredPair(0.0, [], [], None)] * len(pairs)
+        answers = [ScoredPair(0.0, [], [], None, False)] * len(pairs)
         read = [len(self.pairs.read(ids)) for ids in sources]
         lengths = np.array([max(length, len(ids) + 1) for length, ids in zip(read, targets, strict=True)])
         for chosen in fill(np.argsort(lengths, kind="stable"), lengths, SUBWORDS_AT_ONCE):
@@ -384,7 +404,8 @@ class Translation:
                 tokens = self.pairs.target_vocabulary.pieces([*targets[at], EOS])
                 own, values = values[: len(tokens)], values[len(tokens) :]
                 cut = limit if len(encoded[at]) > limit else None
-                answers[at] = ScoredPair(math.fsum(own), tokens, own, cut)
+                unknown = UNKNOWN in sources[at] or UNKNOWN in targets[at]
+                answers[at] = ScoredPair(math.fsum(own), tokens, own, cut, unknown)
         return answers
 
     def _joined(self, own: list[Any]) -> list[Any]:

@@ -9,12 +9,12 @@ from dl7cli.data.sources import Progress, silent
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, among_first, tokenizer
-from dl7cli.recipe import differences, with_seed
+from dl7cli.recipe import alike, differences
 from dl7cli.significance import LEVEL
 from dl7cli.tasks import Task
 from dl7cli.tasks.classification import Classification
 from dl7cli.tasks.translation import Translation
-from dl7cli.training.evaluation import Loaded, note_reading, refuse_unfit, result_of
+from dl7cli.training.evaluation import Loaded, note_reading, refuse_trained_on, refuse_unfit, result_of
 
 
 def compare(
@@ -59,6 +59,8 @@ def compare(
     together = [one for side in contestants for one in side]
     task = together[0].task
     _refuse_other_examples(together, split, beam)
+    for one in together:
+        refuse_trained_on(one, one.task, split, data)
     for side in contestants:
         _refuse_other_recipes(side)
     for text in dict.fromkeys(text for one in together for text in one.task.notes):
@@ -139,7 +141,7 @@ def _refuse_other_recipes(side: Sequence[Loaded]) -> None:
     """Raise UserError where the runs of a side differ in anything but their seeds, or not in those."""
     first, *others = side
     for other in others:
-        if with_seed(first.task.recipe, 0) != with_seed(other.task.recipe, 0):
+        if not alike(first.task.recipe, other.task.recipe):
             hint = "the runs with commas between them are those of one recipe, which differ in their seeds"
             raise UserError(f"`{first.name}` and `{other.name}` are of different recipes", hint)
     for at, one in enumerate(side):

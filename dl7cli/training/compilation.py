@@ -42,6 +42,8 @@ def wanted(task: Task) -> bool:
     if not isinstance(task, Classification):
         return False
     training = task.recipe.training
+    if training.parts > 1:  # of which each is another size
+        return False
     if training.compile != "auto":
         return training.compile == "always"
     model = task.recipe.model

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import update_bn
 
 from dl7cli import checkpoint, runs, tasks
 from dl7cli.checkpoint import Checkpoint
-from dl7cli.data.sources import Progress, silent
+from dl7cli.data.sources import Progress, is_file, silent
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
@@ -21,6 +21,7 @@ from dl7cli.recipe import decoding
 from dl7cli.runs import Run
 from dl7cli.tasks import Task
 from dl7cli.tasks.checking import refuse_other_weights
+from dl7cli.tasks.classification import Classification, refuse_other_classes
 from dl7cli.tasks.translation import Translation, refuse_disagreement
 
 _TABLES = ("classes", "confusion", "source_lengths", "sample")
@@ -87,7 +88,6 @@ def evaluate(
     else:
         kind = "classifier"
         asked = {
-            "ensemble": bool(others),
             "beam": bool(beams) or length_penalty is not None,
             "decoding": bool(overrides),
             "text for ROUGE": rouge,
@@ -96,22 +96,27 @@ def evaluate(
         if wanted:
             raise UserError(f"run `{found.folder}` is a {kind}: it has no {what}", hint="leave the option out")
     members, decodings = [Loaded(found, folder, task)], []
+    members += _partners(others, members[0], runtime, offline=offline, progress=progress)
+    names = [one.name for one in members]
     if isinstance(task, Translation):
-        members += _partners(others, (found, folder), runtime, offline=offline, progress=progress)
         partners = [one.task for one in members[1:] if isinstance(one.task, Translation)]
-        refuse_disagreement([one.name for one in members], [task, *partners])
+        refuse_disagreement(names, [task, *partners])
         method = "beam" if beams else None
         for beam in beams or (None,):
             changes = {"method": method, "beam": beam, "length_penalty": length_penalty}
             decodings.append(decoding(task.recipe, overrides, **changes))
     task.splits()  # reads the data, so that its notes are there
+    for one in members:
+        refuse_trained_on(one, task, split, data)
     for text in task.notes:
         note(text)
     if not isinstance(task, Translation):
-        logits = task.logits(split)
+        classifiers = [one.task for one in members[1:] if isinstance(one.task, Classification)]
+        refuse_other_classes(names, [task, *classifiers])
+        logits = task.logits(split, others=classifiers)
         scores = task.judge(split, logits)
         result = result_of(found, task, split, scores, time.monotonic() - begin, members[0].checkpoint)
-        note_reading(found, {**result, "precision": runtime.precision})
+        result = _noted(members, result, {"precision": runtime.precision})
         if write is not None:
             write(_table(task.answers(split, logits)))
         return result
@@ -126,17 +131,8 @@ def evaluate(
         searched = time.monotonic() - searching
         scores = task.judge(split, translations, others=partners, rouge=rouge)
         result = result_of(found, task, split, scores, time.monotonic() - start, members[0].checkpoint)
-        names = [one.name for one in members]
         given = {name: value for name, value in settings.items() if value is not None}
-        for number, one in enumerate(members):
-            own: dict[str, Any] = {"run": str(one.run.folder), "checkpoint": one.checkpoint}
-            own["recipe"] = one.task.recipe.name
-            if partners:
-                own["others"] = [*names[:number], *names[number + 1 :]]
-            note_reading(one.run, {**result, **own, **given})
-        if partners:
-            result["others"] = names[1:]
-        results.append(result)
+        results.append(_noted(members, result, given))
         sweep.append({"beam": beam, "scores": scores.values, "details": scores.details, "seconds": round(searched, 3)})
         start = time.monotonic()
     if write is not None:
@@ -147,15 +143,27 @@ def evaluate(
 
 
 def _partners(
-    names: Sequence[str], first: tuple[Run, Path], runtime: Runtime, *, offline: bool, progress: Progress
+    names: Sequence[str], first: Loaded, runtime: Runtime, *, offline: bool, progress: Progress
 ) -> list[Loaded]:
-    """The translators that are to answer together with `first`, on whose data they are evaluated."""
-    found = [runs.find(name, task="translation") for name in names]
-    refuse_unfit([first, *found])
+    """The models that are to answer together with `first`, on whose data they are evaluated."""
+    kind = first.task.recipe.task
+    found = [runs.find(name, task=kind) for name in names]
+    refuse_unfit([(first.run, first.folder), *found])
     return [
-        Loaded(run, folder, tasks.load(folder, runtime=runtime, offline=offline, progress=progress, task="translation"))
+        Loaded(run, folder, tasks.load(folder, runtime=runtime, offline=offline, progress=progress, task=kind))
         for run, folder in found
     ]
+
+
+def _noted(members: Sequence[Loaded], result: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Note a reading, and how it was made, in each of the runs that have answered; the result with the others in it."""
+    names = [one.name for one in members]
+    for number, one in enumerate(members):
+        own: dict[str, Any] = {"run": str(one.run.folder), "checkpoint": one.checkpoint, "recipe": one.task.recipe.name}
+        if len(members) > 1:
+            own["others"] = [*names[:number], *names[number + 1 :]]
+        note_reading(one.run, {**result, **own, **settings})
+    return {**result, "others": names[1:]} if len(members) > 1 else result
 
 
 def refuse_unfit(found: Sequence[tuple[Run, Path]]) -> None:
@@ -212,7 +220,7 @@ def average(
     task = tasks.build(
         mean.recipe, mean.assets, runtime=runtime, offline=offline, progress=progress, weights=mean.weights
     )
-    refuse_other_data(task, mean.assets, "averaging")
+    refuse_other_data(task, mean.assets, "averaging needs the same data; train anew instead")
     for text in task.notes:
         note(text)
     tasks.restore(task, mean)
@@ -256,12 +264,24 @@ def _batches(task: Task, epoch: int, progress: Progress) -> Iterator[tuple[Any, 
         progress("normalising anew", number, steps)
 
 
-def refuse_other_data(task: Task, assets: dict[str, Any], what: str) -> None:
-    """Raise UserError where the task's data is not what the run began with, as `assets` of a checkpoint say.
+def refuse_trained_on(one: Loaded, task: Task, split: str, data: str | None) -> None:
+    """Raise UserError where a split of the data of `task` would hold what `one` was trained on, as far as is known.
 
-    `what` is to be done with it, for the hint.
+    So it may be where the run's own validation was carved out of data that has changed since: another part is carved
+    now, unless the data is named as other `data`. And so it is where the single file that is to be a test is the data
+    of the run.
     """
-    hint = f"{what} needs the same data; train anew instead"
+    began = one.task.assets.get("data_digest")
+    if data is None and split == "validation" and one.task is task and task.carved and began is not None:
+        hint = f"`--data {task.data_name}` reads it as it is now, of which the run may have been trained on any part"
+        refuse_other_data(task, task.assets, hint)
+    if data is not None and split == "test" and is_file(data) and task.digest == began:
+        kept = "`--split validation` is" if task.carved else None
+        raise UserError(f"`{data}` is what `{one.name}` was trained on: it is no test", kept)
+
+
+def refuse_other_data(task: Task, assets: dict[str, Any], hint: str) -> None:
+    """Raise UserError where the task's data is not what the run began with, as `assets` of a checkpoint say."""
     began = assets.get("training_examples", 0)
     if task.splits()["train"] != began:
         raise UserError(
@@ -283,6 +303,7 @@ def result_of(
         "recipe": task.recipe.name,
         "data": task.data_name,
         "split": split,
+        "digest": task.digest_of(split),
         "examples": scores.examples,
         "primary": scores.primary,
         "scores": scores.values,

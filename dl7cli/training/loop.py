@@ -59,8 +59,8 @@ class Trainer:
     average: WeightAverage | None
     skipped: Tensor
     """() int64, on the device: steps left out because they were not finite."""
-    parts: int = 1
-    """In how many parts a batch is taken, more than one where the memory was too small for the whole."""
+    parts: int
+    """In how many parts a batch is taken, more than the recipe says where the memory was too small."""
 
     @classmethod
     def of(cls, task: Task) -> "Trainer":
@@ -68,7 +68,7 @@ class Trainer:
         decay = task.recipe.training.ema_decay
         average = WeightAverage(task.model, decay) if decay else None
         skipped = torch.zeros((), dtype=torch.int64, device=task.runtime.device)
-        return cls(build_optimiser(task.model, task.recipe.optim), scaler, average, skipped)
+        return cls(build_optimiser(task.model, task.recipe.optim), scaler, average, skipped, task.recipe.training.parts)
 
     def weights(self, task: Task) -> dict[str, Tensor]:
         """The weights to validate, to keep as best and to use: the moving average where there is one."""
@@ -130,14 +130,12 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
     memory runs out, unless the recipe has another way with these.
     """
     training, optim = task.recipe.training, task.recipe.optim
-    optimiser, scaler = trainer.optimiser, trainer.scaler
     workers = task.runtime.workers
     loss_of: Callable[[Any], tuple[Tensor, int]] = task.loss if workers.count == 1 else meeting(task)
     trainer.parts = max(trainer.parts, workers.greatest(int(workers.recall(_PARTS) or 1)))
     parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     guarded = training.on_nonfinite == "skip" or training.on_oom == "halve"
     buffers = _Buffers(task.model) if guarded else None
-    on_cpu = task.runtime.device.type == "cpu"
     steps = total_steps(task)
     progress = start
     loss = norm = torch.zeros(())
@@ -148,7 +146,7 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
         task.model.train()
         for number, batch in enumerate(task.batches(epoch, first), start=first + 1):
             rate = learning_rate(optim, progress.step, steps)
-            for group in optimiser.param_groups:
+            for group in trainer.optimiser.param_groups:
                 group["lr"] = rate * group["share"]
             if not workers.first:
                 seed_everything(_seed(training.seed, workers.rank, progress.step))
@@ -156,34 +154,10 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
                 buffers.keep()
             loss, examples = _gradient(task, trainer, batch, buffers, loss_of)
             loss = workers.add(loss)
-            if training.on_nonfinite == "skip" and scaler.is_enabled():
-                # A scaler goes by the gradient, which may be finite where the loss is not.
-                next(p.grad for p in parameters if p.grad is not None).add_(0 * loss)
-            scaler.unscale_(optimiser)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            skipped = None
-            if training.on_nonfinite == "skip":
-                assert buffers is not None
-                # Told by the device to the device: the processor does not wait for it.
-                # With a scaler, which leaves out the steps of gradients that overflow, the loss alone tells.
-                skipped = ~(loss if scaler.is_enabled() else torch.stack((loss, norm))).isfinite().all()
-                buffers.restore(skipped)
-                trainer.skipped += skipped
-                optimiser.found_inf = skipped.float()  # type: ignore[attr-defined]
-            elif on_cpu or progress.step % STEPS_BETWEEN_CHECKS == 0:
-                check_finite(loss, norm, progress.step + 1, rate, scaled=scaler.is_enabled(), model=task.model)
+            norm, skipped = _judged(task, trainer, loss, buffers, progress.step, rate)
             if optim.clip_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(parameters, optim.clip_norm, norm)
-            try:
-                scaler.step(optimiser)
-            except Exception as problem:  # the first step makes what the optimiser keeps of each weight
-                if not out_of_memory(problem):
-                    raise
-                lower = f"lower `--set training.{task.batch_key}=…`"
-                raise UserError(
-                    "out of memory for what the optimiser keeps of each weight", hint=f"{lower} or the model"
-                ) from problem
-            scaler.update()
+            _step(task, trainer)
             progress = progress._replace(batch=number, step=progress.step + 1)
             if trainer.average is not None:
                 trainer.average.update(progress.step, skipped)
@@ -198,6 +172,48 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
         if training.select == "last" or progress.best is None or scores.score > progress.best:
             progress = progress._replace(best=scores.score, best_epoch=epoch + 1)
         yield Report(progress, loss, norm, rate, 0, scores)
+
+
+def _judged(
+    task: Task, trainer: Trainer, loss: Tensor, buffers: "_Buffers | None", step: int, rate: float
+) -> tuple[Tensor, Tensor | None]:
+    """The norm of the gradient, which is left unscaled, and whether the step is to be left out, where some may be.
+
+    Raises UserError where the loss or the gradient is not finite and no step may be left out, on a GPU now and then.
+    """
+    optimiser, scaler = trainer.optimiser, trainer.scaler
+    gradients = [one.grad for one in task.model.parameters() if one.requires_grad and one.grad is not None]
+    skipping = task.recipe.training.on_nonfinite == "skip"
+    if skipping and scaler.is_enabled():
+        # A scaler goes by the gradient, which may be finite where the loss is not.
+        gradients[0].add_(0 * loss)
+    scaler.unscale_(optimiser)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if skipping:
+        assert buffers is not None
+        # Told by the device to the device: the processor does not wait for it.
+        # With a scaler, which leaves out the steps of gradients that overflow, the loss alone tells.
+        skipped = ~(loss if scaler.is_enabled() else torch.stack((loss, norm))).isfinite().all()
+        buffers.restore(skipped)
+        trainer.skipped += skipped
+        optimiser.found_inf = skipped.float()  # type: ignore[attr-defined]
+        return norm, skipped
+    if task.runtime.device.type == "cpu" or step % STEPS_BETWEEN_CHECKS == 0:
+        check_finite(loss, norm, step + 1, rate, scaled=scaler.is_enabled(), model=task.model)
+    return norm, None
+
+
+def _step(task: Task, trainer: Trainer) -> None:
+    try:
+        trainer.scaler.step(trainer.optimiser)
+    except Exception as problem:  # the first step makes what the optimiser keeps of each weight
+        if not out_of_memory(problem):
+            raise
+        raise UserError(
+            "out of memory for what the optimiser keeps of each weight",
+            hint=f"lower `--set training.{task.batch_key}=…` or the model",
+        ) from problem
+    trainer.scaler.update()
 
 
 def _seed(*numbers: int) -> int:

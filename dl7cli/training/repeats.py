@@ -20,7 +20,7 @@ from dl7cli import runs, significance
 from dl7cli.device import Runtime, out_of_memory
 from dl7cli.distributed import ALONE
 from dl7cli.errors import UserError
-from dl7cli.recipe import Recipe, with_seed
+from dl7cli.recipe import Recipe, alike, with_seed
 from dl7cli.runs import Run
 from dl7cli.training.listener import Epoch, Listener, Plan, Step
 from dl7cli.training.session import resume, train
@@ -67,13 +67,14 @@ def plan(
     found: dict[int, str] = {}
     for name in begun:
         run, _ = runs.find(name)
-        its = runs.read_recipe(run)
-        if its.training.seed in found:
-            raise UserError(f"`{found[its.training.seed]}` and `{name}` have the same seed", hint="name one of them")
-        if recipe is not None and with_seed(recipe, its.training.seed) != its:
+        earlier = runs.read_recipe(run)
+        seed = earlier.training.seed
+        if seed in found:
+            raise UserError(f"`{found[seed]}` and `{name}` have the same seed", hint="name one of them")
+        if recipe is not None and not alike(recipe, earlier):
             hint = "`--resume A,B --seeds N` goes on with runs that differ in their seeds alone"
             raise UserError(f"`{begun[0]}` and `{name}` are of different recipes", hint)
-        recipe, found[its.training.seed] = its, str(run.folder)
+        recipe, found[seed] = earlier, str(run.folder)
     assert recipe is not None
     first = min(found, default=recipe.training.seed)
     repeats = [

@@ -1,8 +1,10 @@
 """A training in its run folder: what is written when, resuming, and the final evaluation."""
 
 import math
+import signal
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from dl7cli.checkpoint import Checkpoint, Progress
 from dl7cli.device import Runtime, peak_memory_bytes
 from dl7cli.distributed import Workers
 from dl7cli.errors import UserError
-from dl7cli.recipe import Recipe
+from dl7cli.recipe import Recipe, parse_override, resumed
 from dl7cli.runs import Run
 from dl7cli.tasks import Task
 from dl7cli.training import compilation
 from dl7cli.training.evaluation import note_reading, refuse_other_data, result_of
+from dl7cli.training.initial import Given
 from dl7cli.training.listener import Epoch, Listener, Plan, Step
 from dl7cli.training.loop import Report, Trainer, check_finite, check_weights, finished, fit, total_steps
 from dl7cli.training.saving import Saver, saving
@@ -34,14 +37,21 @@ _RUN = "run"
 
 
 def train(
-    recipe: Recipe | None, *, out: Path | None = None, runtime: Runtime, offline: bool = False, listener: Listener
+    recipe: Recipe | None,
+    *,
+    out: Path | None = None,
+    initial: str | None = None,
+    runtime: Runtime,
+    offline: bool = False,
+    listener: Listener,
 ) -> dict[str, Any]:
     """Train a recipe in a new run folder and evaluate the epoch it selects; returns what `--json` prints.
 
-    Of several workers each calls this, but only what the first is given counts, and only it returns anything; those
-    that were started in the place of others go on with the run of these. Raises UserError for anything a user can put
-    right, before the run folder is made where possible, and Interrupted after one of `stop_signals`: the run can be
-    resumed; workers but the first then just return.
+    The first weights are those of the run `initial`, or drawn by the recipe's seed where none is named. Of several
+    workers each calls this, but only what the first is given counts, and only it returns anything; those that were
+    started in the place of others go on with the run of these. Raises UserError for anything a user can put right,
+    before the run folder is made where possible, and Interrupted after one of `stop_signals`: the run can be resumed;
+    workers but the first then just return.
     """
     begin = time.monotonic()
     workers = runtime.workers
@@ -52,7 +62,14 @@ def train(
         return resume(folder, runtime=runtime, offline=offline, listener=listener)
     if out is not None and folder is None and workers.first:
         runs.refuse_occupied(out)
-    task = build(share_recipe(recipe, workers), None, runtime=runtime, offline=offline, progress=listener.progress)
+    recipe = share_recipe(recipe, workers)
+    given = Given.of(initial) if initial is not None and workers.first else None
+    assets = None if given is None else given.assets(recipe)
+    task = build(recipe, assets, runtime=runtime, offline=offline, progress=listener.progress)
+    if given is not None:
+        task.notes.append(given.give(task))
+    if workers.shared(given is not None):
+        workers.copy_first(task.model.state_dict().values())
     steps = total_steps(task)
     with runtime.repeatable():
         trainer = Trainer.of(task)
@@ -64,16 +81,23 @@ def train(
             saver = Saver(run, task)
             saver.save(trainer, Progress(), {})
             saver.wait()
-            return _run(run, task, trainer, _Watch(task, steps, Progress(), {}), {}, listener, begin)
+            with _stopped(run):
+                return _run(run, task, trainer, _Watch(task, steps, Progress(), {}), {}, listener, begin)
 
 
 def resume(
-    run: str | None, *, data: str | None = None, runtime: Runtime, offline: bool = False, listener: Listener
+    run: str | None,
+    *,
+    data: str | None = None,
+    overrides: Sequence[str] = (),
+    runtime: Runtime,
+    offline: bool = False,
+    listener: Listener,
 ) -> dict[str, Any]:
     """Go on with an interrupted run from its last checkpoint, on any number of workers; as `train` otherwise.
 
-    `data` is where its data lies now, if it has been moved, which is then noted in the run; other training data than it
-    began with is refused.
+    `data` is where its data lies now, if it has been moved; other training data than it began with is refused.
+    `overrides` are as `recipe.resumed` takes them. Both are then noted in the run.
     """
     begin = time.monotonic()
     workers = runtime.workers
@@ -89,8 +113,10 @@ def resume(
                 listener.note(f"run {found.folder} {how}")
             saved = _last(found)
         saved = share(saved, workers)
-        data = workers.shared(data)
-        recipe = saved.recipe if data is None else _with_data(saved.recipe, data)
+        data, overrides = workers.shared([data, list(overrides)])
+        recipe = resumed(saved.recipe, overrides)
+        if data is not None:
+            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": data})})
         task = build(
             recipe,
             saved.assets,
@@ -99,10 +125,12 @@ def resume(
             progress=listener.progress,
             weights=saved.weights,
         )
-        refuse_other_data(task, saved.assets, "resuming")
+        refuse_other_data(task, saved.assets, "resuming needs the same data; train anew instead")
         tasks.restore(task, saved)
         trainer = Trainer.of(task)
         trainer.restore(saved.training, runtime.device)
+        if any(parse_override(text)[0] == ["training", "parts"] for text in overrides):
+            trainer.parts = recipe.training.parts
         progress = saved.progress
         if found is not None:
             progress = _with_best(found, task, trainer, saved, listener)
@@ -111,18 +139,24 @@ def resume(
             return _follow(task, trainer, progress, listener)
         workers.remember(_RUN, str(found.folder))
         if recipe != saved.recipe:
-            _note_data(found, recipe)
+            _note_recipe(found, recipe)
         runs.trim_metrics(found, saved.progress.step, saved.progress.epoch)
         watch = _Watch(task, total_steps(task), progress, saved.training)
-        return _run(found, task, trainer, watch, saved.scores, listener, begin)
+        with _stopped(found):
+            return _run(found, task, trainer, watch, saved.scores, listener, begin)
 
 
-def _with_data(recipe: Recipe, source: str) -> Recipe:
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
+@contextmanager
+def _stopped(run: Run) -> Iterator[None]:
+    """Ctrl-C where no step can be finished, as while a model is compiled: what was saved before is there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(run.folder, signal.SIGINT) from None
 
 
-def _note_data(run: Run, recipe: Recipe) -> None:
-    """Have all of a run name its data as a recipe does."""
+def _note_recipe(run: Run, recipe: Recipe) -> None:
+    """Have all of a run say what it goes on with."""
     runs.rewrite_recipe(run, recipe)
     for folder in (run.last, run.best, run.average, *runs.epochs(run).values()):
         if runs.holds(folder):
@@ -130,7 +164,7 @@ def _note_data(run: Run, recipe: Recipe) -> None:
                 saved = checkpoint.load(folder, training=True)
             except UserError:
                 continue  # it is told of where it is needed, and need not keep the run from going on
-            checkpoint.save(folder, replace(saved, recipe=_with_data(saved.recipe, recipe.data.source)))
+            checkpoint.save(folder, replace(saved, recipe=recipe))
 
 
 def _done_before(workers: Workers) -> dict[str, Any] | None:
@@ -197,20 +231,16 @@ def _last_split(task: Task) -> str:
     return wanted if wanted in task.splits() else "validation"
 
 
-def _run(
-    run: Run,
-    task: Task,
-    trainer: Trainer,
-    watch: "_Watch",
-    scores: dict[str, float],
-    listener: Listener,
-    begin: float,
-) -> dict[str, Any]:
+def _begin(run: Run, task: Task, trainer: Trainer, watch: "_Watch", listener: Listener) -> None:
+    """Write down and tell what is about to be trained, and compile the model where that is wanted."""
     recipe, runtime, start = task.recipe, task.runtime, watch.start
-    workers, skipping = runtime.workers, recipe.training.on_nonfinite == "skip"
+    workers = runtime.workers
     before = runs.environment(run)
     # As it began, so it goes on: the bits depend on it.
-    compiled = workers.shared(before.get("compiled", False) if before else compilation.wanted(task))
+    compiled = before.get("compiled", False) if before else compilation.wanted(task)
+    if compiled and trainer.parts > 1 and start.step:
+        listener.note("the steps before were compiled, those of a batch in parts are not: the result may differ")
+    compiled = workers.shared(compiled and trainer.parts == 1)
     if before.get("device", runtime.device_name) != runtime.device_name:
         on = f"{before['device']}, now it goes on with {runtime.device_name}"
         listener.note(f"the run began with {on}: the result may differ in its last bits from one never stopped")
@@ -246,6 +276,21 @@ def _run(
         runs.amend_environment(run, {"compiled": False})
         if start.step:
             listener.note("the steps before were compiled: the result may differ from that of the run never stopped")
+
+
+def _run(
+    run: Run,
+    task: Task,
+    trainer: Trainer,
+    watch: "_Watch",
+    scores: dict[str, float],
+    listener: Listener,
+    begin: float,
+) -> dict[str, Any]:
+    """Train from where `watch` begins, writing down what there is to keep, and evaluate; returns as `train`."""
+    recipe, start = task.recipe, watch.start
+    workers, skipping = task.runtime.workers, recipe.training.on_nonfinite == "skip"
+    _begin(run, task, trainer, watch, listener)
     watch.go_on()
     progress = start
     saved_at = time.monotonic()
@@ -301,11 +346,19 @@ def _run(
         stop = stopping()
         if stop:
             raise Interrupted(run.folder, stop)
+    return _finish(run, task, watch, progress, skipped if skipping else None, listener, begin)
+
+
+def _finish(
+    run: Run, task: Task, watch: "_Watch", progress: Progress, skipped: int | None, listener: Listener, begin: float
+) -> dict[str, Any]:
+    """Evaluate the epoch that is to be used; returns what `--json` prints, with how many steps were left out if any."""
+    recipe, runtime = task.recipe, task.runtime
     if progress.epoch < recipe.training.epochs:
         when = f"training ended after {progress.epoch} of {recipe.training.epochs}"
         listener.note(f"no epoch was better than epoch {progress.best_epoch}: {when} (training.patience)")
     tasks.restore(task, checkpoint.load(run.best))
-    workers.copy_first(task.model.state_dict().values())
+    runtime.workers.copy_first(task.model.state_dict().values())
     split = _last_split(task)
     result = result_of(run, task, split, task.evaluate(split), time.monotonic() - begin)
     result |= {
@@ -319,7 +372,7 @@ def _run(
         "rate": round(watch.rate, 1) or next((r["rate"] for r in reversed(runs.metrics(run)) if r.get("rate")), 0.0),
         "peak_memory_bytes": peak_memory_bytes(runtime.device),
     }
-    if skipping:
+    if skipped is not None:
         result["skipped_steps"] = skipped
     note_reading(run, result)
     runs.write_result(run, result)

@@ -45,7 +45,7 @@ def build(
     with workers.preparing("data of all"):
         if task is None:
             task = make(recipe, assets)
-        own = [task.digest, task.test_digest] if workers.count > 1 else None
+        own = [task.digest, task.digest_of("test")] if workers.count > 1 else None
     # Made of data that only the first has read, perhaps.
     workers.copy_first(task.model.state_dict().values())
     digests = workers.gathered(own)
