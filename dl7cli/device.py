@@ -6,10 +6,11 @@ import platform
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MALLOC_THRESHOLDS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -304,6 +307,28 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def each_alone(
+    work: Callable[[Item], Made], items: Sequence[Item], device: torch.device
+) -> Iterator[tuple[Item, Made]]:
+    """What `work` makes of each item, with it, as they are done: on a CPU as many at once as it has threads, one each.
+
+    Small operations are done sooner so than by all threads together, one after the other. What `work` shares must not
+    change meanwhile; gradients and autocast are as in a thread of its own. Raises what it does, the rest then undone.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if min(threads, len(items)) < 2:
+        yield from ((item, work(item)) for item in items)
+        return
+    pool = ThreadPoolExecutor(min(threads, len(items)), initializer=lambda: torch.set_num_threads(1))
+    try:
+        begun = {pool.submit(work, item): item for item in items}
+        for done in as_completed(begun):
+            yield begun[done], done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # parts of it are the whole process's
 
 
 def report() -> dict[str, Any]:

@@ -6,6 +6,8 @@ import platform
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -381,3 +383,44 @@ def test_freed_memory_in_pieces_goes_back_to_the_system() -> None:
     device.trim_heap()
     assert resident() < full - 80_000_000
     assert len(kept) == 100
+
+
+# Threads
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_on_a_cpu_as_many_items_are_worked_on_as_there_are_threads(two_threads: None) -> None:
+    """Two meet in the middle of their work, and each computes by itself."""
+    meeting = threading.Barrier(2, timeout=60)
+
+    def work(item: int) -> tuple[int, int]:
+        meeting.wait()
+        return 10 * item, torch.get_num_threads()
+
+    found = dict(device.each_alone(work, [1, 2, 3, 4], torch.device("cpu")))
+    assert found == {item: (10 * item, 1) for item in (1, 2, 3, 4)}
+    assert torch.get_num_threads() == 2
+    for items, kind in (([5], "cpu"), ([5], "cuda"), ([], "cpu")):
+        assert list(device.each_alone(str, items, torch.device(kind))) == [(item, str(item)) for item in items]
+
+
+def test_what_goes_wrong_in_one_thread_ends_it_all(two_threads: None) -> None:
+    begun: list[int] = []
+
+    def work(item: int) -> None:
+        begun.append(item)
+        if item == 1:
+            raise UserError("no more")
+        time.sleep(0.05)
+
+    with pytest.raises(UserError, match="no more"):
+        list(device.each_alone(work, range(100), torch.device("cpu")))
+    assert len(begun) < 50
+    assert torch.get_num_threads() == 2

@@ -107,6 +107,27 @@ def test_r_drop_is_the_mean_of_two_readings_and_how_far_apart_they_are(build: Ca
 # Translating
 
 
+@pytest.mark.parametrize("changes", [{"beam": 3}, {"method": "sample"}])
+def test_several_threads_translate_as_one(
+    changes: dict[str, Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In evaluation mode until the last is done, and afterwards in that of before; with dropout it would show."""
+    monkeypatch.setattr(translation, "HYPOTHESES_AT_ONCE", 9)
+    task = confident(build("seq2seq", "model.dropout=0.9"))
+    task.model.train()
+    lines = [" ".join(map(str, range(number % 9 + 1))) for number in range(30)]
+    decoding = task.recipe.decoding.updated(**changes)
+    alone = task.translate(lines, decoding)
+    torch.set_num_threads(2)
+    try:
+        together = task.translate(lines, decoding)
+    finally:
+        torch.set_num_threads(1)
+    assert [line.text for line in together] == [line.text for line in alone]
+    assert [line.score for line in together] == pytest.approx([line.score for line in alone], abs=1e-4)
+    assert task.model.training
+
+
 @pytest.mark.parametrize(
     ("n_best", "changes"),
     [

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dl7cli.data.sources import Progress, silent
 from dl7cli.data.vocabulary import EOS, PAD, UNKNOWN
-from dl7cli.device import Runtime
+from dl7cli.device import Runtime, each_alone, evaluation_mode
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores, bleu, chrf, translation
 from dl7cli.models.convolutional import ConvS2S
@@ -358,10 +359,11 @@ class Translation:
         if tree is not None and len(order) > 1:
             raise ValueError(f"a tree is of one sentence, not of {len(order)}")
         steps: list[list[Extension]] = []
-        for chosen in fill(order, room, HYPOTHESES_AT_ONCE):
+
+        def searched(chosen: np.ndarray) -> list[list[Hypothesis]]:
             sentences = [encoded[at][:limit] for at in chosen]
             with self.runtime.autocast_search():
-                found = search(
+                return search(
                     models,
                     *self.pairs.sources(sentences),
                     decoding,
@@ -372,14 +374,21 @@ class Translation:
                     attention=attention,
                     tree=None if tree is None else steps,
                 )
-            for at, ids, hypotheses in zip(chosen, sentences, found, strict=True):
-                tokens = self.pairs.source_tokens(ids)
-                candidates = [self._candidate(one, len(tokens)) for one in hypotheses]
-                text, score = (candidates[0].text, candidates[0].score) if candidates else ("", -math.inf)
-                cut = limit if len(encoded[at]) > limit else None
-                answers[at] = TranslatedLine(text, score, tokens, candidates, cut, UNKNOWN in ids)
-            done += len(chosen)
-            self._progress("translating", done, len(order))
+
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(evaluation_mode(model))
+            batches = fill(order, room, HYPOTHESES_AT_ONCE)[::-1]  # the longest first: no thread is to end with them
+            for chosen, found in each_alone(searched, batches, self.runtime.device):
+                for at, hypotheses in zip(chosen, found, strict=True):
+                    ids = encoded[at][:limit]
+                    tokens = self.pairs.source_tokens(ids)
+                    candidates = [self._candidate(one, len(tokens)) for one in hypotheses]
+                    text, score = (candidates[0].text, candidates[0].score) if candidates else ("", -math.inf)
+                    cut = limit if len(encoded[at]) > limit else None
+                    answers[at] = TranslatedLine(text, score, tokens, candidates, cut, UNKNOWN in ids)
+                done += len(chosen)
+                self._progress("translating", done, len(order))
         if tree is not None:
             tree.extend(self._branches(steps))
         return answers
