@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -34,6 +35,8 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MALLOC_THRESHOLDS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+MOST_ALONE = 4
+"""Threads that each work on something of their own: of more, each of which takes memory, nothing has been measured."""
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -133,6 +136,8 @@ def choose(
         why += "; deterministic as asked"
     if chosen.type == "cpu":
         keep_heap()
+        # As `each_alone` leaves it, from the beginning: MKL may go by it in how it divides products.
+        torch.set_num_threads(torch.get_num_threads())
     return Runtime(chosen, precision, _name(chosen), why, workers, deterministic, search_precision)
 
 
@@ -309,24 +314,36 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def each_alone(
-    work: Callable[[Item], Made], items: Sequence[Item], device: torch.device
-) -> Iterator[tuple[Item, Made]]:
-    """What `work` makes of each item, with it, as they are done: on a CPU as many at once as it has threads, one each.
+class Abandoned(Exception):
+    """What was being worked on is not wanted any more."""
 
-    Small operations are done sooner so than by all threads together, one after the other. What `work` shares must not
-    change meanwhile; gradients and autocast are as in a thread of its own. Raises what it does, the rest then undone.
+
+def each_alone(
+    work: Callable[[Item, Callable[[], None]], Made], items: Sequence[Item], device: torch.device
+) -> Iterator[tuple[Item, Made]]:
+    """What `work` makes of each item, with it, as they are done: on a CPU with few cores one item to each of them.
+
+    Small operations are done sooner so than by all cores together, one after the other. `work` is also given what it
+    has to call now and then: where the rest is not wanted any more, after Ctrl-C or what another has raised, that
+    raises Abandoned. What it shares must not change meanwhile; inference mode and autocast are as in a new thread.
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    if min(threads, len(items)) < 2:
-        yield from ((item, work(item)) for item in items)
+    if not 1 < threads <= MOST_ALONE or len(items) < threads:
+        yield from ((item, work(item, lambda: None)) for item in items)
         return
-    pool = ThreadPoolExecutor(min(threads, len(items)), initializer=lambda: torch.set_num_threads(1))
+    over = threading.Event()
+
+    def check() -> None:
+        if over.is_set():
+            raise Abandoned
+
+    pool = ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1))
     try:
-        begun = {pool.submit(work, item): item for item in items}
-        for done in as_completed(begun):
-            yield begun[done], done.result()
+        begun = {pool.submit(work, item, check): item for item in items}
+        for done in as_completed(list(begun)):
+            yield begun.pop(done), done.result()
     finally:
+        over.set()
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # parts of it are the whole process's
 

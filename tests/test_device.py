@@ -8,7 +8,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -400,27 +400,31 @@ def test_on_a_cpu_as_many_items_are_worked_on_as_there_are_threads(two_threads: 
     """Two meet in the middle of their work, and each computes by itself."""
     meeting = threading.Barrier(2, timeout=60)
 
-    def work(item: int) -> tuple[int, int]:
+    def work(item: int, check: Callable[[], None]) -> tuple[int, int]:
+        check()
         meeting.wait()
         return 10 * item, torch.get_num_threads()
 
     found = dict(device.each_alone(work, [1, 2, 3, 4], torch.device("cpu")))
     assert found == {item: (10 * item, 1) for item in (1, 2, 3, 4)}
     assert torch.get_num_threads() == 2
-    for items, kind in (([5], "cpu"), ([5], "cuda"), ([], "cpu")):
-        assert list(device.each_alone(str, items, torch.device(kind))) == [(item, str(item)) for item in items]
+    for items, kind in (([5], "cpu"), ([5, 6], "cuda"), ([], "cpu")):
+        found = device.each_alone(lambda item, check: str(item), items, torch.device(kind))
+        assert list(found) == [(item, str(item)) for item in items]
 
 
 def test_what_goes_wrong_in_one_thread_ends_it_all(two_threads: None) -> None:
-    begun: list[int] = []
+    """Also what another thread would go on with for long."""
 
-    def work(item: int) -> None:
-        begun.append(item)
+    def work(item: int, check: Callable[[], None]) -> None:
         if item == 1:
             raise UserError("no more")
-        time.sleep(0.05)
+        for _ in range(10_000):
+            check()
+            time.sleep(0.01)
 
+    begin = time.monotonic()
     with pytest.raises(UserError, match="no more"):
         list(device.each_alone(work, range(100), torch.device("cpu")))
-    assert len(begun) < 50
+    assert time.monotonic() - begin < 50
     assert torch.get_num_threads() == 2

@@ -43,6 +43,7 @@ def test_an_ensemble_says_the_mean_of_what_its_members_say(three: Path) -> None:
         noted: dict[str, Any] = runs.evaluations(Run(three / name))[-1]
         assert (noted["run"], noted["others"], noted["scores"]) == (name, rest, document["scores"])
     assert document["others"] == ["2", "3"]
+    assert not {"flip", "shift"} & document["details"].keys(), "each has views of its own"
     shown = succeed("eval", "1", "--with", "2", *ON_CPU, cwd=three).out
     assert shown.splitlines()[0].endswith("by 1 and 2 together")
 
@@ -63,3 +64,15 @@ def test_classifiers_of_other_classes_or_sizes_are_no_ensemble(three: Path, tiny
         assert (failed.code, failed.out) == (1, "")
         assert f"error: {told}\nhint: train the runs of an ensemble on the same data" in failed.err
         assert len(runs.evaluations(Run(three / other))) == 1
+
+
+def test_no_member_was_trained_on_what_another_has_kept(tiny: dict[str, Path], tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(tiny["resnet"].parent / "images", images, ignore=shutil.ignore_patterns("validation"))
+    for name, kept in (("1", "0.5"), ("2", "0.2")):
+        keys = ("--set", "training.epochs=1", "--set", f"data.validation_fraction={kept}")
+        succeed("train", str(tiny["resnet"]), "--data", str(images), *keys, "--out", name, cwd=tmp_path)
+    failed = dl7("eval", "1", "--with", "2", "--split", "validation", cwd=tmp_path)
+    assert (failed.code, failed.out) == (1, "")
+    assert f"`2` was trained on another part of `{images}` than is kept here for validation" in failed.err
+    succeed("eval", "1", "--with", "2", cwd=tmp_path)

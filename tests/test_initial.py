@@ -81,6 +81,18 @@ def test_a_classifier_for_other_classes_has_a_last_layer_of_its_own(runs: Path, 
     assert all(torch.equal(taken[name], given[name]) for name in kept)
 
 
+def test_it_is_told_where_they_have_learnt_from_what_is_kept_for_validation(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny["resnet"].parent / "images", tmp_path / "images", ignore=shutil.ignore_patterns("validation"))
+    recipe = (str(tiny["resnet"]), "--data", "images", *STILL)
+    succeed("train", *recipe, "--out", "run", cwd=tmp_path)
+    told = "kept for validation now, perhaps\n"
+    assert told not in succeed("train", *recipe, "--init", "run", "--out", "same", cwd=tmp_path).err
+    other = succeed("train", *recipe, "--set", "data.validation_fraction=0.3", "--init", "run", cwd=tmp_path)
+    assert told in other.err
+
+
 def test_what_does_not_fit_is_refused(runs: Path, tiny: dict[str, Path]) -> None:
     images, pairs = map(str, tiny.values())
     hint = "hint: `dl7 train {0}/recipe.toml --init {0}` has the same model and vocabulary"

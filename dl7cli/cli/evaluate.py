@@ -219,7 +219,7 @@ def _print_translation(primary: str, scores: dict[str, float], details: dict[str
 def _print_classification(scores: dict[str, float], details: dict[str, Any]) -> None:
     low, high = details["accuracy_interval"]
     console.write(f"95 % interval {low:.4f} to {high:.4f} (Wilson)")
-    views = (2 if details["flip"] else 1) * (3 if details["shift"] else 1)
+    views = (2 if details.get("flip") else 1) * (3 if details.get("shift") else 1)
     if views > 1:
         how = "weighted mean" if details["shift"] else "mean"
         console.write(f"scores are the {how} of {views} views of each image (evaluation.flip, evaluation.shift)")

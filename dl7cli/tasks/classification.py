@@ -256,10 +256,11 @@ class Classification:
         # Each row is one worker's, and zero on all others.
         return workers.add(logits)
 
-    def judge(self, split: str, logits: Tensor) -> Scores:
-        """What `evaluate` says of the logits of a split."""
+    def judge(self, split: str, logits: Tensor, *, alone: bool = True) -> Scores:
+        """What `evaluate` says of the logits of a split, without `flip` and `shift` where they are not of one alone."""
         scores = metrics.classification(logits, self.labels(split), self.assets["classes"])
-        return replace(scores, details={**self.recipe.evaluation.model_dump(), **scores.details})
+        views = self.recipe.evaluation.model_dump() if alone else {}
+        return replace(scores, details={**views, **scores.details})
 
     def answers(self, split: str, logits: Tensor) -> list[tuple[str, str, float]]:
         """Of every image of a split its class, the one that its logits are greatest for, and the latter's probability.

@@ -4,7 +4,7 @@ In float32 whatever the training precision, so that near ties do not depend on t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -31,12 +31,13 @@ def search(
     n_best: int,
     attention: bool,
     tree: list[list[Extension]] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[list[Hypothesis]]:
     """The outputs for source (B, S) of lengths (B,): the `n_best` best, or so many samples.
 
     Of each sentence: `subwords`, by which its output is limited, however the model reads it; ids that it begins with;
-    and its number, which samples depend on. `tree` is as for `beam_search`. Attention is the mean over the models that
-    look at something. Raises UserError where a model has diverged.
+    and its number, which samples depend on. `tree` is as for `beam_search`. `check` is called before every step and may
+    raise. Attention is the mean over the models that look at something. Raises UserError where a model has diverged.
     """
     limits = [int(decoding.max_length_ratio * length) + decoding.max_length_offset for length in subwords]
     rules = Rules(
@@ -58,6 +59,7 @@ def search(
         encoded = [model.encode(source, lengths) for model in models]
 
         def step(previous: Tensor, context: State, state: State) -> tuple[Tensor, State, Tensor | None]:
+            check()
             found: list[Tensor] = []
             seen: list[Tensor] = []
             after: State = ()

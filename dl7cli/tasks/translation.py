@@ -1,7 +1,7 @@
 """Translation: where a recipe meets its sentence pairs, a sequence-to-sequence model, search and BLEU."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -27,7 +27,9 @@ from dl7cli.tasks.decoding import search, teacher_forced
 from dl7cli.tasks.sentences import PairBatch, SentencePairs, fill
 
 HYPOTHESES_AT_ONCE = 640
-"""Sentences searched at once times the beam, of sources up to `_SHORT`; of up to twice that half as many, and so on."""
+"""Sentences searched at once by a thread times the beam, of sources up to `_SHORT`; of up to twice that half as many,
+and so on.
+"""
 _SHORT = 64
 """Subwords as the model reads them, `</s>` included."""
 SUBWORDS_AT_ONCE = 8192
@@ -360,7 +362,7 @@ class Translation:
             raise ValueError(f"a tree is of one sentence, not of {len(order)}")
         steps: list[list[Extension]] = []
 
-        def searched(chosen: np.ndarray) -> list[list[Hypothesis]]:
+        def searched(chosen: np.ndarray, check: Callable[[], None]) -> list[list[Hypothesis]]:
             sentences = [encoded[at][:limit] for at in chosen]
             with self.runtime.autocast_search():
                 return search(
@@ -373,6 +375,7 @@ class Translation:
                     n_best=n_best,
                     attention=attention,
                     tree=None if tree is None else steps,
+                    check=check,
                 )
 
         with ExitStack() as stack:

@@ -114,7 +114,7 @@ def evaluate(
         classifiers = [one.task for one in members[1:] if isinstance(one.task, Classification)]
         refuse_other_classes(names, [task, *classifiers])
         logits = task.logits(split, others=classifiers)
-        scores = task.judge(split, logits)
+        scores = task.judge(split, logits, alone=not classifiers)
         result = result_of(found, task, split, scores, time.monotonic() - begin, members[0].checkpoint)
         result = _noted(members, result, {"precision": runtime.precision})
         if write is not None:
@@ -268,13 +268,16 @@ def refuse_trained_on(one: Loaded, task: Task, split: str, data: str | None) -> 
     """Raise UserError where a split of the data of `task` would hold what `one` was trained on, as far as is known.
 
     So it may be where the run's own validation was carved out of data that has changed since: another part is carved
-    now, unless the data is named as other `data`. And so it is where the single file that is to be a test is the data
-    of the run.
+    now, unless the data is named as other `data`; and where of several runs another has kept another part. And so it is
+    where the single file that is to be a test is the data of the run.
     """
     began = one.task.assets.get("data_digest")
     if data is None and split == "validation" and one.task is task and task.carved and began is not None:
         hint = f"`--data {task.data_name}` reads it as it is now, of which the run may have been trained on any part"
         refuse_other_data(task, task.assets, hint)
+    if data is None and split == "validation" and task.carved and began not in (None, task.digest):
+        told = f"`{one.name}` was trained on another part of `{task.data_name}` than is kept here for validation"
+        raise UserError(told, hint="`--split test` is for all of them")
     if data is not None and split == "test" and is_file(data) and task.digest == began:
         kept = "`--split validation` is" if task.carved else None
         raise UserError(f"`{data}` is what `{one.name}` was trained on: it is no test", kept)

@@ -67,9 +67,13 @@ class Given(NamedTuple):
                 )
         refuse_other_weights(own, weights)
         task.model.load_state_dict(weights)
-        return f"the first weights are those of {self.name}" + (
-            ", but for the last layer: other classes" if fresh else ""
-        )
+        told = f"the first weights are those of {self.name}"
+        if fresh:
+            told += ", but for the last layer: other classes"
+        same = task.data_name == self.saved.recipe.data.source
+        if same and task.carved and task.digest != self.saved.assets.get("data_digest"):
+            told += "; they have learnt from a part of what is kept for validation now, perhaps"
+        return told
 
     def _hint(self) -> str:
         return f"`dl7 train {self.folder}/recipe.toml --init {self.name}` has the same model and vocabulary"
