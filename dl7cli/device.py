@@ -212,11 +212,6 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def seed_everything(seed: int) -> None:
-    """Start torch's random streams, those of every GPU included, from `seed`."""
-    torch.manual_seed(seed)
-
-
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """The states of the random streams in use, as byte tensors for a checkpoint."""
     state = {"random.cpu": torch.get_rng_state()}

@@ -239,18 +239,12 @@ def _losing() -> Iterator[None]:
     try:
         yield
     except RuntimeError as problem:
-        if not _is_of_connection(problem):
+        # From talking to other workers: torch has a type for some of these, gloo has none.
+        if not isinstance(problem, distributed.DistError) and not _OF_CONNECTION.search(str(problem)):
             raise
         # Gloo begins with a place in its source and ends with advice.
         reason = re.sub(r"^\[\S+\] ", "", str(problem).splitlines()[0]).partition(". ")[0]
         raise Lost(f"{LOSING}: {reason}") from problem
-
-
-def _is_of_connection(problem: RuntimeError) -> bool:
-    """Whether it is from talking to other workers. Torch has a type for some of these, gloo has none."""
-    if isinstance(problem, distributed.DistError):
-        return True
-    return bool(_OF_CONNECTION.search(str(problem)))
 
 
 def _store(timeout: timedelta) -> TCPStore:

@@ -125,14 +125,14 @@ def test_parts_of_a_batch_make_the_gradient_of_the_whole(
         batch = batch._replace(images=batch.images.double())
     cut = [task.part(batch, index, parts) for index in range(parts)]
     assert [len(one[0]) for one in cut] == [len(batch[0][index::parts]) for index in range(parts)]
-    assert task.count(batch) == task.loss(batch)[1] == sum(task.count(one) for one in cut)
+    assert batch.whole == task.loss(batch)[1] == sum(one.whole for one in cut)
     if kind == "seq2seq":
         assert all(one.source.shape[1] == one.lengths.max() for one in cut), "padded no more than needed"
 
     def gradients(cut: list[Any]) -> list[Tensor]:
         task.model.zero_grad()
         for one in cut:
-            (task.loss(one)[0].double() / task.count(batch)).backward()
+            (task.loss(one)[0].double() / batch.whole).backward()
         return [parameter.grad.clone() for parameter in task.model.parameters() if parameter.grad is not None]
 
     for one, two in zip(gradients([batch]), gradients(cut), strict=True):

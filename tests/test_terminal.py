@@ -215,6 +215,6 @@ def test_a_translation_is_shown_on_a_terminal(obedient: Path) -> None:
 def test_a_sample_stays_on_its_line() -> None:
     sample = {"source": 99 * "a" + "\nb", "translation": "c\x1b[2Jd\u2028e", "reference": ""}
     scores = Scores("bleu", {"bleu": 12.345}, 5, details={"sample": sample})
-    assert progress.summary(training.Epoch(3, scores, "validation", False, 1.0)) == (
+    assert progress.summary(training.Epoch(3, scores, False)) == (
         "epoch 3  validation BLEU 12.35, greedy\n  " + 99 * "a" + "… → c\\x1b[2Jd\\u2028e"
     )

@@ -20,7 +20,7 @@ _SHOWN = 100
 
 
 class Nothing:
-    """Shows nothing."""
+    """Shows nothing. What shows something tells plans and epochs as notes."""
 
     def __enter__(self) -> Self:
         return self
@@ -28,9 +28,13 @@ class Nothing:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def plan(self, plan: "Plan") -> None: ...
+    def plan(self, plan: "Plan") -> None:
+        self.note(describe(plan))
+
+    def epoch(self, epoch: "Epoch") -> None:
+        self.note(summary(epoch))
+
     def step(self, step: "Step") -> None: ...
-    def epoch(self, epoch: "Epoch") -> None: ...
     def note(self, text: str) -> None: ...
     def progress(self, what: str, done: int, total: int) -> None: ...
 
@@ -43,15 +47,9 @@ class Plain(Nothing):
         self._activity = ""
         self._due = 0.0
 
-    def plan(self, plan: "Plan") -> None:
-        console.note(describe(plan))
-
     def step(self, step: "Step") -> None:
         if self._is_due("training"):
             console.note(f"epoch {step.epoch}/{step.epochs}  step {step.step}/{step.steps}  {'  '.join(details(step))}")
-
-    def epoch(self, epoch: "Epoch") -> None:
-        console.note(summary(epoch))
 
     def note(self, text: str) -> None:
         console.note(text)
@@ -73,7 +71,7 @@ class Plain(Nothing):
         return True
 
 
-class Terminal:
+class Terminal(Nothing):
     """A bar for what is going on below the lines that stay: plan, epochs and notes."""
 
     def __init__(self) -> None:
@@ -99,14 +97,8 @@ class Terminal:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def plan(self, plan: "Plan") -> None:
-        self.note(describe(plan))
-
     def step(self, step: "Step") -> None:
         self._show("training", f"epoch {step.epoch}/{step.epochs}", step.step, step.steps, "  ".join(details(step)))
-
-    def epoch(self, epoch: "Epoch") -> None:
-        self.note(summary(epoch))
 
     def note(self, text: str) -> None:
         from rich.text import Text
@@ -162,9 +154,7 @@ def summary(epoch: "Epoch") -> str:
     """Say how an epoch ended: the score and, of a translator, the sample that validation gave."""
     score = console.score(epoch.scores.primary, epoch.scores.values[epoch.scores.primary])
     sample = epoch.scores.details.get("sample")
-    lines = [
-        f"epoch {epoch.epoch}  {epoch.split} {score}{', greedy' if sample else ''}{'  (best)' if epoch.best else ''}"
-    ]
+    lines = [f"epoch {epoch.epoch}  validation {score}{', greedy' if sample else ''}{'  (best)' if epoch.best else ''}"]
     if sample:
         source, translation = (console.shortened(sample[name], _SHOWN) for name in ("source", "translation"))
         lines.append(f"  {source} → {translation}")

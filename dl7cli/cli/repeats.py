@@ -43,12 +43,9 @@ class Labelled:
             self._display.progress(self._label, step.step, step.steps)
 
     def epoch(self, epoch: "Epoch") -> None:
-        if self._label is None:
-            self._display.epoch(epoch)
-        else:
-            from dl7cli.cli.progress import summary
+        from dl7cli.cli.progress import summary
 
-            self.note(summary(epoch))
+        self.note(summary(epoch))
 
     def note(self, text: str) -> None:
         self._display.note(text if self._label is None else f"{self._label}  {text}")

@@ -186,15 +186,12 @@ def train(
     except distributed.Lost as problem:
         _tell_launcher(problem)
         _leave(cluster.LOST)
-    except UserError as problem:
-        if place is None:
-            raise
-        console.error(problem)
-        _leave(1)
     except Exception as problem:
         if place is None:
             raise
-        if devices.out_of_memory(problem):
+        if isinstance(problem, UserError):
+            console.error(problem)
+        elif devices.out_of_memory(problem):
             console.error(console.NO_MEMORY)
         else:
             traceback.print_exc()

@@ -109,7 +109,8 @@ def translate(
             display.progress(what, before + done, 0)
 
         names, task, others = load(run, device, precision, gpus, offline=offline, progress=progress)
-        if attention is not None and all(_is_blind(one) for one in (task, *others)):
+        looks = {getattr(one.recipe.model, "attention", "") for one in (task, *others)}
+        if attention is not None and looks == {"none"}:
             raise UserError(
                 f"the model of run `{' + '.join(names)}` has no attention to draw", hint="leave `--attention` out"
             )
@@ -262,10 +263,6 @@ def _as_document(candidate: "Candidate") -> dict[str, Any]:
         "token_log_probabilities": candidate.token_log_probabilities,
         "alignment": None if looked is None else looked.argmax(axis=1).tolist(),
     }
-
-
-def _is_blind(task: "Translation") -> bool:
-    return getattr(task.recipe.model, "attention", "") == "none"
 
 
 def draw(path: Path, translated: "TranslatedLine", run: str) -> None:

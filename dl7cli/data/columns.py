@@ -1,6 +1,6 @@
 """The images and labels of a source before decoding, and how they are found in tables."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from dl7cli.data.sources import listed as _listed
 from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -159,7 +160,3 @@ def _rows(source: str, split: str, table: "datasets.Dataset", image: str) -> Cal
                 yield where, content
 
     return encoded
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in list(names)[:20])

@@ -126,7 +126,7 @@ def _check_languages(languages: Iterable[str], there: Iterable[str], where: str)
     there = list(there)
     for language in languages:
         if language not in there:
-            listed = ", ".join(f"`{name}`" for name in there[:20]) or "nothing"
+            listed = sources.listed(there) or "nothing"
             raise UserError(
                 f"`{where}` has no `{language}`: there is {listed}",
                 hint="set `data.source_language` and `data.target_language` to two of these",
@@ -255,7 +255,7 @@ def _choose_splits(stems: list[str], where: str, notes: list[str], for_training:
     if len(others) == 1:
         notes.append(f"the test split is `{others[0]}`")
         return {**chosen, "test": others[0]}
-    notes.append(f"no test split: none of {_listed(others)} is called `test`")
+    notes.append(f"no test split: none of {sources.listed(others)} is called `test`")
     return chosen
 
 
@@ -306,7 +306,7 @@ def _json_lines(path: Path, languages: tuple[str, str], progress: Progress) -> R
 def _text(row: dict[str, Any], language: str, where: str) -> str:
     """Take one sentence out of a row that comes from outside."""
     if language not in row:
-        raise UserError(f"{where} has no `{language}`: there is {_listed(row) or 'nothing'}")
+        raise UserError(f"{where} has no `{language}`: there is {sources.listed(row) or 'nothing'}")
     text = row[language]
     if not isinstance(text, str):
         raise UserError(f"{where}: `{language}` is {json.dumps(text, default=str)[:60]} and not a string")
@@ -384,7 +384,3 @@ def _open_cache(folder: Path, languages: tuple[str, str], for_training: bool) ->
         return {split: list(_json_lines(file, languages, silent)) for split, file in files.items()}
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in list(names)[:20])

@@ -198,7 +198,7 @@ def by_split(names: Iterable[str], where: str, *, for_training: bool = True) -> 
             )
         found[split] = name
     if not ("train" in found if for_training else found):
-        there = ", ".join(f"`{name}`" for name in names[:20]) or "nothing"
+        there = listed(names) or "nothing"
         if for_training:
             raise UserError(f"`{where}` has no train split: there is {there}", hint="call the training data `train`")
         raise UserError(f"`{where}` has no split: there is {there}", hint="call what is to be evaluated `test`")
@@ -240,7 +240,7 @@ def load_splits(
     reached or read, or has not the splits that `by_split` wants.
     """
     if is_builtin(source):
-        raise UserError(f"`{source}` is generated and not loaded", hint=f"built-in sets are {_listed(BUILTIN)}")
+        raise UserError(f"`{source}` is generated and not loaded", hint=f"built-in sets are {listed(BUILTIN)}")
     path, configuration = _split_configuration(source)
     arguments: dict[str, Any] = {"name": configuration}
     local = is_local(source)
@@ -456,7 +456,7 @@ def _load_error(source: str, error: Exception) -> UserError:
     lines = str(reason).strip().splitlines() or [type(reason).__name__]
     if ("Config name is missing" in lines[0] or "BuilderConfig" in lines[0]) and "[" in str(reason):
         path, configuration = _split_configuration(source)
-        names = _listed(re.findall(r"'([\w.-]+)'", str(reason).partition("[")[2].partition("]")[0])[:20])
+        names = listed(re.findall(r"'([\w.-]+)'", str(reason).partition("[")[2].partition("]")[0])[:20])
         seen = f"has no configuration `{configuration}`" if configuration else "has several configurations"
         return UserError(f"`{path}` {seen}: there is {names}", hint=f"choose one after a colon: `{path}:NAME`")
     if type(error).__name__ == "DatasetNotFoundError":
@@ -471,10 +471,11 @@ def _load_error(source: str, error: Exception) -> UserError:
                     return UserError(f"`{file}` cannot be read: {found}", hint="fetch or write the file again")
         meant = [file for file in (place / "README.md", *tables) if file.is_file()]
         more = " and others" if len(meant) > 10 else ""
-        hint = f"look into {_listed(map(str, meant[:10]))}{more}" if meant else None
+        hint = f"look into {listed(map(str, meant[:10]))}{more}" if meant else None
         return UserError(f"`{source}` cannot be loaded: {lines[0]}", hint=hint)
     return UserError(f"`{source}` cannot be loaded: {lines[0]}")
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+def listed(names: Iterable[str]) -> str:
+    """The first twenty names as they stand in a message."""
+    return ", ".join(f"`{name}`" for name in list(names)[:20])

@@ -128,10 +128,9 @@ class Block(Foldable):
         residual = self.normalisation2(self.convolution2(self._dropped(residual)))
         if self.bottleneck:
             residual = self.normalisation3(self.convolution3(self.activation2(residual)))
+        residual = self._scaled(residual)
         if self.residual:
-            residual = self._scaled(residual).add_(copies(self.shortcut(x), self.copies))
-        else:
-            residual = self._scaled(residual)
+            residual = residual.add_(copies(self.shortcut(x), self.copies))
         y: Tensor = (self.activation3 if self.bottleneck else self.activation2)(residual)
         return y
 

@@ -1,6 +1,7 @@
 """Recipes as TOML: found, read, changed by `--set`, checked as a whole and written."""
 
 import difflib
+import itertools
 import json
 import os
 import re
@@ -118,9 +119,7 @@ def from_document(document: dict[str, Any], mistakes: Iterable[str] = (), *, ori
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
     """The recipe with another seed. Raises UserError for one that is out of range."""
-    document = to_document(recipe)
-    document["training"]["seed"] = seed
-    return from_document(document, origin="`--seed`")
+    return from_document(_changed(to_document(recipe), [(["training", "seed"], seed)], []), origin="`--seed`")
 
 
 def alike(one: Recipe, other: Recipe) -> bool:
@@ -240,12 +239,8 @@ def find(name: str) -> Path:
 
 def header(name: str) -> list[str]:
     """The comment lines at the top of a recipe's file: what it reproduces, its command, its cost and its score."""
-    lines = []
-    for line in find(name).read_text(encoding="utf-8").split("\n"):
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").strip())
-    return lines
+    lines = find(name).read_text(encoding="utf-8").split("\n")
+    return [line.removeprefix("#").strip() for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
 
 
 def read(path: Path, *, hint: str | None = None) -> dict[str, Any]:

@@ -4,10 +4,10 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from dl7cli.device import seed_everything
 from dl7cli.errors import UserError
 from dl7cli.models.outline import outline
 
@@ -63,7 +63,7 @@ def built(make: Callable[[], Network], seed: int, weights: Mapping[str, Tensor] 
         _refuse_larger_than_memory(empty)
     else:
         refuse_other_weights(empty, weights)
-    seed_everything(seed)
+    torch.manual_seed(seed)
     return make()
 
 

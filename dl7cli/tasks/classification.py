@@ -58,13 +58,7 @@ class Classification:
         self.recipe = recipe
         self.runtime = runtime
         self.images = LabelledImages(
-            recipe,
-            assets,
-            device=runtime.device,
-            workers=runtime.workers,
-            offline=offline,
-            progress=progress,
-            for_training=for_training,
+            recipe, assets, runtime=runtime, offline=offline, progress=progress, for_training=for_training
         )
         self._progress = progress
         self.assets = assets = self.images.assets
@@ -138,25 +132,16 @@ class Classification:
         """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
         return self.images.batches(epoch, start, self._memory_format)
 
-    def count(self, batch: ImageBatch) -> int:
-        """Images of the whole batch: what its loss is divided by."""
-        return batch.whole
-
     def part(self, batch: ImageBatch, index: int, parts: int) -> ImageBatch:
         """One of `parts` parts of a batch, its images number `index`, `index + parts` and so on, as they are in it.
 
-        The sums of `loss` and of `count` over the parts are those of the batch, but for what dropout draws and for
+        The sum of `loss` over the parts is that of the batch, but for what dropout draws and for
         batch normalisation, which in training sees each part alone.
         """
         own = slice(index, None, parts)
         images = batch.images[own].contiguous(memory_format=self._memory_format)
         others = None if batch.other_labels is None else batch.other_labels[own]
         return ImageBatch(images, batch.labels[own], len(batch.labels[own]), others, batch.weight)
-
-    @property
-    def whole_batch(self) -> int:
-        """This worker's images of a training batch, but for an epoch's last one, which may be smaller."""
-        return self.images.whole_batch
 
     def compile(self) -> None:
         """Compile the model for training on whole batches; the model and the random streams stay as they are.
@@ -199,7 +184,7 @@ class Classification:
         Raises UserError where a part is too small to be normalised.
         """
         forward: Callable[[Tensor], Tensor] = self.model
-        if self._compiled is not None and len(batch.labels) == self.whole_batch:
+        if self._compiled is not None and len(batch.labels) == self.images.whole_batch:
             forward = self._compiled
         try:
             with self.runtime.autocast():
@@ -215,7 +200,7 @@ class Classification:
         total = self._cross_entropy(scores, batch.labels)
         if batch.other_labels is not None:
             total = batch.weight * total + (1 - batch.weight) * self._cross_entropy(scores, batch.other_labels)
-        return total, self.count(batch)
+        return total, batch.whole
 
     def _cross_entropy(self, scores: Tensor, labels: Tensor) -> Tensor:
         smoothing = self.recipe.training.label_smoothing

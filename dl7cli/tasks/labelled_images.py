@@ -12,7 +12,7 @@ from dl7cli.data import augmentation
 from dl7cli.data.images import ImageSet, digest, read_images, statistics
 from dl7cli.data.sources import Progress, is_file
 from dl7cli.data.transfer import moved
-from dl7cli.distributed import Workers
+from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.recipe import ClassificationRecipe
 from dl7cli.tasks.checking import ImageAssets, check_assets
@@ -35,7 +35,7 @@ class LabelledImages:
     """The data of a classification recipe. `assets` are class names, normalisation and image size.
 
     Without `assets` they are found in the training split; with them, no data is read until it is asked for. Batches
-    are on `device`; `notes` tell what was left out or carved off.
+    are on the runtime's device; `notes` tell what was left out or carved off.
     """
 
     def __init__(
@@ -43,8 +43,7 @@ class LabelledImages:
         recipe: ClassificationRecipe,
         assets: dict[str, Any] | None,
         *,
-        device: torch.device,
-        workers: Workers,
+        runtime: Runtime,
         offline: bool,
         progress: Progress,
         for_training: bool = True,
@@ -53,8 +52,7 @@ class LabelledImages:
         self.carved = False
         """Whether what is there for validation is a part of the training split, known once the data is read."""
         self._recipe = recipe
-        self._device = device
-        self._workers = workers
+        self._device, self._workers = runtime.device, runtime.workers
         self._offline = offline
         self._progress = progress
         self._for_training = for_training
@@ -72,7 +70,7 @@ class LabelledImages:
             }
         check_assets(assets, ImageAssets)
         self.assets = assets
-        self.normalise = augmentation.Normalisation(assets["mean"], assets["deviation"], device)
+        self.normalise = augmentation.Normalisation(assets["mean"], assets["deviation"], runtime.device)
 
     @cached_property
     def splits(self) -> dict[str, ImageSet]:

@@ -13,7 +13,7 @@ from dl7cli.data.pairs import digest, read_pairs
 from dl7cli.data.sources import Progress, is_file
 from dl7cli.data.transfer import moved
 from dl7cli.data.vocabulary import BOS, EOS, PAD, Subwords, Vocabulary
-from dl7cli.distributed import ALONE, Workers
+from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.recipe import TranslationRecipe
 
@@ -56,7 +56,7 @@ class SentencePairs:
     """The data of a translation recipe. `assets` are the vocabularies and the languages.
 
     Without `assets` the vocabularies are learnt from the training split; with them, no data is read until it is asked
-    for. Batches are on `device`; `notes` tell what was left out or carved off.
+    for. Batches are on the runtime's device; `notes` tell what was left out or carved off.
     """
 
     def __init__(
@@ -64,8 +64,7 @@ class SentencePairs:
         recipe: TranslationRecipe,
         assets: dict[str, Any] | None,
         *,
-        device: torch.device,
-        workers: Workers = ALONE,
+        runtime: Runtime,
         offline: bool,
         progress: Progress,
         for_training: bool = True,
@@ -76,8 +75,7 @@ class SentencePairs:
         self._data = recipe.data
         self._seed = recipe.training.seed
         self._batch_tokens = recipe.training.batch_tokens
-        self._device = device
-        self._workers = workers
+        self._device, self._workers = runtime.device, runtime.workers
         self._offline = offline
         self._progress = progress
         self._for_training = for_training

@@ -146,13 +146,7 @@ class Translation:
         self.recipe = recipe
         self.runtime = runtime
         self.pairs = SentencePairs(
-            recipe,
-            assets,
-            device=runtime.device,
-            workers=runtime.workers,
-            offline=offline,
-            progress=progress,
-            for_training=for_training,
+            recipe, assets, runtime=runtime, offline=offline, progress=progress, for_training=for_training
         )
         self.assets = self.pairs.assets
         self.notes = self.pairs.notes
@@ -195,14 +189,10 @@ class Translation:
         """The training batches of an epoch from number `start` on, the same for the same seed and epoch."""
         return self.pairs.batches(epoch, start)
 
-    def count(self, batch: PairBatch) -> int:
-        """Target subwords of the whole batch, eos included: what its loss is divided by."""
-        return batch.whole
-
     def part(self, batch: PairBatch, index: int, parts: int) -> PairBatch:
         """One of `parts` parts of a batch, its pairs number `index`, `index + parts` and so on, padded anew.
 
-        Pairs are dealt, so that parts are of like length. The sums of `loss` and of `count` over the parts are those of
+        Pairs are dealt, so that parts are of like length. The sum of `loss` over the parts is that of
         the batch, but for what dropout draws. There must be as many pairs as parts.
         """
         return self.pairs.batch(batch.pairs[index::parts])
@@ -234,7 +224,7 @@ class Translation:
             overlap = torch.minimum(decoded.attention, covered).sum(dim=2)
             overlap = overlap.flatten().index_select(0, batch.real).sum() / (2 if training.r_drop else 1)
             total = total + training.coverage_weight * overlap
-        return total, self.count(batch)
+        return total, batch.whole
 
     def validate(self) -> Scores:
         """The score by which the best epoch is chosen, as `training.select` has it, and no more.
@@ -424,13 +414,9 @@ class Translation:
         """The lists of all workers as one."""
         return [one for part in self.runtime.workers.gathered(own) for one in part]
 
-    def agrees_with(self, other: "Translation") -> bool:
-        """Whether both can answer as one: they read and write the same words of the same languages."""
-        return self.pairs.agrees_with(other.pairs)
-
     def _ensemble(self, others: Sequence["Translation"]) -> tuple[list[Translator], int]:
         """The models that answer together, and the most subwords that all of them read."""
-        if not all(self.agrees_with(other) for other in others):
+        if not all(self.pairs.agrees_with(other.pairs) for other in others):
             raise ValueError("the models of an ensemble must read and write the same")
         tasks = [self, *others]
         return [one.model for one in tasks], min(one.recipe.data.max_length for one in tasks)
@@ -463,7 +449,7 @@ class Translation:
 def refuse_disagreement(names: Sequence[str], members: Sequence[Translation]) -> None:
     """Raise UserError where translators that go by these names cannot answer as one."""
     for name, other in zip(names[1:], members[1:], strict=True):
-        if not members[0].agrees_with(other):
+        if not members[0].pairs.agrees_with(other.pairs):
             raise UserError(
                 f"`{names[0]}` and `{name}` differ in vocabulary, languages or reading order",
                 hint="train the runs of an ensemble on the same data with the same keys of `data`",

@@ -14,7 +14,7 @@ import torch
 
 from dl7cli.data.sources import Progress as ProgressCall
 from dl7cli.data.sources import silent
-from dl7cli.device import Runtime, choose, precisions, synchronise
+from dl7cli.device import choose, precisions, synchronise
 from dl7cli.errors import UserError
 from dl7cli.tasks import Task
 from dl7cli.tasks.classification import Classification
@@ -222,10 +222,8 @@ class _Contender:
 
 def _variant(task: Task, setting: Setting) -> Task:
     """The task with the same data and first weights, and a model of its own."""
-    name = str(task.runtime.device)
     other = copy.copy(task)
-    chosen = choose(name, setting.precision)
-    other.runtime = Runtime(task.runtime.device, chosen.precision, chosen.device_name, chosen.reason)
+    other.runtime = choose(str(task.runtime.device), setting.precision)
     if isinstance(other, Classification):
         other.model = copy.deepcopy(other.model)
         other.lay_out(LAYOUTS[setting.layout or "channels-last"])

@@ -33,21 +33,17 @@ class Step(NamedTuple):
     step: int
     steps: int
     loss: float
-    learning_rate: float
-    gradient_norm: float
     rate: float
     unit: str
     remaining_seconds: float
 
 
 class Epoch(NamedTuple):
-    """An epoch's end."""
+    """An epoch's end, with what validation has given."""
 
     epoch: int
     scores: Scores
-    split: str
     best: bool
-    seconds: float
 
 
 class Listener(Protocol):

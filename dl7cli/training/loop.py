@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dl7cli.checkpoint import Progress
 from dl7cli.cluster import FULL
-from dl7cli.device import out_of_memory, random_state, release_memory, restore_random_state, seed_everything, trim_heap
+from dl7cli.device import out_of_memory, random_state, release_memory, restore_random_state, trim_heap
 from dl7cli.distributed import Lost
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
@@ -85,27 +85,24 @@ class Trainer:
     def restore(self, tensors: dict[str, Tensor], device: torch.device) -> None:
         """Put back what `tensors` gave; raises UserError for anything else."""
         try:
-            self._restore(tensors, device)
+            restore_optimiser(self.optimiser, tensors)
+            if self.scaler.is_enabled() and "scaler.scale" in tensors:
+                state = self.scaler.state_dict()
+                self.scaler.load_state_dict(
+                    {name: type(value)(tensors[f"scaler.{name}"].item()) for name, value in state.items()}
+                )
+            if self.average is not None:
+                for name, value in self.average.weights.items():
+                    value.copy_(tensors[f"average.{name}"])
+            if "parts" in tensors:
+                self.parts = int(tensors["parts"])
+                self.skipped.copy_(tensors["skipped"])
+            restore_random_state(tensors, device)
         except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(
                 f"the training state of the checkpoint does not fit its recipe: {str(error).splitlines()[0]}",
                 hint="it was changed by hand or made by another version of dl7: train again",
             ) from error
-
-    def _restore(self, tensors: dict[str, Tensor], device: torch.device) -> None:
-        restore_optimiser(self.optimiser, tensors)
-        if self.scaler.is_enabled() and "scaler.scale" in tensors:
-            state = self.scaler.state_dict()
-            self.scaler.load_state_dict(
-                {name: type(value)(tensors[f"scaler.{name}"].item()) for name, value in state.items()}
-            )
-        if self.average is not None:
-            for name, value in self.average.weights.items():
-                value.copy_(tensors[f"average.{name}"])
-        if "parts" in tensors:
-            self.parts = int(tensors["parts"])
-            self.skipped.copy_(tensors["skipped"])
-        restore_random_state(tensors, device)
 
 
 def total_steps(task: Task) -> int:
@@ -149,7 +146,7 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
             for group in trainer.optimiser.param_groups:
                 group["lr"] = rate * group["share"]
             if not workers.first:
-                seed_everything(_seed(training.seed, workers.rank, progress.step))
+                torch.manual_seed(_seed(training.seed, workers.rank, progress.step))
             if buffers is not None:
                 buffers.keep()
             loss, examples = _gradient(task, trainer, batch, buffers, loss_of)
@@ -259,7 +256,7 @@ def _gradient(
     while True:
         parts = min(trainer.parts, most)
         try:
-            return _summed(task, trainer, batch, parts, loss_of), task.count(batch)
+            return _summed(task, trainer, batch, parts, loss_of), batch.whole
         except Exception as problem:
             if not out_of_memory(problem):
                 raise
@@ -290,9 +287,9 @@ def _summed(
     for index in range(parts):
         part: Any = batch if parts == 1 else task.part(batch, index, parts)
         total, _ = loss_of(part)
-        mean = total / task.count(batch)
+        mean = total / batch.whole
         # What comes back is the mean of the workers' gradients, of which there is to be the sum.
-        trainer.scaler.scale(mean * task.runtime.workers.count).backward()  # type: ignore[no-untyped-call]
+        trainer.scaler.scale(mean * task.runtime.workers.count).backward()
         losses.append(mean.detach())
     return losses[0] if parts == 1 else torch.stack(losses).sum()
 

@@ -330,7 +330,7 @@ def _run(
             if report.scores is not None:
                 best = (progress.best, progress.best_epoch) == (report.scores.score, progress.epoch)
                 shown = best and recipe.training.select != "last"
-                listener.epoch(Epoch(progress.epoch, report.scores, "validation", shown, progress.seconds))
+                listener.epoch(Epoch(progress.epoch, report.scores, shown))
             if closed or due or stop:
                 check_weights(task.model, *told)
                 saver.save(trainer, progress, scores, watched=watch.tensors(), closed=closed, best=best)
@@ -464,8 +464,6 @@ class _Watch:
             step=progress.step,
             steps=self.steps,
             loss=report.loss.item(),
-            learning_rate=report.learning_rate,
-            gradient_norm=report.gradient_norm.item(),
             rate=self.rate,
             unit=self._task.unit,
             remaining_seconds=steps_left * per_step + epochs_left * self.validation_seconds,

@@ -71,7 +71,8 @@ def launch(arguments: Sequence[str], workers: int, *, nodes: Nodes, timeout: flo
     own = str(Path(dl7cli.__file__).resolve().parents[1])
     if os.path.realpath(sys.path[0]) == own:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), own)))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // workers)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
     os.environ[NODE_RANK] = str(nodes.rank)
     address = _own_address(nodes.rendezvous)
     if nodes.count > 1 and (interface := _interface(address)):
@@ -102,8 +103,10 @@ def launch(arguments: Sequence[str], workers: int, *, nodes: Nodes, timeout: flo
         except RendezvousClosedError:
             raise UserError("another node has ended the training", hint="what it says there is the reason") from None
         except (RendezvousError, DistError) as problem:
+            late = isinstance(problem, RendezvousTimeoutError)
+            why = "not all are there in time" if late else problem.__cause__ or problem
             raise UserError(
-                f"the {nodes.count} nodes do not meet, or no longer, at `{nodes.rendezvous}`: {_said(problem)}",
+                f"the {nodes.count} nodes do not meet, or no longer, at `{nodes.rendezvous}`: {why}",
                 hint="start the same command on each of them, with a `--node-rank` of its own",
             ) from None
         return agent.exit_code(result)
@@ -279,19 +282,6 @@ def _is_lost(failure: ProcessFailure) -> bool:
 def _is_consequence(failure: ProcessFailure) -> bool:
     """Whether it may be of another worker's end, at which the agent stops the rest."""
     return _is_lost(failure) or failure.exitcode in _INTERRUPTED
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _said(problem: Exception) -> str:
-    """What torch says, or that it has waited in vain."""
-    return (
-        "not all are there in time"
-        if isinstance(problem, RendezvousTimeoutError)
-        else str(problem.__cause__ or problem)
-    )
 
 
 def _own_address(rendezvous: str) -> str:
