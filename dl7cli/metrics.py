@@ -225,9 +225,10 @@ def translation(
     - `source_lengths`: of each group of sources of like length its least and greatest number of `words` as
       `from` and `to`, null for no greatest; how many `sentences` it has, and as `bleu` their corpus BLEU, with case or
       without like the whole. Groups without a sentence are left out.
-    - `repetition`: the translation that most sentences got as `most_frequent`, and how many as `times`; and how many
-      translations are `looping`: they have three `words` in a row three times or more. Both are signs of a model that
-      has learnt too little, which BLEU does not tell from one that errs now and then.
+    - `repetition`: the translation that most sentences got as `most_frequent`, and how many as `times`; how many
+      translations are `looping`: they have three `words` in a row three times or more; and how many are `copied`: their
+      source, but for case, though the reference is not. All are signs of a model that has learnt too little, which
+      BLEU does not tell from one that errs now and then.
 
     Raises as `bleu`.
     """
@@ -268,7 +269,7 @@ def translation(
         "source_lengths": _by_source_length(
             [len(words(source, source_language)) for source in sources], hypotheses, references, quiet
         ),
-        "repetition": _repetition(hypotheses, language),
+        "repetition": _repetition(sources, hypotheses, references, language),
     }
     if with_rouge:
         values |= rouge(hypotheses, references)
@@ -324,7 +325,9 @@ def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, flo
     return {name: 100 * value / len(hypotheses) for name, value in sums.items()}
 
 
-def _repetition(hypotheses: Sequence[str], language: str | None) -> dict[str, Any]:
+def _repetition(
+    sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str], language: str | None
+) -> dict[str, Any]:
     [(text, times)] = Counter(hypotheses).most_common(1)
     looping = 0
     for hypothesis in hypotheses:
@@ -332,7 +335,9 @@ def _repetition(hypotheses: Sequence[str], language: str | None) -> dict[str, An
         written = hypothesis.split() if _code(language) in _SOUTH_EAST_ASIAN else words(hypothesis, language)
         trigrams = Counter(zip(written, written[1:], written[2:], strict=False))
         looping += max(trigrams.values(), default=0) >= 3
-    return {"most_frequent": text, "times": times, "looping": looping}
+    texts = zip(*([text.casefold() for text in side] for side in (sources, hypotheses, references)), strict=True)
+    copied = sum(source == hypothesis != reference for source, hypothesis, reference in texts)
+    return {"most_frequent": text, "times": times, "looping": looping, "copied": copied}
 
 
 def _f1(shared: int, found: int, sought: int) -> float:

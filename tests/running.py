@@ -21,7 +21,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 KEYS = (
     *("run", "checkpoint", "task", "recipe", "data", "split", "digest", "examples", "primary", "scores", "signature"),
-    *("details", "seconds"),
+    *("details", "seconds", "readings"),
 )
 """Of what every evaluation prints with `--json`."""
 

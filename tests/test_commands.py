@@ -85,7 +85,8 @@ def test_eval_gives_the_score_of_training(work: Path) -> None:
     trained = json.loads((work / "resnet.out").read_text(encoding="utf-8"))
     result = succeed("eval", "runs/resnet-1", "--json", cwd=work).document
     assert set(result) == set(KEYS)
-    assert {**result, "seconds": 0} == {key: trained[key] for key in result} | {"seconds": 0}
+    assert {**result, "seconds": 0, "readings": 1} == {key: trained[key] for key in result} | {"seconds": 0}
+    assert result["readings"] > 1
     shown = succeed("eval", "runs/resnet-1", "--split", "validation", cwd=work).out
     first, interval, views, details, blank, *table = shown.splitlines()
     assert re.fullmatch(r"accuracy \d\.\d{4} on the validation split of .* \(3 images, \d+s\), by .*", first)
@@ -277,6 +278,21 @@ def test_runs(work: Path, images: Path) -> None:
     succeed("eval", "runs/resnet-1/last", cwd=work)
     shown = succeed("runs", "show", "runs/resnet-1", cwd=work).out
     assert re.search(r"^test .*: accuracy .* by checkpoint last$", shown, re.MULTILINE)
+
+
+def test_only_readings_of_its_own_data_are_a_run_s_own(work: Path, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "runs" / "resnet-1", tmp_path / "run")
+    shutil.copytree(images / "test", tmp_path / "other" / "test")
+    next((tmp_path / "other" / "test" / "red").iterdir()).unlink()
+    before = succeed("runs", "show", "run", "--json", cwd=tmp_path).document["readings"]
+    told = succeed("eval", "run", "--data", "other", cwd=tmp_path)
+    assert "has read this split" not in told.err
+    again = succeed("eval", "run", "--data", "other", cwd=tmp_path)
+    assert "note: this run has read this split 2 times; a score that was chosen by it flatters\n" in again.err
+    assert succeed("runs", "show", "run", "--json", cwd=tmp_path).document["readings"] == before
+    *_, own, others = succeed("runs", "show", "run", cwd=tmp_path).out.splitlines()
+    assert re.fullmatch(rf"test +read {before['test']} times?, .* of {images}.*", own)
+    assert re.fullmatch(r"test +read 2 times, .* of other", others)
 
 
 def test_records_that_are_not_ones_of_dl7_cost_themselves_alone(work: Path, tmp_path: Path) -> None:

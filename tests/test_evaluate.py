@@ -82,7 +82,9 @@ def test_several_beams_are_one_object_and_a_reading_each(train: Callable[..., An
     document = json.loads(dl7("eval", "run", "--beam", "3,1", "--length-penalty", "0.5", "--json").stdout)
     assert tuple(document) == (*KEYS, "beams")
     alone = [training.evaluate("run", beams=[beam], length_penalty=0.5, runtime=CPU) for beam in (3, 1)]
-    assert {**document, "seconds": 0} == {**alone[0], "seconds": 0, "beams": document["beams"]}
+    unlike = {"seconds": 0, "readings": 0}
+    assert {**document, **unlike} == {**alone[0], **unlike, "beams": document["beams"]}
+    assert [document["readings"], *(one["readings"] for one in alone)] == [3, 4, 5], "training's is the first"
     for entry, beam, own in zip(document["beams"], (3, 1), alone, strict=True):
         assert tuple(entry) == ("beam", "scores", "details", "seconds")
         assert (entry["beam"], entry["scores"], entry["details"]) == (beam, own["scores"], own["details"])
@@ -189,13 +191,15 @@ def test_a_checkpoint_out_of_its_run_is_told_as_it_is_named(capsys: pytest.Captu
 
 
 def test_a_translator_that_says_one_thing_only_is_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
-    repetition = {"most_frequent": "\x1b[2Jein Hund .", "times": 51, "looping": 50}
+    repetition = {"most_frequent": "\x1b[2Jein Hund .", "times": 51, "looping": 50, "copied": 50}
     print_result(result_of(beams=[entry_of(1, 1.0)], details={"repetition": repetition}), as_json=False)
     said = "note: 51 of 1,000 translations are the same: \\x1b[2Jein Hund .\n"
     assert capsys.readouterr().err == said
-    repetition = {"most_frequent": "ein Hund .", "times": 50, "looping": 51}
+    repetition = {"most_frequent": "ein Hund .", "times": 50, "looping": 51, "copied": 51}
     print_result(result_of(beams=[entry_of(1, 1.0)], details={"repetition": repetition}), as_json=False)
-    assert "note: 51 of 1,000 translations have three words in a row three times or more" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "note: 51 of 1,000 translations have three words in a row three times or more" in told
+    assert "note: 51 of 1,000 translations are their source, left as it is\n" in told
 
 
 def test_a_fall_with_the_beam_is_explained_and_choosing_on_test_warned_of(

@@ -164,7 +164,14 @@ def test_translations_that_repeat_one_another_or_themselves_are_counted() -> Non
     hypotheses = ["a b", "a b", "a b c a b c a b", "a b c a b c a b c d", "x x x x x", "x x x x"]
     details = translation(["one"] * 6, hypotheses, ["ein"] * 6).details
     # The third has `a b c` twice only, the last `x x x` too.
-    assert details["repetition"] == {"most_frequent": "a b", "times": 2, "looping": 2}
+    assert details["repetition"] == {"most_frequent": "a b", "times": 2, "looping": 2, "copied": 0}
+
+
+def test_sources_left_as_they_are_are_counted_unless_that_is_right() -> None:
+    sources = ["One dog .", "two dogs .", "Berlin", "three dogs ."]
+    hypotheses = ["one dog .", "two dogs .", "Berlin", "drei Hunde ."]
+    references = ["ein Hund .", "zwei Hunde .", "Berlin", "drei Hunde ."]
+    assert translation(sources, hypotheses, references).details["repetition"]["copied"] == 2
 
 
 def test_text_that_looks_tokenised_is_spoken_of_once(caplog: pytest.LogCaptureFixture) -> None:

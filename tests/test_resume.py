@@ -402,16 +402,37 @@ def test_a_run_whose_best_is_lost_goes_on_from_its_last(
     assert result(run)["rate"] > 0, "of the steps that were timed before"
 
 
-def test_going_on_with_another_device_is_said(tiny: dict[str, Path], tmp_path: Path, every_step: None) -> None:
+@pytest.mark.parametrize(
+    ("runtime", "began", "now"),
+    [
+        ({"device_name": "cpu, 9 threads"}, "cpu", "cpu, 9 threads"),
+        ({"precision": "bf16", "device_name": "cpu, 9 threads"}, "cpu, fp32", "cpu, 9 threads, bf16"),
+        ({}, None, None),
+    ],
+)
+def test_going_on_otherwise_is_said(
+    runtime: dict[str, str], began: str | None, now: str | None, tiny: dict[str, Path], tmp_path: Path, every_step: None
+) -> None:
     recipe = resolve(str(tiny["resnet"])).recipe
     with pytest.raises(training.Interrupted):
         training.train(recipe, out=tmp_path / "run", runtime=CPU, listener=Stopping())
     heard = Heard()
-    training.resume(str(tmp_path / "run"), runtime=replace(CPU, device_name="cpu, 9 threads"), listener=heard)
-    assert heard.notes == [
-        "the run began with cpu, now it goes on with cpu, 9 threads: the result may differ in its last bits from one "
-        "never stopped"
-    ]
+    training.resume(str(tmp_path / "run"), runtime=replace(CPU, **runtime), listener=heard)  # type: ignore[arg-type]
+    told = f"the run began with {began}, now it goes on with {now}: the result may differ from that of the run never"
+    assert heard.notes == ([f"{told} stopped"] if began else [])
+
+
+def test_going_on_with_another_torch_is_said(tiny: dict[str, Path], tmp_path: Path, every_step: None) -> None:
+    recipe = resolve(str(tiny["resnet"])).recipe
+    with pytest.raises(training.Interrupted):
+        training.train(recipe, out=tmp_path / "run", runtime=CPU, listener=Stopping())
+    file = tmp_path / "run" / "environment.json"
+    environment = json.loads(file.read_text())
+    environment["packages"]["torch"] = "1.2.3"
+    file.write_text(json.dumps(environment))
+    heard = Heard()
+    training.resume(str(tmp_path / "run"), runtime=CPU, listener=heard)
+    assert [note.split(", now")[0] for note in heard.notes] == ["the run began with torch 1.2.3"]
 
 
 class Heard(Silent):

@@ -352,7 +352,28 @@ def test_a_hub_out_of_reach_is_said_without_retries(
         sources.load_splits("owner/name", offline=offline)
     assert "--data FOLDER" in (it.value.hint or "")
     assert "builtin:shapes" in (it.value.hint or "")
+    assert ("HF_ENDPOINT" in (it.value.hint or "")) != offline
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("says", "advice"),
+    [
+        ("Dataset scripts are no longer supported, but found name.py", "it is a program, and none is run"),
+        ("peer closed connection without sending complete message body", "try again: what has come so far is kept"),
+    ],
+)
+def test_what_the_hub_cannot_give_is_said_with_what_to_do(
+    says: str, advice: str, hub: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(f"{says}\nmore")
+
+    monkeypatch.setenv("HF_ENDPOINT", hub[0])
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=f"^`owner/name` cannot be loaded: {says}$") as it:
+        sources.load_splits("owner/name")
+    assert (it.value.hint or "").startswith(advice)
 
 
 def test_a_data_set_that_the_hub_does_not_have_is_said(hub: tuple[str, list[str]]) -> None:

@@ -250,6 +250,7 @@ def test_the_test_split_is_read_once(kind: str, train: Callable[..., Any], monke
     assert len(lines) == 1
     tables = ("classes", "confusion", "source_lengths")
     small = {name: value for name, value in result["details"].items() if name not in tables}
+    assert result.pop("readings") == 1
     assert {key: lines[0][key] for key in result} == {**result, "details": small}
     assert len(small) == {"resnet": 5, "seq2seq": 8}[kind]
     assert lines[0]["split"] == "test"
@@ -412,7 +413,8 @@ def test_each_evaluation_is_a_line(train: Callable[..., Any], tiny: dict[str, Pa
     run, result, _ = train("seq2seq")
     again = training.evaluate("run", runtime=CPU)
     assert tuple(again) == KEYS
-    assert {**again, "seconds": 0} == {key: result[key] for key in KEYS} | {"seconds": 0}
+    assert {**again, "seconds": 0, "readings": 1} == {key: result[key] for key in KEYS} | {"seconds": 0}
+    assert again["readings"] == 2
     other = training.evaluate("run/last", split="validation", beams=[1], length_penalty=0.5, runtime=CPU)
     assert (other["split"], other["examples"]) == ("validation", 5)
     elsewhere = training.evaluate("run", data=str(tiny["seq2seq"].parent / "pairs"), split="train", runtime=CPU)

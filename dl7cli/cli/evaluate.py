@@ -121,7 +121,7 @@ def parse_beams(text: str | None) -> list[int]:
 
 def _explain(split: str, primary: str, sweep: list[dict[str, Any]]) -> None:
     if split == "test":
-        console.note("note: choose a beam with --split validation; the test score of one chosen on test flatters")
+        console.note("note: choose a beam with --split validation")
     by_width = [entry["scores"][primary] for entry in sorted(sweep, key=lambda entry: int(entry["beam"]))]
     if by_width != sorted(by_width):
         console.note(
@@ -147,6 +147,8 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
     console.write(f"{told} on the {result['split']} split of {result['data']} ({console.extent(result)}), by {by}")
     if result["signature"] is not None:
         console.write(f"signature {result['signature']}")
+    if result["split"] == "test" and (times := result.get("readings", 1)) > 1:
+        console.note(f"note: this run has read this split {times} times; a score that was chosen by it flatters")
     if cut := result["details"].get("cut_sources"):
         told = f"{console.count(cut, 'source')} of {result['examples']:,}"
         console.note(f"note: {told} had more subwords than `data.max_length` and was cut")
@@ -169,6 +171,8 @@ def _warn_of_repetition(found: dict[str, Any], examples: int) -> None:
     if found["looping"] > max(MOST_REPEATED * examples, 2):
         told = f"{found['looping']:,} of {examples:,} translations have three words in a row three times or more"
         console.note(f"note: {told}; --set decoding.no_repeat_ngram=3 forbids that")
+    if found["copied"] > max(MOST_REPEATED * examples, 2):
+        console.note(f"note: {found['copied']:,} of {examples:,} translations are their source, left as it is")
 
 
 def _print_sweep(primary: str, sweep: list[dict[str, Any]]) -> None:

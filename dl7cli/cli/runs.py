@@ -1,6 +1,5 @@
 """`dl7 runs`: what has been trained."""
 
-from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -44,7 +43,8 @@ def list_runs(as_json: options.Json = False) -> None:
 def show(run: options.RunArgument = None, as_json: options.Json = False) -> None:
     """Show a run: recipe, data, how far it is, and its scores.
 
-    For each split also how often it was read, and when last; the validation after each epoch is not counted.
+    For each split also how often it was read, and when last; the validation after each epoch is not counted. The
+    readings of --json are those of the run's own data.
     """
     from dl7cli import runs
 
@@ -53,16 +53,20 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
     closed = [record for record in runs.metrics(found) if record.get("primary") is not None]
     evaluations = runs.evaluations(found)
     best = runs.chosen(closed, recipe)
+    own = recipe.data.source
+    read: dict[tuple[str, str], list[dict[str, Any]]] = {("test", own): []}
+    for record in evaluations:
+        read.setdefault((str(record.get("split")), str(record.get("data", own))), []).append(record)
     shown: dict[str, Any] = {
         "run": str(found.folder),
         "recipe": recipe.name,
         "task": recipe.task,
-        "data": recipe.data.source,
+        "data": own,
         "epochs": closed[-1].get("epoch", 0) if closed else 0,
         "epochs_planned": recipe.training.epochs,
         "best": {"epoch": best.get("epoch", 0), "scores": best["scores"]} if best else None,
         "checkpoint": str(checkpoint),
-        "readings": {"test": 0, **Counter(str(record.get("split")) for record in evaluations)},
+        "readings": {split: len(records) for (split, data), records in read.items() if data == own},
         "evaluations": evaluations,
     }
     if as_json:
@@ -71,24 +75,24 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
     lines = {
         "run": shown["run"],
         "recipe": f"{recipe.name} ({recipe.task})",
-        "data": recipe.data.source,
+        "data": own,
         "epochs": f"{shown['epochs']} of {recipe.training.epochs}",
         "best": f"{_record_score(best)} on validation, epoch {best.get('epoch', 0)}" if best else "-",
         "checkpoint": shown["checkpoint"],
     }
     for name, value in lines.items():
         console.write(f"{name:<12}{value}")
-    for split, times in shown["readings"].items():
-        newest = next((record for record in reversed(evaluations) if str(record.get("split")) == split), None)
-        if newest is None:
+    for (split, data), records in read.items():
+        if not records:
             console.write(f"{split:<12}never read")
             continue
+        newest = records[-1]
         checkpoint_read = newest.get("checkpoint", "best")
         by = "" if checkpoint_read == "best" else f" by checkpoint {checkpoint_read}"
         if "others" in newest:
             by = f"{by} together with {', '.join(newest['others'])}"
-        score = f"{_record_score(newest)} of {newest.get('data', '-')}{by}"
-        console.write(f"{split:<12}read {console.count(times, 'time')}, last {newest.get('time', '-')}: {score}")
+        score = f"{_record_score(newest)} of {data}{by}"
+        console.write(f"{split:<12}read {console.count(len(records), 'time')}, last {newest.get('time', '-')}: {score}")
 
 
 def _record_score(record: dict[str, Any]) -> str:

@@ -269,9 +269,10 @@ def load_splits(
                 if forbidden
                 else f"the hub at {_endpoint()} cannot be reached"
             )
+            mirror = "" if forbidden else "name a mirror of the hub by the variable HF_ENDPOINT, "
             raise UserError(
                 f"`{source}` is no file or folder here, and {reason}",
-                hint="give the data with `--data FOLDER`, or use `--data builtin:shapes` or `builtin:phrases`",
+                hint=f"{mirror}give the data with `--data FOLDER`, or use `--data builtin:shapes` or `builtin:phrases`",
             )
     written = [arguments["cache_dir"]] if local else [_downloaded(path), str(_prepared(path))]
     with _datasets_quiet(offline) as library, _growth_told(written, source, progress):
@@ -473,7 +474,10 @@ def _load_error(source: str, error: Exception) -> UserError:
         more = " and others" if len(meant) > 10 else ""
         hint = f"look into {listed(map(str, meant[:10]))}{more}" if meant else None
         return UserError(f"`{source}` cannot be loaded: {lines[0]}", hint=hint)
-    return UserError(f"`{source}` cannot be loaded: {lines[0]}")
+    hint = "try again: what has come so far is kept; or give the data with `--data FOLDER`"
+    if "scripts are no longer supported" in lines[0]:
+        hint = "it is a program, and none is run from there: look for the same data as parquet files"
+    return UserError(f"`{source}` cannot be loaded: {lines[0]}", hint)
 
 
 def listed(names: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
@@ -108,6 +108,15 @@ def refuse_unwritable(run: Run) -> None:
 def evaluations(run: Run) -> list[dict[str, Any]]:
     """The records of `evaluations.jsonl`, the oldest first."""
     return _records(run.folder / _EVALUATIONS)
+
+
+def readings(run: Run, result: Mapping[str, Any]) -> int:
+    """How often the run has read the examples that a result is of, by their split and digest; where one, as of an
+    earlier dl7, has no digest, by the name of their data.
+    """
+    read = [record for record in evaluations(run) if record.get("split") == result["split"]]
+    by = [("digest" if "digest" in record and "digest" in result else "data", record) for record in read]
+    return sum(record.get(key) == result.get(key) for key, record in by)
 
 
 def write_result(run: Run, record: dict[str, Any]) -> None:

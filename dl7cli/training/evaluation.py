@@ -139,7 +139,8 @@ def evaluate(
         write(translations)
     if len(sweep) == 1:
         return results[0]
-    return {**results[0], "seconds": round(time.monotonic() - begin, 3), "beams": sweep}
+    whole = {"seconds": round(time.monotonic() - begin, 3), "readings": results[-1]["readings"], "beams": sweep}
+    return {**results[0], **whole}
 
 
 def _partners(
@@ -156,13 +157,16 @@ def _partners(
 
 
 def _noted(members: Sequence[Loaded], result: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Note a reading, and how it was made, in each of the runs that have answered; the result with the others in it."""
+    """Note a reading, and how it was made, in each of the runs that have answered; the result with how often the first
+    has read these examples by now as `readings`, and with the others in it.
+    """
     names = [one.name for one in members]
     for number, one in enumerate(members):
         own: dict[str, Any] = {"run": str(one.run.folder), "checkpoint": one.checkpoint, "recipe": one.task.recipe.name}
         if len(members) > 1:
             own["others"] = [*names[:number], *names[number + 1 :]]
         note_reading(one.run, {**result, **own, **settings})
+    result = {**result, "readings": runs.readings(members[0].run, result)}
     return {**result, "others": names[1:]} if len(members) > 1 else result
 
 
@@ -233,6 +237,7 @@ def average(
     note_reading(found, {**result, "epochs": chosen})
     return {
         **result,
+        "readings": runs.readings(found, result),
         "checkpoint": str(found.average),
         "epochs": chosen,
         "best": {"checkpoint": str(found.best), "epoch": best.progress.epoch, "scores": best.scores},

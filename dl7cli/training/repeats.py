@@ -122,10 +122,7 @@ def summary(results: Sequence[dict[str, Any]], seeds: Sequence[int], seconds: fl
         "scores": {name: one.mean for name, one in spreads.items()},
         "standard_deviation": {name: one.deviation for name, one in spreads.items()},
         "interval": {name: one.interval for name, one in spreads.items()},
-        "readings": [
-            sum(record.get("split") == first["split"] for record in runs.evaluations(Run(Path(folder))))
-            for folder in folders
-        ],
+        "readings": [runs.readings(Run(Path(folder)), result) for folder, result in zip(folders, results, strict=True)],
         "signature": first["signature"],
         "seconds": round(seconds, 3),
         "results": list(results),

@@ -241,9 +241,6 @@ def _begin(run: Run, task: Task, trainer: Trainer, watch: "_Watch", listener: Li
     if compiled and trainer.parts > 1 and start.step:
         listener.note("the steps before were compiled, those of a batch in parts are not: the result may differ")
     compiled = workers.shared(compiled and trainer.parts == 1)
-    if before.get("device", runtime.device_name) != runtime.device_name:
-        on = f"{before['device']}, now it goes on with {runtime.device_name}"
-        listener.note(f"the run began with {on}: the result may differ in its last bits from one never stopped")
     runs.write_environment(
         run,
         {
@@ -255,6 +252,8 @@ def _begin(run: Run, task: Task, trainer: Trainer, watch: "_Watch", listener: Li
             "resumed_step": start.step,
         },
     )
+    if changed := _changed(before, runs.environment(run)):
+        listener.note(f"{changed}: the result may differ from that of the run never stopped")
     listener.plan(
         Plan(
             recipe=recipe,
@@ -276,6 +275,22 @@ def _begin(run: Run, task: Task, trainer: Trainer, watch: "_Watch", listener: Li
         runs.amend_environment(run, {"compiled": False})
         if start.step:
             listener.note("the steps before were compiled: the result may differ from that of the run never stopped")
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What bits depend on and is otherwise than when the run began or last went on; empty where nothing is."""
+
+    def told(one: dict[str, Any]) -> tuple[str | None, ...]:
+        packages, workers = one.get("packages"), one.get("workers")
+        version = f"torch {packages.get('torch')}" if isinstance(packages, dict) else None
+        shared = None if workers is None else "1 worker" if workers == 1 else f"{workers} workers"
+        return one.get("device"), one.get("precision"), shared, version
+
+    other = [(old, new) for old, new in zip(told(before), told(now), strict=True) if old not in (None, new)]
+    if not other:
+        return ""
+    old, new = (", ".join(part) for part in zip(*other, strict=True))
+    return f"the run began with {old}, now it goes on with {new}"
 
 
 def _run(
@@ -375,6 +390,7 @@ def _finish(
     if skipped is not None:
         result["skipped_steps"] = skipped
     note_reading(run, result)
+    result["readings"] = runs.readings(run, result)
     runs.write_result(run, result)
     return result
 
