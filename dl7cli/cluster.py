@@ -81,8 +81,10 @@ def nodes(
     """
     if count is None and rank is None and rendezvous is None:
         return _slurm(environment)
-    if count is None or count < 2:
+    if count is None:
         raise UserError("`--node-rank` and `--rendezvous` are for several nodes", hint="add `--nodes N`")
+    if count < 2:
+        raise UserError(f"`--nodes {count}` is not of several nodes", hint="leave it out where there is one")
     if rank is None or rendezvous is None:
         raise UserError(
             f"`--nodes {count}` needs to know which node this is and where they meet",

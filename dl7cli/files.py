@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from typing import BinaryIO
 
 LONGEST_LINE = 1 << 22
 """Bytes: cutting so many into subwords takes seconds and hundreds of megabytes, and no model reads a thousandth."""
+
+_OPEN = re.compile(r"/dev/(?:(stdout|stderr)|fd/(\d+))|/proc/self/fd/(\d+)")
 
 
 def size(file: Path | int) -> int:
@@ -29,24 +32,30 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """Give a file to write that takes the place of `path` at the end, or goes away where anything goes wrong.
 
     So `path` is at any moment what it was or what it is to be. Where it is a link, the file it leads to is replaced, by
-    one that the same may read and write; a pipe or a device, which nothing can replace, is written to. Raises OSError.
+    one that the same may read and write; a pipe or a device, which nothing can replace, is written to, and so is what
+    is open already, as `/dev/stdout`, whatever that is. Raises OSError.
     """
-    in_place = path.exists() and not path.is_file()
-    # Of `/dev/fd/3` and the like, what a pipe resolves to is no name that opens it.
-    path = path if in_place else path.resolve()
-    new = path if in_place else path.with_name(f".{path.name}.{os.getpid()}.partial")
+    if opened := _OPEN.fullmatch(os.path.normpath(path)):
+        # By its own descriptor: what is written before and after by others stays, and in that order.
+        number = {"stdout": 1, "stderr": 2}.get(opened[1]) or int(opened[2] or opened[3])
+        with os.fdopen(os.dup(number), "wb") as file:
+            yield file
+        return
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))  # unlike Path's, no error of its own where a link leads to itself
+    new = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with new.open("wb") as file:
-            if path.exists() and not in_place:
+            if path.exists():
                 shutil.copymode(path, new)
             yield file
             file.flush()
-            if not in_place:
-                os.fsync(file.fileno())
-        if not in_place:
-            new.replace(path)
+            os.fsync(file.fileno())
+        new.replace(path)
     except BaseException:
-        if not in_place:
-            with contextlib.suppress(OSError):
-                new.unlink()
+        with contextlib.suppress(OSError):
+            new.unlink()
         raise

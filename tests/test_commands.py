@@ -282,16 +282,17 @@ def test_runs(work: Path, images: Path) -> None:
 
 def test_only_readings_of_its_own_data_are_a_run_s_own(work: Path, images: Path, tmp_path: Path) -> None:
     shutil.copytree(work / "runs" / "resnet-1", tmp_path / "run")
+    (tmp_path / "run" / "evaluations.jsonl").unlink()
+    succeed("eval", "run", cwd=tmp_path)
     shutil.copytree(images / "test", tmp_path / "other" / "test")
     next((tmp_path / "other" / "test" / "red").iterdir()).unlink()
-    before = succeed("runs", "show", "run", "--json", cwd=tmp_path).document["readings"]
     told = succeed("eval", "run", "--data", "other", cwd=tmp_path)
     assert "has read this split" not in told.err
     again = succeed("eval", "run", "--data", "other", cwd=tmp_path)
     assert "note: this run has read this split 2 times; a score that was chosen by it flatters\n" in again.err
-    assert succeed("runs", "show", "run", "--json", cwd=tmp_path).document["readings"] == before
+    assert succeed("runs", "show", "run", "--json", cwd=tmp_path).document["readings"] == {"test": 1}
     *_, own, others = succeed("runs", "show", "run", cwd=tmp_path).out.splitlines()
-    assert re.fullmatch(rf"test +read {before['test']} times?, .* of {images}.*", own)
+    assert re.fullmatch(rf"test +read 1 time, .* of {images}", own)
     assert re.fullmatch(r"test +read 2 times, .* of other", others)
 
 
@@ -414,6 +415,22 @@ def test_data_info_finds_out_what_the_data_are(images: Path, pairs: Path, tmp_pa
     assert about["examples"][1] == ["rot blau alt groß", "red blue old big"]
     shown = succeed("data", "info", str(pairs), cwd=tmp_path).out
     assert "red blue old big → rot blau alt groß" in shown
+
+
+def test_data_info_takes_keys_of_data_and_no_others(pairs: Path, tmp_path: Path) -> None:
+    for change in ("training.epochs=3", "data.source=builtin:phrases"):
+        failed = dl7("data", "info", str(pairs), "--set", change, cwd=tmp_path)
+        assert (failed.code, failed.out) == (1, "")
+        assert f"`--set {change.split('=')[0]}` is not of how `{pairs}` is read" in failed.err
+
+
+def test_a_logo_does_not_make_a_corpus_one_of_images(pairs: Path, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(pairs, tmp_path / "corpus")
+    shutil.copy(images / "test" / "red" / "0.png", tmp_path / "corpus" / "logo.png")
+    assert succeed("data", "info", "corpus", "--json", cwd=tmp_path).document["task"] == "translation"
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images" / "notes.txt").write_text("x")
+    assert succeed("data", "info", "images", "--json", cwd=tmp_path).document["task"] == "classification"
 
 
 def test_data_info_counts_what_is_also_in_training(images: Path, pairs: Path, tmp_path: Path) -> None:

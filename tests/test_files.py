@@ -1,10 +1,13 @@
 """Files that take a place when they are whole: before that, and where anything goes wrong, it is what it was."""
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+from running import ENVIRONMENT
 
 from dl7cli import files
 
@@ -53,6 +56,33 @@ def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
     reader.join()
     assert read == [b"through"]
     assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("append", [True, False])
+@pytest.mark.parametrize("place", ["/dev/stdout", "/dev/fd/1"])
+def test_what_standard_output_has_stays(place: str, append: bool, tmp_path: Path) -> None:
+    """Also what is written after it by others; a file would lose the one, and both where it takes its place."""
+    (tmp_path / "log").write_text("before\n")
+    code = f"""
+import os
+from pathlib import Path
+from dl7cli import files
+os.write(1, b"first\\n")
+with files.replacing(Path({place!r})) as file:
+    file.write(b"inside\\n")
+os.write(1, b"last\\n")
+"""
+    with (tmp_path / "log").open("ab" if append else "wb") as log:
+        subprocess.run([sys.executable, "-c", code], stdout=log, check=True, env=ENVIRONMENT)
+    assert (tmp_path / "log").read_text() == "before\n" * append + "first\ninside\nlast\n"
+    assert os.listdir(tmp_path) == ["log"]
+
+
+def test_a_link_that_leads_to_itself_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with files.replacing(tmp_path / "loop") as file:
+        file.write(b"content")
+    assert (tmp_path / "loop").read_bytes() == b"content"
 
 
 def test_an_open_pipe_is_written_to_by_its_number() -> None:

@@ -288,10 +288,11 @@ def test_labels_without_class_names(tmp_path: Path) -> None:
 
 
 def test_named_columns_may_hold_plain_bytes(tmp_path: Path) -> None:
-    features = {"png": datasets.Value("binary"), "n": datasets.Value("int64"), "m": datasets.Value("int64")}
-    values = {"png": [it["bytes"] for it in TWO], "n": [0, 1], "m": [1, 0]}
-    read = columns_of(tmp_path, features, values, image="png", label="m")
-    assert arrays(read) == (pixels(2).tolist(), [1, 0])
+    for kind in ("binary", "large_binary"):
+        features = {"png": datasets.Value(kind), "n": datasets.Value("int64"), "m": datasets.Value("int64")}
+        values = {"png": [it["bytes"] for it in TWO], "n": [0, 1], "m": [1, 0]}
+        read = columns_of(tmp_path / kind, features, values, image="png", label="m")
+        assert arrays(read) == (pixels(2).tolist(), [1, 0])
 
 
 @pytest.mark.parametrize(
@@ -424,6 +425,8 @@ def test_folders_without_training_images_are_errors(tmp_path: Path) -> None:
         read_images(write_image_folder(tmp_path / "6", {f"{it}/a/1.png": one for it in ("train", "val", "valid")}))
     with pytest.raises(UserError, match="has images and no columns"):
         read_images(write_image_folder(tmp_path / "7", {"train/a/1.png": one}), label="label")
+    with pytest.raises(UserError, match="7` has no configurations: `:plain_text` means nothing"):
+        read_images(f"{tmp_path / '7'}:plain_text")
 
 
 def test_the_built_in_images_come_the_same_way() -> None:

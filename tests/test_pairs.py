@@ -1,6 +1,8 @@
 """Sentence pairs: one set of sentences in every layout, and what is said of bad data."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -281,12 +283,51 @@ def test_sources_that_cannot_be_read_are_errors(tmp_path: Path) -> None:
         read(tmp_path / "empty")
     with pytest.raises(UserError, match=r"`.*x\.doc` is not a kind of file"):
         read(write(tmp_path / "x.doc", "x"))
+    with pytest.raises(UserError, match="the data source is empty"):
+        read("")
     with pytest.raises(UserError, match="source and target language are both `en`"):
         read("builtin:phrases", ("en", "en"))
     with pytest.raises(UserError, match="`builtin:phrases` has no `fr`: there is `en`, `de`"):
         read("builtin:phrases", ("fr", "de"))
     with pytest.raises(UserError, match="no built-in sentence pairs `builtin:shapes`"):
         read("builtin:shapes")
+
+
+def test_a_name_that_is_a_pattern_is_not_that_of_other_files(tmp_path: Path) -> None:
+    write(tmp_path / "v2" / "train.csv", "en,de\na,b\n")
+    write(tmp_path / "v[2]" / "train.csv", "en,de\nc,d\n")
+    with pytest.raises(UserError, match=r"`.*/v\[2\]` cannot be read with `\[` in its name"):
+        read(tmp_path / "v[2]")
+    write(tmp_path / "v[2]" / "train.tsv", "c\td\n")
+    assert read(tmp_path / "v[2]").splits == {"train": [("c", "d")]}, "what needs no `datasets` is read"
+
+
+def test_a_configuration_of_what_has_none_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "set" / "train.tsv", "a\tb\n")
+    for source in ("set", "set/train.tsv"):
+        assert read(tmp_path / source).splits == {"train": [("a", "b")]}
+        with pytest.raises(UserError, match=r"` has no configurations: `:fr-en` means nothing"):
+            read(f"{tmp_path / source}:fr-en")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_looked_into_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "set" / "train.tsv", "a\tb\n")
+    (tmp_path / "set").chmod(0o644)
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        read(tmp_path / "set")
+
+
+def test_a_file_that_cannot_be_looked_at_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root, who may, it is pretended."""
+    write(tmp_path / "set" / "train.tsv", "a\tb\n")
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", lambda path: refuse(path) if path.suffix == ".tsv" else os.path.isfile(path))
+    with pytest.raises(UserError, match=r"`.*train\.tsv` cannot be read: Permission denied"):
+        read(tmp_path / "set")
 
 
 def test_the_built_in_pairs_have_two_directions() -> None:

@@ -359,12 +359,28 @@ def test_a_key_that_would_do_nothing_is_refused_where_it_is_set() -> None:
         ),
         ("seq2seq", "model.heads=2", '`model.heads` does nothing without `model.attention = "multihead"`'),
         ("seq2seq", "decoding.top_k=2", '`decoding.top_k` does nothing without `decoding.method = "sample"`'),
+        ("plain20-paper", "model.shortcut=B", "`model.shortcut` does nothing without `model.residual = true`"),
+        (
+            "seq2seq-sutskever",
+            "model.decoder=luong",
+            '`model.decoder` does nothing without `model.attention = "additive"',
+        ),
+        ("resnet", "training.small_part=0.6", "`training.small_part` does nothing without `training.small_size`"),
     ):
         with pytest.raises(UserError, match=re.escape(needed)):
             recipe.resolve(name, [change])
+    with pytest.raises(UserError, match="`data.crop_fill` does nothing without `data.crop_padding`"):
+        recipe.resolve("resnet", ["data.crop_padding=0", "data.crop_fill=reflect"])
     assert recipe.resolve("seq2seq", ["decoding.top_k=2", "decoding.method=sample"]).recipe.decoding.top_k == 2
     # A recipe has it for when it is wanted, as its own rate of Muon's other weights.
     assert recipe.resolve("resnet", ["optim.name=sgd"]).recipe.optim.other_learning_rate is not None
+
+
+def test_data_that_have_been_moved_must_have_a_name_that_can_be_written_down() -> None:
+    whole = recipe.resolve("resnet").recipe
+    assert recipe.resumed(whole, [], data="elsewhere").data.source == "elsewhere"
+    with pytest.raises(UserError, match=r"`data\.source`"):
+        recipe.resumed(whole, [], data="photos\udcff")
 
 
 def test_a_flag_and_a_key_must_not_say_different_things() -> None:
@@ -378,3 +394,11 @@ def test_a_flag_and_a_key_must_not_say_different_things() -> None:
     ):
         with pytest.raises(UserError, match=re.escape(told)):
             recipe.decoding(whole, [change], **flags)
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    text = recipe.find("resnet").read_text(encoding="utf-8")
+    (tmp_path / "mine.toml").write_text(text, encoding="utf-8-sig")
+    name = str(tmp_path / "mine.toml")
+    assert recipe.alike(recipe.resolve(name).recipe, recipe.resolve("resnet").recipe)
+    assert recipe.header(name) == recipe.header("resnet")

@@ -169,6 +169,27 @@ def test_a_line_is_answered_before_the_next_is_written(translator: Path, monkeyp
     assert b"".join(answers).decode("utf-8") == expected
 
 
+def test_what_has_not_come_yet_is_not_the_end(tmp_path: Path) -> None:
+    """Of standard input that does not block, as some programs hand it over."""
+    code = (
+        "from dl7cli.cli import sentences\n"
+        "with sentences.opened(None) as (_, batches):\n"
+        "    for batch in batches: print(len(batch), flush=True)"
+    )
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=reading, stdout=subprocess.PIPE, env=ENVIRONMENT) as process:
+        os.close(reading)
+        assert process.stdout is not None
+        for lines in (1, 2):
+            os.write(writing, b"red\n" * lines)
+            assert process.stdout.readline() == b"%d\n" % lines
+        os.close(writing)
+        assert process.stdout.read() == b""
+        assert process.wait() == 0
+
+
 def test_typed_lines_can_be_edited_and_called_back(tmp_path: Path) -> None:
     """At a terminal that the test holds the other end of; the arrow up brings the line before."""
     pytest.importorskip("readline")

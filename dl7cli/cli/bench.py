@@ -20,7 +20,7 @@ def bench(
     overrides: options.Set = None,
     seconds: Annotated[
         float,
-        typer.Option("--seconds", metavar="S", min=0.001, help="Time for each setting, over all rounds."),
+        typer.Option("--seconds", metavar="S", min=0.001, max=86_400, help="Time for each setting, over all rounds."),
     ] = 10.0,
     device: options.Device = "auto",
     gpus: options.Gpus = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dl7cli.cli import console, options
+from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
     from dl7cli.data.images import Images
@@ -118,6 +119,13 @@ def _read(source: str, task: str | None, overrides: list[str], offline: bool) ->
     """Read a source as a training would, with the keys of the `data` section that `overrides` change."""
     from dl7cli import recipe as recipes
 
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if key.startswith("data.") and key != "data.source":
+            continue
+        raise UserError(
+            f"`--set {key}` is not of how `{source}` is read", hint="keys of `data` other than `data.source` are"
+        )
     with console.display() as display:
         task = task or known().get(source) or _guess(source, offline, display.progress)
         data = recipes.resolve(_RECIPE[task], overrides, data=source).recipe.data
@@ -151,9 +159,12 @@ def _guess(source: str, offline: bool, progress: "Progress") -> str:
 
     if sources.is_local(source):
         path = sources.existing_path(source)
-        files = [path] if path.is_file() else sources.files_below(path)
+        files = [path] if path.is_file() else list(sources.files_below(path))
         suffixes = {file.suffix.lower() for file in files}
-        if suffixes.intersection(IMAGE_SUFFIXES) or (path.is_dir() and is_cifar(path)):
+        images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        # One picture in a corpus of text is a logo.
+        in_a_split = any(sources.split_name(file.relative_to(path).parts[0]) for file in images if file != path)
+        if in_a_split or 2 * len(images) > len(files) or (path.is_dir() and is_cifar(path)):
             return "classification"
         if not suffixes.intersection(_TABLE_SUFFIXES):
             return "translation"

@@ -72,6 +72,8 @@ def evaluate(
     beams = parse_beams(beam)
     if output is not None and len(beams) > 1:
         raise typer.BadParameter("--output takes the translations of one beam; give --beam one width")
+    if output is not None and plot is not None and os.path.realpath(output) == os.path.realpath(plot):
+        raise typer.BadParameter("name another file for each of --output and --plot")
     from dl7cli import device as devices
     from dl7cli import runs, training
 

@@ -62,7 +62,7 @@ def refuse_unwritable(path: Path) -> None:
     """Raise UserError where `save` would: for another suffix than .png and .svg, and a place that cannot be written."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"`{path}` ends in neither `.png` nor `.svg`", hint="the suffix says which of the two to write")
-    folder = path.resolve().parent
+    folder = Path(os.path.realpath(path)).parent
     if not os.path.isdir(folder):  # which raises nothing, whatever is wrong with the name
         raise UserError(f"`{path}` cannot be written: there is no folder `{folder}`", hint="make the folder first")
     if os.path.isdir(path):

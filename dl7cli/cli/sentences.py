@@ -35,6 +35,8 @@ def opened(path: Path | None) -> Iterator[tuple[str, Iterator[list[Line]]]]:
     """Give the lines of a file, or else of standard input, after the name that mistakes in them are told by."""
     if path is None:
         name = "standard input"
+        with contextlib.suppress(OSError, ValueError):  # what stands in for it may have no number
+            os.set_blocking(sys.stdin.fileno(), True)  # else what has not come yet would be its end
         yield name, typed() if sys.stdin.isatty() else read(cast(BufferedReader, sys.stdin.buffer), name)
         return
     try:

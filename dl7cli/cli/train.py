@@ -90,6 +90,7 @@ def train(
         typer.Option(
             metavar="SECONDS",
             min=1,
+            max=31 * 86_400,
             help="How long workers and machines wait for one that does not answer. It is given up, or started again, in"
             " at most twice that and a minute.",
         ),

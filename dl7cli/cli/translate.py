@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,7 +90,7 @@ def translate(
     drawings = {flag: path for flag, path in {"--attention": attention, "--tree": tree}.items() if path is not None}
     for path in drawings.values():
         figures.refuse_unwritable(path)
-    written = [path.resolve() for path in (*drawings.values(), target) if path is not None]
+    written = [os.path.realpath(path) for path in (*drawings.values(), target) if path is not None]
     if len(set(written)) < len(written):
         raise typer.BadParameter("name another file for each of --output, --attention and --tree")
     from dl7cli import recipe as recipes

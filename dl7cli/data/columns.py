@@ -138,7 +138,7 @@ def kind(feature: Any) -> str:
     if isinstance(feature, datasets.ClassLabel):
         return f"class label of {feature.num_classes}"
     if isinstance(feature, datasets.Value):
-        return "string" if feature.dtype in ("large_string", "string_view") else str(feature.dtype)
+        return str(feature.dtype).removeprefix("large_").removesuffix("_view")
     return type(feature).__name__.lower()
 
 

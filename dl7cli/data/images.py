@@ -183,6 +183,7 @@ def _encoded(
         if path.is_dir():
             found = _image_folder(path, for_training) or (read_cifar(path) if is_cifar(path) else None)
         if found:
+            sources.refuse_configuration(source)
             if image or label:
                 raise UserError(f"`{source}` has images and no columns", hint="leave out data.image and data.label")
             return found

@@ -76,10 +76,15 @@ def read_pairs(
         found = _builtin(source, languages)
     elif sources.is_local(source):
         path = sources.existing_path(source)
-        found = _text_file(path, languages, progress) if path.is_file() else None
-        if path.is_dir():
-            found = _text_folder(path, languages, notes, progress, for_training)
-        if found is None:
+        try:
+            found = _text_file(path, languages, progress) if path.is_file() else None
+            if path.is_dir():
+                found = _text_folder(path, languages, notes, progress, for_training)
+        except OSError as error:
+            raise UserError(f"`{error.filename or path}` cannot be read: {error.strerror}") from error
+        if found is not None:
+            sources.refuse_configuration(source)
+        else:
             with sources.working_folder(sources.cache_folder()) as working:
                 loaded = sources.load_splits(source, progress=progress, working=working, for_training=for_training)
                 found = _tables(source, loaded, languages, progress)

@@ -148,6 +148,8 @@ def is_file(source: str) -> bool:
 def existing_path(source: str) -> Path:
     """Return the path of a local source; raise UserError if nothing is there or it is an empty folder."""
     path = local_path(source)
+    if not source:  # to Path the folder that one is in
+        raise UserError("the data source is empty", hint="name a folder, a file or a data set")
     if not os.path.exists(path):  # unlike Path's, False for a name that no file can have
         raise UserError(f"there is no file or folder `{source}`", hint="check the path given as the data source")
     try:
@@ -157,6 +159,13 @@ def existing_path(source: str) -> Path:
     if empty:
         raise UserError(f"the folder `{path}` is empty", hint="check the path given as the data source")
     return path
+
+
+def refuse_configuration(source: str) -> None:
+    """Raise UserError where a local source names a configuration, of a kind of data that has none."""
+    path, configuration = _split_configuration(source)
+    if configuration is not None:
+        raise UserError(f"`{path}` has no configurations: `:{configuration}` means nothing", hint=f"name it `{path}`")
 
 
 def fingerprint(path: Path) -> str:
@@ -247,6 +256,9 @@ def load_splits(
     if local:
         offline = True
         folder = existing_path(source)
+        if pattern := next((one for one in "*?[" if one in str(folder.resolve())), None):
+            # To `datasets` it is a pattern, of other files perhaps.
+            raise UserError(f"`{folder.resolve()}` cannot be read with `{pattern}` in its name", hint="rename it")
         arguments["cache_dir"] = str(working or cache_folder() / "datasets")
         if folder.is_file():
             if folder.suffix != ".parquet":

@@ -32,7 +32,12 @@ MOST_TOLD = 20
 """Mistakes."""
 DEEPEST = 8
 """Tables and lists within one another."""
-_NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
+_NEEDED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "model.shortcut": ("model.residual", (True,)),
+    "model.decoder": ("model.attention", ("additive", "dot", "general", "concat", "multihead")),
+    "data.crop_fill": ("data.crop_padding", ()),
+    "training.small_part": ("training.small_size", ()),
+    "decoding.beam": ("decoding.method", ("beam",)),
     "model.heads": ("model.attention", ("multihead",)),
     "model.match": ("model.activation", ("maxout", "glu")),
     "optim.milestones": ("optim.schedule", ("step",)),
@@ -40,7 +45,9 @@ _NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
     "optim.other_learning_rate": ("optim.name", ("muon",)),
     **{f"decoding.{key}": ("decoding.method", ("sample",)) for key in ("temperature", "top_k", "top_p", "seed")},
 }
-"""What a key is of, where it does nothing otherwise. A recipe may hold it all the same; who sets it wants something."""
+"""What a key is of, where it does nothing otherwise: of these values of another key, or of any but 0 and none. A recipe
+may hold it all the same; who sets it wants something.
+"""
 WHILE_TRAINING = ("parts", "on_oom", "on_nonfinite", "checkpoint_minutes")
 """Keys of `training` that a run may go on with otherwise: none is of what is learnt, as far as all goes well."""
 
@@ -159,13 +166,16 @@ def decoding(recipe: TranslationRecipe, overrides: Iterable[str] = (), **flags: 
     return changed.decoding
 
 
-def resumed(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
-    """The recipe of a run that goes on, with other keys of those that settle how it runs and not what is trained.
+def resumed(recipe: Recipe, overrides: Iterable[str], *, data: str | None = None) -> Recipe:
+    """The recipe of a run that goes on, with other keys of those that settle how it runs and not what is trained, and
+    with `data` as where its data lies now, if it has been moved.
 
     Raises UserError, all at once, for other keys and for values that are out of range.
     """
     told = _choices(f"training.{key}" for key in WHILE_TRAINING)
     changes, mistakes = _permitted(overrides, "training", WHILE_TRAINING, told)
+    if data is not None:
+        changes.append((["data", "source"], data))
     return from_document(_changed(to_document(recipe), changes, mistakes), mistakes, origin="`--set`")
 
 
@@ -239,7 +249,7 @@ def find(name: str) -> Path:
 
 def header(name: str) -> list[str]:
     """The comment lines at the top of a recipe's file: what it reproduces, its command, its cost and its score."""
-    lines = find(name).read_text(encoding="utf-8").split("\n")
+    lines = find(name).read_text(encoding="utf-8-sig").split("\n")
     return [line.removeprefix("#").strip() for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
 
 
@@ -250,7 +260,7 @@ def read(path: Path, *, hint: str | None = None) -> dict[str, Any]:
             content = file.read(LONGEST + 1)
         if len(content) > LONGEST:
             raise ValueError(f"it is longer than {LONGEST:,} bytes, and a recipe has some 2,000")
-        return _parsed(content.decode("utf-8"))
+        return _parsed(content.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
     except ValueError as error:  # or not UTF-8
         raise UserError(f"`{path}` is not a TOML file: {error}", hint) from None
     except OSError as error:
@@ -314,9 +324,9 @@ def _idle(recipe: Recipe, changes: Iterable[tuple[list[str], Any]]) -> list[str]
     mistakes = []
     for key in (".".join(path) for path, _ in changes):
         other, needed = _NEEDED.get(key, ("", ()))
-        if other in values and values[other] not in needed:
-            wanted = " or ".join(f'"{value}"' for value in needed)
-            mistakes.append(f"`{key}` does nothing without `{other} = {wanted}`")
+        if other in values and (values[other] not in needed if needed else not values[other]):
+            wanted = " = " * bool(needed) + " or ".join(map(json.dumps, needed))
+            mistakes.append(f"`{key}` does nothing without `{other}{wanted}`")
     return mistakes
 
 

@@ -114,9 +114,7 @@ def resume(
             saved = _last(found)
         saved = share(saved, workers)
         data, overrides = workers.shared([data, list(overrides)])
-        recipe = resumed(saved.recipe, overrides)
-        if data is not None:
-            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": data})})
+        recipe = resumed(saved.recipe, overrides, data=data)
         task = build(
             recipe,
             saved.assets,
