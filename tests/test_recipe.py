@@ -369,7 +369,7 @@ def test_a_key_that_would_do_nothing_is_refused_where_it_is_set() -> None:
     ):
         with pytest.raises(UserError, match=re.escape(needed)):
             recipe.resolve(name, [change])
-    with pytest.raises(UserError, match="`data.crop_fill` does nothing without `data.crop_padding`"):
+    with pytest.raises(UserError, match=r"`data\.crop_fill` does nothing without `data\.crop_padding`"):
         recipe.resolve("resnet", ["data.crop_padding=0", "data.crop_fill=reflect"])
     assert recipe.resolve("seq2seq", ["decoding.top_k=2", "decoding.method=sample"]).recipe.decoding.top_k == 2
     # A recipe has it for when it is wanted, as its own rate of Muon's other weights.
