@@ -20,7 +20,9 @@ from dl7cli.distributed import ALONE, Workers
 from dl7cli.errors import UserError
 
 _NO_MEMORY = re.compile(
-    "can(no|')t allocate memory|out of memory|could not create a primitive(?! desc)|start new thread", re.I
+    "can(no|')t allocate memory|out of memory|could not create a primitive(?! desc)|start new thread|"
+    r"CU[A-Z]+_STATUS_\w*ALLOC(ATION)?_FAILED",
+    re.I,
 )
 """Said by torch, the drivers of GPUs, oneDNN and Python in a RuntimeError of no type of its own."""
 # Said once by some versions of torch, which ask for names that others do not know.
@@ -63,7 +65,7 @@ class Runtime:
     def autocast_search(self) -> AbstractContextManager[Any]:
         """As `autocast`, of translators that search and score; float32 is that on a GPU too, and not TF32."""
         exact = self.device.type == "cuda" and self.search_precision == "fp32"
-        return _without_tf32() if exact else self._autocast(self.search_precision)
+        return without_tf32() if exact else self._autocast(self.search_precision)
 
     def _autocast(self, precision: str) -> AbstractContextManager[Any]:
         return nullcontext() if precision == "fp32" else torch.autocast(self.device.type, DTYPES[precision])
@@ -142,7 +144,7 @@ def choose(
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
+def without_tf32() -> Iterator[None]:
     """Keep all digits of float32, where torch or its user would have a GPU spare some for speed."""
     parts: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [part.allow_tf32 for part in parts]

@@ -165,11 +165,11 @@ def beam_search(
     best = endings.clone()
 
     while len(walk.sentence) and walk.length <= walk.longest:
-        log_probabilities = walk.look()
-        values, ids = best_ids(log_probabilities, beam + 1)
+        # Ranked where the books are: torch for MPS ranks integers by half of their bits.
+        values, ids = best_ids(walk.look().to(walk.books), beam + 1)
         walk.check(values[:, 0], totals > -math.inf)
         rows, live = totals.shape
-        values, ids = values.to(walk.books).double().view(rows, live, -1), ids.to(walk.books).view(rows, -1)
+        values, ids = values.double().view(rows, live, -1), ids.view(rows, -1)
         # Not simply a sum: what the network says of a dead hypothesis may be NaN.
         extended = torch.where(totals[:, :, None] > -math.inf, totals[:, :, None] + values, -math.inf)
         ranked, order = extended.flatten(1).sort(dim=1, descending=True, stable=True)
@@ -256,7 +256,7 @@ class Walk:
         self._covered: Tensor | None = None
         self._attention: Tensor | None = None
         self._wants_attention = attention
-        self._highest = torch.tensor(-math.inf, device=self._device)
+        self._highest = torch.tensor(-math.inf, device=self.books)
         self._steps: list[_Taken] = []
 
     def look(self) -> Tensor:
@@ -309,7 +309,7 @@ class Walk:
 
         What is said of those that are not `live` (L, K) is arbitrary.
         """
-        live = live.flatten().to(greatest.device)
+        live = live.flatten()
         self._highest = torch.maximum(self._highest, torch.where(live, greatest, -math.inf).amax())  # NaN stays
 
     def scores(self, totals: Tensor, parents: Tensor, penalties: Tensor) -> Tensor:

@@ -144,6 +144,14 @@ def test_the_choice_is_that_of_all_workers(count: int, tiny: dict[str, Path]) ->
     assert compilation.wanted(task)
 
 
+@pytest.mark.parametrize("compile", ["auto", "always"])
+def test_workers_that_meet_in_every_layer_are_not_compiled(compile: str, tiny: dict[str, Path]) -> None:
+    task = build(tiny, "training.epochs=511000", "training.batch_norm=sync", f"training.compile={compile}")
+    assert compilation.wanted(task)
+    task.runtime = replace(task.runtime, workers=Workers(0, 2))
+    assert not compilation.wanted(task)
+
+
 def test_a_translator_is_not_compiled(tiny: dict[str, Path]) -> None:
     assert not compilation.wanted(tasks.build(resolve(str(tiny["seq2seq"])).recipe, runtime=CPU))
 

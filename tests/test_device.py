@@ -201,6 +201,8 @@ def test_bf16_is_refused_where_a_cpu_would_imitate_it(machine: Machine) -> None:
 
 def test_what_onednn_does_not_know_is_no_lack_of_memory() -> None:
     assert out_of_memory(RuntimeError("could not create a primitive"))
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"))
     assert not out_of_memory(RuntimeError("could not create a primitive descriptor for the LSTM forward propagation"))
 
 

@@ -128,6 +128,19 @@ def test_a_step_whose_loss_alone_is_not_finite_is_left_out_in_fp16(
     assert {name for name in changed if not name.startswith(("random.", "scaler."))} == {"skipped"}
 
 
+def test_a_gradient_that_no_scaler_mends_is_told(build: Callable[..., Task]) -> None:
+    """Its scale would be halved until it is 0, and the weights would stay as they are to the end."""
+    task = build("resnet")
+    trainer = Trainer.of(task)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-13)
+    poison(task, 1, where="gradient")
+    reports = fit(task, trainer, start=Progress())
+    next(reports)  # halves it to what still may be
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-15)
+    with pytest.raises(UserError, match="no gradient has been finite for long by step 2: loss "):
+        next(reports)
+
+
 def test_a_gradient_that_a_scaler_mends_is_no_reason_to_stop() -> None:
     loss, infinite = torch.tensor(1.5), torch.tensor(math.inf)
     check_finite(loss, infinite, 3, 0.1, scaled=True)

@@ -56,6 +56,27 @@ def test_matrices_are_made_orthogonal_as_their_singular_values_say(rows: int, co
     assert torch.isfinite(orthogonalise(torch.zeros(1, rows, columns))).all()
 
 
+def test_a_gpu_keeps_all_digits_of_what_is_made_orthogonal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its user or a container spares some for speed: the iteration would make 1.7 of a singular value of 1."""
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    allowed: list[bool] = []
+    product = torch.baddbmm
+
+    def observed(*arguments: Any, **options: Any) -> torch.Tensor:
+        allowed.append(matmul.allow_tf32)
+        return product(*arguments, **options)
+
+    monkeypatch.setattr(torch, "baddbmm", observed)
+    try:
+        matmul.allow_tf32 = True
+        orthogonalise(torch.randn(1, 4, 9))
+        assert set(allowed) == {False}
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
+
+
 def test_a_gradient_of_few_directions_is_made_orthogonal_too() -> None:
     """What rounding adds to singular values of zero must not grow beyond those that are there."""
     torch.manual_seed(1)

@@ -32,11 +32,12 @@ def run(network: nn.RNNBase, x: Tensor, state: State | None = None) -> tuple[Ten
     """Run one layer over x (B, S, W) from `state`, tensors (B, H), or zeros → outputs (B, S, H), state after the last
     step.
 
-    On CUDA always in float32: autocast gives cuDNN's recurrent kernels float16 even where bfloat16 was asked for, and
-    float16 gradients underflow.
+    On a GPU always in float32: autocast gives cuDNN's recurrent kernels float16 even where bfloat16 was asked for, and
+    float16 gradients underflow; MPS has no such kernels in autocast.
     """
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        with torch.autocast("cuda", enabled=False):
+    kind = x.device.type
+    if kind != "cpu" and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
             return run(network, x.float(), None if state is None else tuple(part.float() for part in state))
     before = None if state is None else tuple(part[None] for part in state)
     if network.mode == "LSTM":

@@ -44,6 +44,8 @@ def wanted(task: Task) -> bool:
     training = task.recipe.training
     if training.parts > 1:  # of which each is another size
         return False
+    if training.batch_norm == "sync" and task.runtime.workers.count > 1:
+        return False  # the workers meet in every layer: one that cannot compile would leave the others waiting
     if training.compile != "auto":
         return training.compile == "always"
     model = task.recipe.model

@@ -28,6 +28,8 @@ from dl7cli.training.optimisation import (
 )
 
 STEPS_BETWEEN_CHECKS = 50
+LEAST_SCALE = 2.0**-14
+"""Of the loss in fp16, from 2^16 on: halved thirty times more often than it has grown, it mends nothing."""
 """On a GPU, how often the loss is looked at: each look makes the processor wait for the device."""
 
 
@@ -197,6 +199,8 @@ def _judged(
         return norm, skipped
     if task.runtime.device.type == "cpu" or step % STEPS_BETWEEN_CHECKS == 0:
         check_finite(loss, norm, step + 1, rate, scaled=scaler.is_enabled(), model=task.model)
+        if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+            raise _diverged(f"no gradient has been finite for long by step {step + 1}", loss, norm, rate)
     return norm, None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dl7cli.device import without_tf32
 from dl7cli.models.embedding import Embeddings
 from dl7cli.recipe import Optim
 
@@ -101,20 +102,21 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     The quintic Newton-Schulz iteration of Jordan et al. 2024, with their coefficients, which go for speed rather than
     for singular values of exactly one: X ← (aI + bXXᵀ + c(XXᵀ)²)·X. Every factor is a polynomial of the first XXᵀ, so
     they commute, and iterating on that square alone takes less than half the work where it is small. It needs real
-    float32, since what XXᵀ is off by grows some 10⁴-fold; TF32 or bfloat16 do not do.
+    float32, since what XXᵀ is off by grows some 10⁴-fold; TF32, which some containers ask for, or bfloat16 do not do.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    square = x @ x.mT
-    identity = torch.eye(square.shape[1], device=x.device, dtype=x.dtype)
-    factor = product = torch.baddbmm(square, square, square, beta=b, alpha=c) + a * identity
-    for _ in range(iterations - 1):
-        square = factor @ square @ factor
-        factor = torch.baddbmm(square, square, square, beta=b, alpha=c) + a * identity
-        product = factor @ product
-    orthogonal: Tensor = product @ x
+    with without_tf32():
+        square = x @ x.mT
+        identity = torch.eye(square.shape[1], device=x.device, dtype=x.dtype)
+        factor = product = torch.baddbmm(square, square, square, beta=b, alpha=c) + a * identity
+        for _ in range(iterations - 1):
+            square = factor @ square @ factor
+            factor = torch.baddbmm(square, square, square, beta=b, alpha=c) + a * identity
+            product = factor @ product
+        orthogonal: Tensor = product @ x
     return orthogonal.mT if tall else orthogonal
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dl7cli import checkpoint, runs, tasks
 from dl7cli.checkpoint import Checkpoint, Progress
-from dl7cli.device import Runtime, peak_memory_bytes
+from dl7cli.device import Runtime, peak_memory_bytes, synchronise
 from dl7cli.distributed import Workers
 from dl7cli.errors import UserError
 from dl7cli.recipe import Recipe, parse_override, resumed
@@ -422,6 +422,9 @@ class _Watch:
         self._shown = 0.0
 
     def see(self, report: Report) -> None:
+        if report.progress.step % STEPS_BETWEEN_RECORDS == 0 or self.due():
+            # What follows waits for the device, and that is the time of the steps until here.
+            synchronise(self._task.runtime.device)
         now = time.monotonic()
         self.seconds = now - self._begin
         if report.scores is not None:
