@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from dl7cli.runs import Run
 from dl7cli.tasks.classification import Classification
 from dl7cli.tasks.translation import Translation
 from dl7cli.training import session
-from dl7cli.training.loop import Report, Trainer, fit
+from dl7cli.training.loop import Trainer, fit
 from dl7cli.training.optimisation import learning_rate
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
@@ -299,31 +298,6 @@ def check_diverged(action: Callable[[], Any]) -> None:
         if folder.exists():
             saved = checkpoint.load(folder, training=True)
             assert all(value.isfinite().all() for value in saved.weights.values())
-
-
-def test_a_record_of_an_overflown_gradient_is_json(tiny: dict[str, Path]) -> None:
-    task = tasks.build(resolve(str(tiny["resnet"])).recipe, runtime=CPU)
-    watch = session._Watch(task, 12, Progress(), {})
-    for loss, norm in ((1.0, 2.0), (3.0, math.inf)):
-        watch.see(Report(Progress(step=1), torch.tensor(loss), torch.tensor(norm), 0.1, 8))
-    record = watch.record(Report(Progress(step=2), torch.tensor(3.0), torch.tensor(math.inf), 0.1, 8))
-    assert json.loads(json.dumps(record, allow_nan=False)) == record
-    assert (record["loss"], record["gradient_norm"]) == (2.0, None)
-
-
-def test_a_device_has_done_its_steps_before_their_time_is_taken(
-    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where what follows would wait for it: at each record, and where progress is shown. A device is pretended."""
-    waited: list[int] = []
-    monkeypatch.setattr(session, "synchronise", lambda device: waited.append(step))
-    monkeypatch.setattr(session, "STEPS_BETWEEN_RECORDS", 4)
-    watch = session._Watch(tasks.build(resolve(str(tiny["resnet"])).recipe, runtime=CPU), 12, Progress(), {})
-    for step in range(1, 10):
-        shown = step == 6
-        watch._shown = 0.0 if shown else time.monotonic()
-        watch.see(Report(Progress(step=step), torch.tensor(1.0), torch.tensor(1.0), 0.1, 8))
-    assert waited == [4, 6, 8]
 
 
 # What is written

@@ -4,11 +4,9 @@ import contextlib
 import io
 import json
 import os
-import pty
 import re
 import select
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-from running import ENVIRONMENT, TINY_SEQ2SEQ, dl7, succeed
+from running import TINY_SEQ2SEQ, dl7, succeed
 
 from dl7cli.cli import main
 from dl7cli.cli.progress import Nothing, Plain
@@ -167,62 +165,6 @@ def test_a_line_is_answered_before_the_next_is_written(translator: Path, monkeyp
             main()
     other.join()
     assert b"".join(answers).decode("utf-8") == expected
-
-
-def test_what_has_not_come_yet_is_not_the_end(tmp_path: Path) -> None:
-    """Of standard input that does not block, as some programs hand it over."""
-    code = (
-        "from dl7cli.cli import sentences\n"
-        "with sentences.opened(None) as (_, batches):\n"
-        "    for batch in batches: print(len(batch), flush=True)"
-    )
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, stdin=reading, stdout=subprocess.PIPE, env=ENVIRONMENT) as process:
-        os.close(reading)
-        assert process.stdout is not None
-        for lines in (1, 2):
-            os.write(writing, b"red\n" * lines)
-            assert process.stdout.readline() == b"%d\n" % lines
-        os.close(writing)
-        assert process.stdout.read() == b""
-        assert process.wait() == 0
-
-
-def test_typed_lines_can_be_edited_and_called_back(tmp_path: Path) -> None:
-    """At a terminal that the test holds the other end of; the arrow up brings the line before."""
-    pytest.importorskip("readline")
-    code = (
-        "from dl7cli.cli.sentences import typed\n"
-        "for (line,) in typed(): print(line.number, line.text.upper(), flush=True)"
-    )
-    terminal, end = pty.openpty()
-    environment = {**ENVIRONMENT, "HOME": str(tmp_path), "TERM": "xterm"}
-    command = [sys.executable, "-c", code]
-    shown = b""
-    with subprocess.Popen(command, stdin=end, stdout=subprocess.PIPE, stderr=end, env=environment) as process:
-        os.close(end)
-        assert process.stdout is not None
-        for keys, answer in (
-            (b"red ca\x1b[D\xc3\xa4\n", "1 RED CÄA\n"),  # an arrow to the left before the letter
-            (b"\x1b[A blue\n", "2 RED CÄA BLUE\n"),
-            (b"\x04", ""),
-        ):
-            while not shown.endswith(b"> "):
-                shown += os.read(terminal, 1 << 16)
-            os.write(terminal, keys)
-            shown += b"|"
-            assert process.stdout.readline().decode("utf-8") == answer
-        with contextlib.suppress(OSError):  # the end, on Linux
-            while chunk := os.read(terminal, 1 << 16):
-                shown += chunk
-        assert process.wait() == 0
-    os.close(terminal)
-    assert shown.startswith(b"one line in, one line out; Ctrl-D ends\r\n> ")
-    assert shown.count(b"> ") >= 3
-    assert b"Traceback" not in shown
-    assert list(tmp_path.iterdir()) == [], "nothing of what was typed is kept"
 
 
 # JSON lines
