@@ -13,7 +13,7 @@ from typing import BinaryIO
 LONGEST_LINE = 1 << 22
 """Bytes: cutting so many into subwords takes seconds and hundreds of megabytes, and no model reads a thousandth."""
 
-_OPEN = re.compile(r"/dev/(?:(stdout|stderr)|fd/(\d+))|/proc/self/fd/(\d+)")
+_OPEN = re.compile(r"/dev/(?:(stdout|stderr)|fd/([0-9]{1,9}))|/proc/self/fd/([0-9]{1,9})")
 
 
 def size(file: Path | int) -> int:

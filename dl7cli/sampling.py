@@ -51,7 +51,7 @@ def sample(
     parents = torch.arange(samples, device=walk.books).expand_as(totals)
 
     while len(walk.sentence) and walk.length <= walk.longest:
-        log_probabilities = walk.look().to(walk.books)
+        log_probabilities = walk.look()
         live = totals > -math.inf
         walk.check(log_probabilities.amax(dim=1), live)
         point = draws[walk.sentence, :, walk.length].flatten()

@@ -165,8 +165,7 @@ def beam_search(
     best = endings.clone()
 
     while len(walk.sentence) and walk.length <= walk.longest:
-        # Ranked where the books are: torch for MPS ranks integers by half of their bits.
-        values, ids = best_ids(walk.look().to(walk.books), beam + 1)
+        values, ids = best_ids(walk.look(), beam + 1)
         walk.check(values[:, 0], totals > -math.inf)
         rows, live = totals.shape
         values, ids = values.double().view(rows, live, -1), ids.view(rows, -1)
@@ -273,7 +272,8 @@ class Walk:
                 raise ValueError("a coverage penalty needs attention")
             paid = attention.to(self.books).double()
             self._covered = paid if self._covered is None else self._covered + paid
-        return self._constrained(found.float())
+        # Ranked where the books are: torch for MPS ranks integers by half of their bits.
+        return self._constrained(found.float()).to(self.books)
 
     def _constrained(self, found: Tensor) -> Tensor:
         rules, length = self._rules, self.length

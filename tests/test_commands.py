@@ -70,7 +70,7 @@ def test_train_prints_one_object_and_tells_the_rest_on_standard_error(work: Path
     assert f"{result['parameters']:,} parameters (depth 8)" in told
     assert "8 in 2 epochs, seed 1" in told
     assert re.search(r"^epoch 1  validation accuracy [01]\.\d{4}  \(best\)$", told, re.MULTILINE)
-    assert "dl7 eval runs/resnet-1" in told
+    assert "next: dl7 plot curves runs/resnet-1" in told
     assert "dl7 classify --run runs/resnet-1 IMAGE" in told
 
 
@@ -260,11 +260,16 @@ def test_classify_names_a_file_that_is_no_image(work: Path, images: Path, tmp_pa
 
 def test_runs(work: Path, images: Path) -> None:
     header, first, second = succeed("runs", "list", cwd=work).out.splitlines()
-    assert header.split() == ["RUN", "RECIPE", "DATA", "STATE", "EPOCHS", "VALIDATION", "TEST"]
+    assert header.split() == ["RUN", "RECIPE", "DATA", "STATE", "EPOCHS", "VALIDATION", "TEST", "CHANGED"]
     assert first.split()[:5] == ["runs/resnet-1", "resnet", str(images), "finished", "2"]
     assert second.startswith("runs/seq2seq-1")
     listed = succeed("runs", "list", "--json", cwd=work).document["runs"]
     assert [run["name"] for run in listed] == ["resnet-1", "seq2seq-1"]
+    assert set(listed[0]["changed"]) == {"model.depth", "training.batch_size", "data.crop_padding", "training.epochs"}
+    assert listed[0]["changed"]["model.depth"] == [20, 8]
+    told = [f"{key}={json.dumps(now)}" for key, (_, now) in listed[1]["changed"].items()]
+    assert len(told) > 5
+    assert second.endswith(f"  {' '.join(told[:5])} …")
     before = succeed("runs", "show", "runs/resnet-1", "--json", cwd=work).document
     succeed("eval", "runs/resnet-1", cwd=work)
     after = succeed("runs", "show", "runs/resnet-1", "--json", cwd=work).document
@@ -284,15 +289,16 @@ def test_only_readings_of_its_own_data_are_a_run_s_own(work: Path, images: Path,
     shutil.copytree(work / "runs" / "resnet-1", tmp_path / "run")
     (tmp_path / "run" / "evaluations.jsonl").unlink()
     succeed("eval", "run", cwd=tmp_path)
+    shutil.copytree(images, tmp_path / "moved")
+    assert succeed("eval", "run", "--data", "moved", "--json", cwd=tmp_path).document["readings"] == 2
     shutil.copytree(images / "test", tmp_path / "other" / "test")
     next((tmp_path / "other" / "test" / "red").iterdir()).unlink()
-    told = succeed("eval", "run", "--data", "other", cwd=tmp_path)
-    assert "has read this split" not in told.err
-    again = succeed("eval", "run", "--data", "other", cwd=tmp_path)
-    assert "note: this run has read this split 2 times; a score that was chosen by it flatters\n" in again.err
-    assert succeed("runs", "show", "run", "--json", cwd=tmp_path).document["readings"] == {"test": 1}
+    for times in (1, 2):
+        found = succeed("eval", "run", "--data", "other", "--json", cwd=tmp_path).document
+        assert found["readings"] == times
+    assert succeed("runs", "show", "run", "--json", cwd=tmp_path).document["readings"] == {"test": 2}
     *_, own, others = succeed("runs", "show", "run", cwd=tmp_path).out.splitlines()
-    assert re.fullmatch(rf"test +read 1 time, .* of {images}", own)
+    assert re.fullmatch(rf"test +read 2 times, .* of {images}", own)
     assert re.fullmatch(r"test +read 2 times, .* of other", others)
 
 
@@ -421,7 +427,7 @@ def test_data_info_takes_keys_of_data_and_no_others(pairs: Path, tmp_path: Path)
     for change in ("training.epochs=3", "data.source=builtin:phrases"):
         failed = dl7("data", "info", str(pairs), "--set", change, cwd=tmp_path)
         assert (failed.code, failed.out) == (1, "")
-        assert f"`--set {change.split('=')[0]}` is not of how `{pairs}` is read" in failed.err
+        assert f"`--set {change.split('=')[0]}` does not change how `{pairs}` is read" in failed.err
 
 
 def test_a_logo_does_not_make_a_corpus_one_of_images(pairs: Path, images: Path, tmp_path: Path) -> None:

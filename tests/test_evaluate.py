@@ -96,6 +96,15 @@ def test_several_beams_are_one_object_and_a_reading_each(train: Callable[..., An
         assert line["details"] == {name: value for name, value in own["details"].items() if name != "source_lengths"}
 
 
+def test_scores_among_which_one_could_choose_are_told_of(train: Callable[..., Any]) -> None:
+    train("seq2seq", "decoding.beam=1")
+    for arguments, scores in (((), 1), (("--split", "validation"), 1), (("--beam", "1"), 1), (("--beam", "4"), 2)):
+        told = dl7("eval", "run", *arguments).stderr
+        said = f"note: this run has had {scores} different scores on this split; the best of them flatters\n"
+        assert (said in told) == (scores > 1)
+        assert ("flatters" in told) == (scores > 1)
+
+
 @pytest.mark.bf16
 def test_a_reading_says_in_what_precision_it_was_searched(train: Callable[..., Any]) -> None:
     run, _, _ = train("seq2seq", "training.epochs=1")
@@ -414,7 +423,7 @@ def test_runs_name_both_scores(train: Callable[..., Any], monkeypatch: pytest.Mo
     assert (summary.primary, summary.best) == ("log_likelihood", heard.epochs[0].scores.score)
     assert (summary.test_primary, summary.test) == ("bleu", result["scores"]["bleu"])
     listed = CliRunner().invoke(app, ["runs", "list"]).stdout.splitlines()[1]
-    assert re.search(rf"log-likelihood {summary.best:.4f} +BLEU {summary.test:.2f}$", listed)
+    assert re.search(rf"log-likelihood {summary.best:.4f} +BLEU {summary.test:.2f}  ", listed)
     shown = CliRunner().invoke(app, ["runs", "show", "run"]).stdout
     assert f"log-likelihood {summary.best:.4f} on validation, epoch 1" in shown
 

@@ -128,17 +128,21 @@ def test_a_step_whose_loss_alone_is_not_finite_is_left_out_in_fp16(
     assert {name for name in changed if not name.startswith(("random.", "scaler."))} == {"skipped"}
 
 
-def test_a_gradient_that_no_scaler_mends_is_told(build: Callable[..., Task]) -> None:
+@pytest.mark.parametrize("overrides", [[], [SKIP]])
+def test_a_gradient_that_no_scaler_mends_is_told(overrides: list[str], build: Callable[..., Task]) -> None:
     """Its scale would be halved until it is 0, and the weights would stay as they are to the end."""
-    task = build("resnet")
+    task = build("resnet", *overrides)
     trainer = Trainer.of(task)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-13)
-    poison(task, 1, where="gradient")
+    for step in (1, 2, 3):
+        poison(task, step, where="gradient")
     reports = fit(task, trainer, start=Progress())
-    next(reports)  # halves it to what still may be
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-15)
-    with pytest.raises(UserError, match="no gradient has been finite for long by step 2: loss "):
+    for _ in range(2):
         next(reports)
+    assert trainer.scaler.get_scale() == 2.0**-15
+    with pytest.raises(UserError, match="no gradient has been finite for long by step 3: loss ") as stopped:
+        next(reports)
+    assert "--precision" in (stopped.value.hint or "")
 
 
 def test_a_gradient_that_a_scaler_mends_is_no_reason_to_stop() -> None:

@@ -1,4 +1,4 @@
-"""No command on local data opens a connection, and with --offline none does at all."""
+"""What trains, evaluates and uses models on local data opens no connection, and with --offline nothing does."""
 
 import shutil
 import subprocess
@@ -31,6 +31,8 @@ def runs(tiny: dict[str, Path], whole: Callable[..., Run], tmp_path_factory: pyt
     for kind in ("resnet", "seq2seq"):
         shutil.copytree(whole(kind, "training.epochs=1").folder, folder / kind)
     shutil.copy(next((tiny["resnet"].parent / "images" / "test").rglob("*.png")), folder / "one.png")
+    (folder / "table.csv").mkdir()
+    (folder / "table.csv" / "train.csv").write_text("en,de\na,b\n")  # which `datasets` reads
     return folder
 
 
@@ -43,25 +45,27 @@ def without_sockets(*arguments: str, runs: Path, at: Path) -> "subprocess.Comple
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "code"),
     [
-        ("train", "RESNET", "--set", "training.epochs=1", "--out", "again", *ON_CPU),
-        ("eval", "resnet", *ON_CPU),
-        ("eval", "seq2seq", *ON_CPU),
-        ("translate", "--run", "seq2seq", *ON_CPU, "1 2 3"),
-        ("classify", "--run", "resnet", *ON_CPU, "one.png"),
-        ("doctor", "--offline"),
-        ("data", "list"),
-        ("data", "get", "owner/name", "--offline"),
+        (("train", "RESNET", "--set", "training.epochs=1", "--out", "again", *ON_CPU), 0),
+        (("eval", "resnet", *ON_CPU), 0),
+        (("eval", "seq2seq", *ON_CPU), 0),
+        (("translate", "--run", "seq2seq", *ON_CPU, "1 2 3"), 0),
+        (("classify", "--run", "resnet", *ON_CPU, "one.png"), 0),
+        (("data", "info", "table.csv", "--task", "translation"), 0),
+        (("doctor", "--offline"), 0),
+        (("data", "list"), 0),
+        (("data", "get", "owner/name", "--offline"), 1),
     ],
-    ids=lambda command: " ".join(command[:2]),
 )
-def test_no_connection_is_opened(command: tuple[str, ...], runs: Path, tiny: dict[str, Path], tmp_path: Path) -> None:
+def test_no_connection_is_opened(
+    command: tuple[str, ...], code: int, runs: Path, tiny: dict[str, Path], tmp_path: Path
+) -> None:
     done = without_sockets(
         *(str(tiny["resnet"]) if one == "RESNET" else one for one in command), runs=runs, at=tmp_path
     )
     assert "a connection was opened" not in done.stderr
-    assert done.returncode == (command[1] == "get"), done.stderr
+    assert done.returncode == code, done.stderr
 
 
 def test_a_connection_would_be_seen(runs: Path, tmp_path: Path) -> None:

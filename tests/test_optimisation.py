@@ -56,6 +56,7 @@ def test_matrices_are_made_orthogonal_as_their_singular_values_say(rows: int, co
     assert torch.isfinite(orthogonalise(torch.zeros(1, rows, columns))).all()
 
 
+@pytest.mark.filterwarnings("ignore:Please use the new API settings")
 def test_a_gpu_keeps_all_digits_of_what_is_made_orthogonal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where its user or a container spares some for speed: the iteration would make 1.7 of a singular value of 1."""
     matmul: Any = torch.backends.cuda.matmul

@@ -83,10 +83,16 @@ def test_the_curves_of_runs_are_what_they_have_recorded(
         (losses, "step", [record for record in records if record["loss"] is not None]),
         (scores, "epoch", [record for record in records if "scores" in record]),
     ):
-        assert len(axes.lines) == 2
-        for line in axes.lines:
+        drawn = [line for line in axes.lines if line.get_linestyle() != ":"]
+        assert len(drawn) == 2
+        for line in drawn:
             expected = [[one[key], one["loss"] if key == "step" else one["scores"]["accuracy"]] for one in kept]
             assert line.get_xydata().tolist() == expected
+    dotted = [line.get_xydata().tolist() for line in losses.lines if line.get_linestyle() == ":"]
+    closed = [record for record in records if "scores" in record]
+    assert dotted == [[[one["step"], one["negative_log_likelihood"]] for one in closed]] * 2
+    assert scores.get_title().startswith("accuracy on validation of")
+    assert losses.get_title() == "training loss; dotted: on validation"
     # Foreign records, and runs that have one name.
     (tmp_path / "elsewhere").mkdir()
     shutil.copytree(tmp_path / "one", tmp_path / "elsewhere" / "one")

@@ -359,12 +359,8 @@ def test_a_key_that_would_do_nothing_is_refused_where_it_is_set() -> None:
         ),
         ("seq2seq", "model.heads=2", '`model.heads` does nothing without `model.attention = "multihead"`'),
         ("seq2seq", "decoding.top_k=2", '`decoding.top_k` does nothing without `decoding.method = "sample"`'),
-        ("plain20-paper", "model.shortcut=B", "`model.shortcut` does nothing without `model.residual = true`"),
-        (
-            "seq2seq-sutskever",
-            "model.decoder=luong",
-            '`model.decoder` does nothing without `model.attention = "additive"',
-        ),
+        ("plain20-paper", "model.shortcut=B", "`model.shortcut` does nothing without `model.residual`"),
+        ("seq2seq-sutskever", "model.decoder=luong", "`model.decoder` does nothing without `model.attention`"),
         ("resnet", "training.small_part=0.6", "`training.small_part` does nothing without `training.small_size`"),
     ):
         with pytest.raises(UserError, match=re.escape(needed)):

@@ -406,7 +406,12 @@ def test_a_run_whose_best_is_lost_goes_on_from_its_last(
     ("runtime", "began", "now"),
     [
         ({"device_name": "cpu, 9 threads"}, "cpu", "cpu, 9 threads"),
-        ({"precision": "bf16", "device_name": "cpu, 9 threads"}, "cpu, fp32", "cpu, 9 threads, bf16"),
+        pytest.param(
+            {"precision": "bf16", "device_name": "cpu, 9 threads"},
+            "cpu, fp32",
+            "cpu, 9 threads, bf16",
+            marks=pytest.mark.bf16,
+        ),
         ({}, None, None),
     ],
 )
@@ -418,8 +423,8 @@ def test_going_on_otherwise_is_said(
         training.train(recipe, out=tmp_path / "run", runtime=CPU, listener=Stopping())
     heard = Heard()
     training.resume(str(tmp_path / "run"), runtime=replace(CPU, **runtime), listener=heard)  # type: ignore[arg-type]
-    told = f"the run began with {began}, now it goes on with {now}: the result may differ from that of the run never"
-    assert heard.notes == ([f"{told} stopped"] if began else [])
+    told = f"the run was trained with {began} until now, and goes on with {now}: the result may differ from that of the"
+    assert heard.notes == ([f"{told} run never stopped"] if began else [])
 
 
 def test_going_on_with_another_torch_is_said(tiny: dict[str, Path], tmp_path: Path, every_step: None) -> None:
@@ -432,7 +437,7 @@ def test_going_on_with_another_torch_is_said(tiny: dict[str, Path], tmp_path: Pa
     file.write_text(json.dumps(environment))
     heard = Heard()
     training.resume(str(tmp_path / "run"), runtime=CPU, listener=heard)
-    assert [note.split(", now")[0] for note in heard.notes] == ["the run began with torch 1.2.3"]
+    assert [note.split(" until")[0] for note in heard.notes] == ["the run was trained with torch 1.2.3"]
 
 
 class Heard(Silent):

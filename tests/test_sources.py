@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -15,7 +15,7 @@ import huggingface_hub
 import pyarrow.parquet
 import pytest
 
-from dl7cli.data import sources
+from dl7cli.data import growth, sources
 from dl7cli.data.pairs import read_pairs
 from dl7cli.errors import UserError
 
@@ -200,7 +200,7 @@ def test_it_is_told_how_much_has_been_loaded(source: str, tmp_path: Path, monkey
     own = datasets.load_dataset(str(write_folder(tmp_path / "set")), cache_dir=str(tmp_path / "own"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
     monkeypatch.setattr(sources, "_reachable", lambda _: True)
-    monkeypatch.setattr(sources, "TOLD_SECONDS", 0.01)
+    monkeypatch.setattr(growth, "TOLD_SECONDS", 0.01)
 
     def load_dataset(path: str, **arguments: object) -> object:
         folder = hub / "datasets--somebody--words" if source == "somebody/words" else Path(str(arguments["cache_dir"]))
@@ -357,21 +357,36 @@ def test_a_hub_out_of_reach_is_said_without_retries(
 
 
 @pytest.mark.parametrize(
-    ("says", "advice"),
+    ("says", "error", "advice"),
     [
-        ("Dataset scripts are no longer supported, but found name.py", "it is a program, and none is run"),
-        ("peer closed connection without sending complete message body", "try again: what has come so far is kept"),
+        (
+            "Dataset scripts are no longer supported, but found name.py",
+            RuntimeError,
+            "it is a program, and none is run",
+        ),
+        (
+            "peer closed connection",
+            type("RemoteProtocolError", (Exception,), {"__module__": "httpx"}),
+            "try again: what has come so far is kept; or give the",
+        ),
+        ("timed out", TimeoutError, "try again: what has come so far is kept; or give the data"),
+        ("Couldn't cast", ValueError, "give the data with"),
+        ("No space left on device", lambda says: OSError(errno.ENOSPC, says), "make room, or set `HF_HOME`"),
     ],
 )
 def test_what_the_hub_cannot_give_is_said_with_what_to_do(
-    says: str, advice: str, hub: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+    says: str,
+    error: Callable[[str], Exception],
+    advice: str,
+    hub: tuple[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError(f"{says}\nmore")
+        raise error(f"{says}\nmore")
 
     monkeypatch.setenv("HF_ENDPOINT", hub[0])
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match=f"^`owner/name` cannot be loaded: {says}$") as it:
+    with pytest.raises(UserError, match=f"^`owner/name` cannot be loaded: .*{says}") as it:
         sources.load_splits("owner/name")
     assert (it.value.hint or "").startswith(advice)
 

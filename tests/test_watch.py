@@ -33,9 +33,12 @@ def test_a_device_has_done_its_steps_before_their_time_is_taken(
     waited: list[int] = []
     monkeypatch.setattr(session, "synchronise", lambda device: waited.append(step))
     monkeypatch.setattr(session, "STEPS_BETWEEN_RECORDS", 4)
-    watch = session._Watch(tasks.build(resolve(str(tiny["resnet"])).recipe, runtime=CPU), 12, Progress(), {})
+    task = tasks.build(resolve(str(tiny["resnet"])).recipe, runtime=CPU)
+    watch = session._Watch(task, 12, Progress(), {})
     for step in range(1, 10):
         shown = step == 6
         watch._shown = 0.0 if shown else time.monotonic()
         watch.see(Report(Progress(step=step), torch.tensor(1.0), torch.tensor(1.0), 0.1, 8))
     assert waited == [4, 6, 8]
+    watch.see(Report(Progress(step=11, batch=task.steps(0)), torch.tensor(1.0), torch.tensor(1.0), 0.1, 8))
+    assert waited[3:] == [step], "before a validation"

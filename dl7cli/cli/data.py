@@ -1,6 +1,7 @@
 """`dl7 data`: which data there are, and what is in them."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -119,13 +120,10 @@ def _read(source: str, task: str | None, overrides: list[str], offline: bool) ->
     """Read a source as a training would, with the keys of the `data` section that `overrides` change."""
     from dl7cli import recipe as recipes
 
-    for text in overrides:
-        key = text.partition("=")[0].strip()
-        if key.startswith("data.") and key != "data.source":
-            continue
-        raise UserError(
-            f"`--set {key}` is not of how `{source}` is read", hint="keys of `data` other than `data.source` are"
-        )
+    for key in (text.partition("=")[0].strip() for text in overrides):
+        if not key.startswith("data.") or key == "data.source":
+            hint = "keys of `data` do, other than `data.source`"
+            raise UserError(f"`--set {key}` does not change how `{source}` is read", hint)
     with console.display() as display:
         task = task or known().get(source) or _guess(source, offline, display.progress)
         data = recipes.resolve(_RECIPE[task], overrides, data=source).recipe.data
@@ -159,14 +157,17 @@ def _guess(source: str, offline: bool, progress: "Progress") -> str:
 
     if sources.is_local(source):
         path = sources.existing_path(source)
-        files = [path] if path.is_file() else list(sources.files_below(path))
-        suffixes = {file.suffix.lower() for file in files}
-        images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        suffixes: Counter[str] = Counter()
+        in_a_split = False
+        for file in [path] if path.is_file() else sources.files_below(path):
+            suffixes[file.suffix.lower()] += 1
+            if not in_a_split and file.suffix.lower() in IMAGE_SUFFIXES and file != path:
+                in_a_split = sources.split_name(file.relative_to(path).parts[0]) is not None
+        images = sum(suffixes[suffix] for suffix in IMAGE_SUFFIXES)
         # One picture in a corpus of text is a logo.
-        in_a_split = any(sources.split_name(file.relative_to(path).parts[0]) for file in images if file != path)
-        if in_a_split or 2 * len(images) > len(files) or (path.is_dir() and is_cifar(path)):
+        if in_a_split or 2 * images > suffixes.total() or (path.is_dir() and is_cifar(path)):
             return "classification"
-        if not suffixes.intersection(_TABLE_SUFFIXES):
+        if not suffixes.keys() & set(_TABLE_SUFFIXES):
             return "translation"
     with sources.working_folder(sources.cache_folder()) as working:
         splits = sources.load_splits(source, offline=offline, progress=progress, working=working)

@@ -66,8 +66,8 @@ def evaluate(
 
     Each reading is noted in the run's evaluations.jsonl, and in those of --with, whose data and decoding
     are not used; dl7 runs show counts them. With several beams each is a reading, and --json prints the
-    keys of the first one and the list beams, an object for each: beam, scores, details, and the seconds of
-    translating.
+    keys of the first one, but for the seconds and readings, which are of all, and the list beams, an object for
+    each: beam, scores, details, and the seconds of translating.
     """
     beams = parse_beams(beam)
     if output is not None and len(beams) > 1:
@@ -123,7 +123,7 @@ def parse_beams(text: str | None) -> list[int]:
 
 def _explain(split: str, primary: str, sweep: list[dict[str, Any]]) -> None:
     if split == "test":
-        console.note("note: choose a beam with --split validation")
+        console.note("note: choose a beam with --split validation; the test score of one chosen on test flatters")
     by_width = [entry["scores"][primary] for entry in sorted(sweep, key=lambda entry: int(entry["beam"]))]
     if by_width != sorted(by_width):
         console.note(
@@ -149,8 +149,6 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
     console.write(f"{told} on the {result['split']} split of {result['data']} ({console.extent(result)}), by {by}")
     if result["signature"] is not None:
         console.write(f"signature {result['signature']}")
-    if result["split"] == "test" and (times := result.get("readings", 1)) > 1:
-        console.note(f"note: this run has read this split {times} times; a score that was chosen by it flatters")
     if cut := result["details"].get("cut_sources"):
         told = f"{console.count(cut, 'source')} of {result['examples']:,}"
         console.note(f"note: {told} had more subwords than `data.max_length` and was cut")

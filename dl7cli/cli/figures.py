@@ -62,7 +62,7 @@ def refuse_unwritable(path: Path) -> None:
     """Raise UserError where `save` would: for another suffix than .png and .svg, and a place that cannot be written."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"`{path}` ends in neither `.png` nor `.svg`", hint="the suffix says which of the two to write")
-    folder = Path(os.path.realpath(path)).parent
+    folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):  # which raises nothing, whatever is wrong with the name
         raise UserError(f"`{path}` cannot be written: there is no folder `{folder}`", hint="make the folder first")
     if os.path.isdir(path):
@@ -212,6 +212,8 @@ class Course(NamedTuple):
     data: str
     losses: list[tuple[int, float]]
     """Step, and the mean training loss since the one before."""
+    validation: list[tuple[int, float]]
+    """Step, and the negative log-likelihood on validation, where it is recorded: of classifiers."""
     score: str | None
     """What the best epoch is chosen by."""
     scores: list[tuple[int, float]]
@@ -245,7 +247,10 @@ def learning_curves(courses: Sequence[Course], score: str, *, suffix: str) -> tu
             for axes, points in ((losses, course.losses), (scores, course.scores)):
                 x, y = zip(*points, strict=True) if points else ((), ())
                 axes.plot(x, y, style(number), color=f"C{number % COLOURS}", label=label)
-        losses.set(title="training loss", xlabel="step")
+            if course.validation:
+                losses.plot(*zip(*course.validation, strict=True), ":", color=f"C{number % COLOURS}")
+        dotted = "; dotted: on validation" if any(course.validation for course in courses) else ""
+        losses.set(title=f"training loss{dotted}", xlabel="step")
         scores.set(xlabel="epoch")
         scores.set_title(title, parse_math=False)
         scores.xaxis.get_major_locator().set_params(integer=True)

@@ -65,7 +65,7 @@ DecodingSet = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", metavar="N", help="Seed of everything random."),
+    typer.Option("--seed", metavar="N", help="Seed of weights, order, augmentation and dropout."),
 ]
 SeedOfSample = Annotated[
     int | None,

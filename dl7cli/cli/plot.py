@@ -99,7 +99,8 @@ def curves(
 ) -> None:
     """Draw how runs have learnt: training loss by step, score on validation by epoch.
 
-    The runs must be chosen by the same score.
+    Beside the training loss stands that of a classifier on validation, without label smoothing, augmentation
+    and dropout. The runs must be chosen by the same score.
     """
     figures.refuse_unwritable(output)
     from dl7cli import runs
@@ -123,10 +124,15 @@ def curves(
 def _course(records: Sequence[dict[str, Any]], name: str, data: str) -> figures.Course:
     """What the records of a run say; a loss that is missing, as of steps that were left out, is passed over."""
     closed = [record for record in records if record.get("primary") is not None]
+    losses, validation = (
+        [(record.get("step", 0), record[key]) for record in records if isinstance(record.get(key), int | float)]
+        for key in ("loss", "negative_log_likelihood")
+    )
     return figures.Course(
         name,
         data,
-        [(record.get("step", 0), record["loss"]) for record in records if isinstance(record.get("loss"), int | float)],
+        losses,
+        validation,
         closed[-1]["primary"] if closed else None,
         [(record.get("epoch", 0), record["scores"][record["primary"]]) for record in closed],
     )

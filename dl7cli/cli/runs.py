@@ -1,5 +1,6 @@
 """`dl7 runs`: what has been trained."""
 
+import json
 from dataclasses import asdict
 from typing import Any
 
@@ -7,12 +8,15 @@ import typer
 
 from dl7cli.cli import console, options
 
+MOST_CHANGES = 5
+"""Keys in a line of the list."""
+
 app = typer.Typer(no_args_is_help=True, help="List and show runs: what was trained and how well it went.")
 
 
 @app.command("list", epilog="Example: dl7 runs list")
 def list_runs(as_json: options.Json = False) -> None:
-    """List the runs under runs/, the oldest first."""
+    """List the runs under runs/, the oldest first, with the keys in which they differ from the shipped recipe."""
     from dl7cli import runs
 
     summaries = runs.listing()
@@ -23,7 +27,7 @@ def list_runs(as_json: options.Json = False) -> None:
         console.note(f"there are no runs under {runs.RUNS}; dl7 train resnet makes one")
         return
     console.table(
-        ("RUN", "RECIPE", "DATA", "STATE", "EPOCHS", "VALIDATION", "TEST"),
+        ("RUN", "RECIPE", "DATA", "STATE", "EPOCHS", "VALIDATION", "TEST", "CHANGED"),
         [
             (
                 runs.RUNS / summary.name,
@@ -33,6 +37,7 @@ def list_runs(as_json: options.Json = False) -> None:
                 summary.epochs,
                 _score(summary.primary, summary.best),
                 _score(summary.test_primary, summary.test),
+                _changes(summary.changed),
             )
             for summary in summaries
         ],
@@ -54,9 +59,11 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
     evaluations = runs.evaluations(found)
     best = runs.chosen(closed, recipe)
     own = recipe.data.source
+    digests = {record["digest"] for record in evaluations if record.get("data", own) == own and "digest" in record}
     read: dict[tuple[str, str], list[dict[str, Any]]] = {("test", own): []}
     for record in evaluations:
-        read.setdefault((str(record.get("split")), str(record.get("data", own))), []).append(record)
+        data = own if record.get("digest") in digests else str(record.get("data", own))
+        read.setdefault((str(record.get("split")), data), []).append(record)
     shown: dict[str, Any] = {
         "run": str(found.folder),
         "recipe": recipe.name,
@@ -93,6 +100,11 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
             by = f"{by} together with {', '.join(newest['others'])}"
         score = f"{_record_score(newest)} of {data}{by}"
         console.write(f"{split:<12}read {console.count(len(records), 'time')}, last {newest.get('time', '-')}: {score}")
+
+
+def _changes(changed: dict[str, list[Any]]) -> str:
+    told = [f"{key}={json.dumps(now)}" for key, (_, now) in changed.items()]
+    return " ".join(told[:MOST_CHANGES] + ["…"] * (len(told) > MOST_CHANGES))
 
 
 def _record_score(record: dict[str, Any]) -> str:

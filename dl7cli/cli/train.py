@@ -291,5 +291,4 @@ def _next_commands(result: dict[str, Any]) -> str:
         if result["task"] == "classification"
         else f'dl7 translate --run {run} --beam 5 "…"'
     )
-    split = "" if result["split"] == "test" else f" --split {result['split']}"
-    return f"next: dl7 eval {run}{split}\n      {use}"
+    return f"next: dl7 plot curves {run}\n      {use}"

@@ -76,12 +76,9 @@ def read_pairs(
         found = _builtin(source, languages)
     elif sources.is_local(source):
         path = sources.existing_path(source)
-        try:
-            found = _text_file(path, languages, progress) if path.is_file() else None
-            if path.is_dir():
-                found = _text_folder(path, languages, notes, progress, for_training)
-        except OSError as error:
-            raise UserError(f"`{error.filename or path}` cannot be read: {error.strerror}") from error
+        found = _text_file(path, languages, progress) if path.is_file() else None
+        if path.is_dir():
+            found = _text_folder(path, languages, notes, progress, for_training)
         if found is not None:
             sources.refuse_configuration(source)
         else:

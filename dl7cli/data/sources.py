@@ -20,11 +20,12 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dl7cli.data.damage import damage, emptiness
+from dl7cli.data.growth import growth_told
 from dl7cli.data.refusing import refuse_endless, refuse_remote
 from dl7cli.errors import UserError
 
@@ -36,8 +37,6 @@ Progress = Callable[[str, int, int], None]
 
 BUILTIN = ("builtin:shapes", "builtin:phrases")
 REACH_SECONDS = 5.0
-TOLD_SECONDS = 1.0
-"""Between two reports of how much has been loaded."""
 
 _SPLITS = {
     "train": "train",
@@ -53,6 +52,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?(:[\w.-]+)?", r
 _TEXT_SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".txt")
 _TABLE_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_CLIENTS = ("httpx", "httpcore", "requests", "aiohttp", "huggingface_hub", "fsspec")
+"""Whose errors are those of a connection, as versions of `datasets` let them through."""
 _TRUE = ("1", "ON", "YES", "TRUE")
 
 
@@ -148,12 +149,14 @@ def is_file(source: str) -> bool:
 def existing_path(source: str) -> Path:
     """Return the path of a local source; raise UserError if nothing is there or it is an empty folder."""
     path = local_path(source)
-    if not source:  # to Path the folder that one is in
+    if not _split_configuration(source)[0]:  # to Path the folder that one is in
         raise UserError("the data source is empty", hint="name a folder, a file or a data set")
     if not os.path.exists(path):  # unlike Path's, False for a name that no file can have
         raise UserError(f"there is no file or folder `{source}`", hint="check the path given as the data source")
     try:
         empty = path.is_dir() and not any(path.iterdir())
+        if path.is_dir() and not os.access(path, os.X_OK):  # its names may be read, and nothing else
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise _unreadable(path, error) from error
     if empty:
@@ -256,16 +259,18 @@ def load_splits(
     if local:
         offline = True
         folder = existing_path(source)
-        if pattern := next((one for one in "*?[" if one in str(folder.resolve())), None):
+        place = str(folder.resolve())
+        if pattern := next((one for one in "*?[" if one in place), None):
             # To `datasets` it is a pattern, of other files perhaps.
-            raise UserError(f"`{folder.resolve()}` cannot be read with `{pattern}` in its name", hint="rename it")
+            raise UserError(f"`{place}` cannot be read with `{pattern}` in its name", hint="rename it")
         arguments["cache_dir"] = str(working or cache_folder() / "datasets")
         if folder.is_file():
+            refuse_configuration(source)
             if folder.suffix != ".parquet":
                 raise UserError(f"`{folder}` is not a kind of file that can be read here")
-            path, arguments["data_files"] = "parquet", {"train": str(folder.resolve())}
+            path, arguments["data_files"] = "parquet", {"train": place}
         else:
-            path = str(folder.resolve())
+            path = place
             if not has_tables(folder):
                 by_split(sorted(entry.name for entry in folder.iterdir()), source, for_training=for_training)
                 raise UserError(
@@ -287,7 +292,7 @@ def load_splits(
                 hint=f"{mirror}give the data with `--data FOLDER`, or use `--data builtin:shapes` or `builtin:phrases`",
             )
     written = [arguments["cache_dir"]] if local else [_downloaded(path), str(_prepared(path))]
-    with _datasets_quiet(offline) as library, _growth_told(written, source, progress):
+    with _datasets_quiet(offline) as library, growth_told(written, source, progress):
         try:
             if local:
                 if folder.is_dir():
@@ -355,40 +360,6 @@ def _downloaded(identity: str) -> str:
     from huggingface_hub import constants
 
     return os.path.join(constants.HF_HUB_CACHE, "--".join(["datasets", *identity.split("/")]))
-
-
-@contextlib.contextmanager
-def _growth_told(folders: Sequence[str], source: str, progress: Progress) -> Iterator[None]:
-    """Report, from a thread, by how many megabytes the folders that a source is loaded into have grown."""
-    what, over = f"loading {source}, megabytes", threading.Event()
-    before = sum(map(_bytes_below, folders))
-
-    def tell() -> None:
-        pause = TOLD_SECONDS
-        while not over.wait(pause):
-            begin = time.monotonic()
-            progress(what, max(0, sum(map(_bytes_below, folders)) - before) // 10**6, 0)
-            pause = max(TOLD_SECONDS, 20 * (time.monotonic() - begin))  # looking takes long where files are many
-
-    teller = threading.Thread(target=tell, daemon=True)
-    progress(what, 0, 0)
-    teller.start()
-    try:
-        yield
-    finally:
-        over.set()
-        teller.join()
-        progress(what, 1, 1)
-
-
-def _bytes_below(folder: str) -> int:
-    """The size of the files below a folder, as far as they are still there when it is asked."""
-    sizes = 0
-    for place, _, files in os.walk(folder):
-        for name in files:
-            with contextlib.suppress(OSError):
-                sizes += os.lstat(os.path.join(place, name)).st_size
-    return sizes
 
 
 def _in_hub_cache(source: str) -> bool:
@@ -486,9 +457,13 @@ def _load_error(source: str, error: Exception) -> UserError:
         more = " and others" if len(meant) > 10 else ""
         hint = f"look into {listed(map(str, meant[:10]))}{more}" if meant else None
         return UserError(f"`{source}` cannot be loaded: {lines[0]}", hint=hint)
-    hint = "try again: what has come so far is kept; or give the data with `--data FOLDER`"
+    hint = "give the data with `--data FOLDER`"
     if "scripts are no longer supported" in lines[0]:
         hint = "it is a program, and none is run from there: look for the same data as parquet files"
+    elif isinstance(reason, OSError) and reason.errno in _NO_ROOM:
+        hint = "make room, or set `HF_HOME` to another folder"
+    elif isinstance(reason, ConnectionError | TimeoutError) or type(reason).__module__.split(".")[0] in _CLIENTS:
+        hint = f"try again: what has come so far is kept; or {hint}"
     return UserError(f"`{source}` cannot be loaded: {lines[0]}", hint)
 
 

@@ -172,7 +172,9 @@ class ImageTraining(Training):
     With `local` the running statistics, which evaluation uses, are those of the first worker.
     """
     compile: Literal["auto", "always", "never"] = "auto"
-    """Whether the model is compiled before the first step; `auto`: where the steps repay it."""
+    """Whether the model is compiled before the first step; `auto`: where the steps repay it. Never where batches are
+    taken in parts, or by several workers with `batch_norm = "sync"`.
+    """
 
 
 class Evaluation(Section):

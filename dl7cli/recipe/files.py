@@ -33,8 +33,8 @@ MOST_TOLD = 20
 DEEPEST = 8
 """Tables and lists within one another."""
 _NEEDED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "model.shortcut": ("model.residual", (True,)),
-    "model.decoder": ("model.attention", ("additive", "dot", "general", "concat", "multihead")),
+    "model.shortcut": ("model.residual", ()),
+    "model.decoder": ("model.attention", ()),
     "data.crop_fill": ("data.crop_padding", ()),
     "training.small_part": ("training.small_size", ()),
     "decoding.beam": ("decoding.method", ("beam",)),
@@ -45,9 +45,10 @@ _NEEDED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "optim.other_learning_rate": ("optim.name", ("muon",)),
     **{f"decoding.{key}": ("decoding.method", ("sample",)) for key in ("temperature", "top_k", "top_p", "seed")},
 }
-"""What a key is of, where it does nothing otherwise: of these values of another key, or of any but 0 and none. A recipe
-may hold it all the same; who sets it wants something.
+"""What a key is of, where it does nothing otherwise: of these values of another key, or of any that is something. A
+recipe may hold it all the same; who sets it wants something.
 """
+_NOTHING = (None, False, 0, "none")
 WHILE_TRAINING = ("parts", "on_oom", "on_nonfinite", "checkpoint_minutes")
 """Keys of `training` that a run may go on with otherwise: none is of what is learnt, as far as all goes well."""
 
@@ -176,7 +177,8 @@ def resumed(recipe: Recipe, overrides: Iterable[str], *, data: str | None = None
     changes, mistakes = _permitted(overrides, "training", WHILE_TRAINING, told)
     if data is not None:
         changes.append((["data", "source"], data))
-    return from_document(_changed(to_document(recipe), changes, mistakes), mistakes, origin="`--set`")
+    origin = "`--set`" if data is None else "what was given"
+    return from_document(_changed(to_document(recipe), changes, mistakes), mistakes, origin=origin)
 
 
 def _permitted(
@@ -324,8 +326,8 @@ def _idle(recipe: Recipe, changes: Iterable[tuple[list[str], Any]]) -> list[str]
     mistakes = []
     for key in (".".join(path) for path, _ in changes):
         other, needed = _NEEDED.get(key, ("", ()))
-        if other in values and (values[other] not in needed if needed else not values[other]):
-            wanted = " = " * bool(needed) + " or ".join(map(json.dumps, needed))
+        if other in values and (values[other] not in needed if needed else values[other] in _NOTHING):
+            wanted = f" = {' or '.join(map(json.dumps, needed))}" if needed else ""
             mistakes.append(f"`{key}` does nothing without `{other}{wanted}`")
     return mistakes
 

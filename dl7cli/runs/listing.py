@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dl7cli.errors import UserError
+from dl7cli.recipe import Recipe, differences, resolve, shipped
 from dl7cli.runs.folder import Run, all_runs, file_time, is_locked, read_recipe, usable
 from dl7cli.runs.records import chosen, evaluations, metrics
 from dl7cli.runs.records import result as result_of
@@ -18,6 +19,8 @@ class Summary:
     recipe: str | None
     task: str | None
     data: str | None
+    changed: dict[str, list[Any]]
+    """Keys in which its recipe differs from the shipped one of that name, with both values; not the data's name."""
     state: str
     """`training`; `finished`; `interrupted`: there is a checkpoint to go on from; `empty`: there is none."""
     epochs: int
@@ -36,10 +39,23 @@ class Summary:
 
 def listing() -> list[Summary]:
     """What the files of each run under `runs/` say, the oldest run first; damaged files count as missing."""
-    return [_summary(run) for run in sorted(all_runs(), key=lambda run: (file_time(run.recipe_file), run.name))]
+    known: dict[tuple[str, bool], Recipe | None] = {}
+    ordered = sorted(all_runs(), key=lambda run: (file_time(run.recipe_file), run.name))
+    return [_summary(run, known) for run in ordered]
 
 
-def _summary(run: Run) -> Summary:
+def _changes(recipe: Recipe, known: dict[tuple[str, bool], Recipe | None]) -> dict[str, list[Any]]:
+    """As `Summary.changed`; `known` has the shipped recipes read so far, by name and whether on the built-in set."""
+    key = recipe.name, recipe.data.source.startswith("builtin:")
+    if key not in known:
+        resolved = resolve(recipe.name) if recipe.name in shipped() else None
+        small = resolved.fallback() if resolved and resolved.fallback and key[1] else None
+        known[key] = small or (resolved.recipe if resolved else None)
+    own = known[key]
+    return {} if own is None else {key: both for key, both in differences(own, recipe).items() if key != "data.source"}
+
+
+def _summary(run: Run, known: dict[tuple[str, bool], Recipe | None]) -> Summary:
     try:
         recipe = read_recipe(run)
     except UserError:
@@ -53,6 +69,7 @@ def _summary(run: Run) -> Summary:
         recipe=recipe.name if recipe else None,
         task=recipe.task if recipe else None,
         data=recipe.data.source if recipe else None,
+        changed=_changes(recipe, known) if recipe else {},
         state=_state(run, finished=result is not None),
         epochs=max((record.get("epoch", 0) for record in closed), default=0),
         primary=best["primary"] if best else (result or {}).get("primary"),

@@ -110,13 +110,16 @@ def evaluations(run: Run) -> list[dict[str, Any]]:
     return _records(run.folder / _EVALUATIONS)
 
 
-def readings(run: Run, result: Mapping[str, Any]) -> int:
-    """How often the run has read the examples that a result is of, by their split and digest; where one, as of an
-    earlier dl7, has no digest, by the name of their data.
+def readings(run: Run, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The records of a run that are of the same examples as a result, by split and digest; where one, as of an earlier
+    dl7, has no digest, by the name of the data.
     """
-    read = [record for record in evaluations(run) if record.get("split") == result["split"]]
-    by = [("digest" if "digest" in record and "digest" in result else "data", record) for record in read]
-    return sum(record.get(key) == result.get(key) for key, record in by)
+    same = []
+    for record in evaluations(run):
+        key = "digest" if "digest" in record and "digest" in result else "data"
+        if (record.get("split"), record.get(key)) == (result["split"], result.get(key)):
+            same.append(record)
+    return same
 
 
 def write_result(run: Run, record: dict[str, Any]) -> None:

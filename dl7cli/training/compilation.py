@@ -44,8 +44,8 @@ def wanted(task: Task) -> bool:
     training = task.recipe.training
     if training.parts > 1:  # of which each is another size
         return False
-    if training.batch_norm == "sync" and task.runtime.workers.count > 1:
-        return False  # the workers meet in every layer: one that cannot compile would leave the others waiting
+    if meets_in_layers(task):
+        return False
     if training.compile != "auto":
         return training.compile == "always"
     model = task.recipe.model
@@ -57,6 +57,13 @@ def wanted(task: Task) -> bool:
     images = task.splits()["train"]
     whole = images - images % min(images, training.batch_size)
     return repays(training.epochs * whole, task.assets["image_size"], task.runtime.device.type)
+
+
+def meets_in_layers(task: Task) -> bool:
+    """Whether workers meet in a classifier's layers, where one that cannot compile would leave the others waiting."""
+    if not isinstance(task, Classification):
+        return False
+    return task.recipe.training.batch_norm == "sync" and task.runtime.workers.count > 1
 
 
 def repays(images: int, image_size: int, device: str) -> bool:

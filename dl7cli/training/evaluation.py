@@ -76,8 +76,8 @@ def evaluate(
     translations, where there is one beam, or with the lines of a table of a classifier's answers, in the data's order.
     Raises UserError, before anything is scored, where the run cannot give what is asked for or cannot note the reading.
 
-    With several beams the result is that of the first, but for `seconds`, which are of all, and has also `beams`: of
-    each its width as `beam`, its `scores` and `details`, and the `seconds` that translating took.
+    With several beams the result is that of the first, but for `seconds` and `readings`, which are of all, and has also
+    `beams`: of each its width as `beam`, its `scores` and `details`, and the `seconds` that translating took.
     """
     begin = time.monotonic()
     found, folder = runs.find(run)
@@ -110,6 +110,7 @@ def evaluate(
         refuse_trained_on(one, task, split, data)
     for text in task.notes:
         note(text)
+
     if not isinstance(task, Translation):
         classifiers = [one.task for one in members[1:] if isinstance(one.task, Classification)]
         refuse_other_classes(names, [task, *classifiers])
@@ -119,6 +120,7 @@ def evaluate(
         result = _noted(members, result, {"precision": runtime.precision})
         if write is not None:
             write(_table(task.answers(split, logits)))
+        _warn_of_choice(found, result, note)
         return result
     results: list[dict[str, Any]] = []
     sweep: list[dict[str, Any]] = []
@@ -138,6 +140,7 @@ def evaluate(
     if write is not None:
         write(translations)
     if len(sweep) == 1:
+        _warn_of_choice(found, results[0], note)
         return results[0]
     whole = {"seconds": round(time.monotonic() - begin, 3), "readings": results[-1]["readings"], "beams": sweep}
     return {**results[0], **whole}
@@ -166,8 +169,17 @@ def _noted(members: Sequence[Loaded], result: dict[str, Any], settings: dict[str
         if len(members) > 1:
             own["others"] = [*names[:number], *names[number + 1 :]]
         note_reading(one.run, {**result, **own, **settings})
-    result = {**result, "readings": runs.readings(members[0].run, result)}
+    result = {**result, "readings": len(runs.readings(members[0].run, result))}
     return {**result, "others": names[1:]} if len(members) > 1 else result
+
+
+def _warn_of_choice(run: Run, result: dict[str, Any], note: Callable[[str], None]) -> None:
+    """Tell where a run has several scores on a test split, of which one could be chosen."""
+    read = [record.get("scores", {}).get(result["primary"]) for record in runs.readings(run, result)]
+    # Readings in another precision, or with other threads, differ in the last digits.
+    scores = {round(score, 3) for score in read if score is not None}
+    if result["split"] == "test" and len(scores) > 1:
+        note(f"this run has had {len(scores)} different scores on this split; the best of them flatters")
 
 
 def refuse_unfit(found: Sequence[tuple[Run, Path]]) -> None:
@@ -237,7 +249,7 @@ def average(
     note_reading(found, {**result, "epochs": chosen})
     return {
         **result,
-        "readings": runs.readings(found, result),
+        "readings": len(runs.readings(found, result)),
         "checkpoint": str(found.average),
         "epochs": chosen,
         "best": {"checkpoint": str(found.best), "epoch": best.progress.epoch, "scores": best.scores},

@@ -28,9 +28,9 @@ from dl7cli.training.optimisation import (
 )
 
 STEPS_BETWEEN_CHECKS = 50
+"""On a GPU, how often the loss is looked at: each look makes the processor wait for the device."""
 LEAST_SCALE = 2.0**-14
 """Of the loss in fp16, from 2^16 on: halved thirty times more often than it has grown, it mends nothing."""
-"""On a GPU, how often the loss is looked at: each look makes the processor wait for the device."""
 
 
 _PARTS = "parts"
@@ -188,6 +188,10 @@ def _judged(
         gradients[0].add_(0 * loss)
     scaler.unscale_(optimiser)
     norm = torch.nn.utils.get_total_norm(gradients)
+    looked_at = task.runtime.device.type == "cpu" or step % STEPS_BETWEEN_CHECKS == 0
+    if looked_at and scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+        told = f"no gradient has been finite for long by step {step + 1}"
+        raise _diverged(told, loss, norm, rate, ", or train with another `--precision`")
     if skipping:
         assert buffers is not None
         # Told by the device to the device: the processor does not wait for it.
@@ -197,10 +201,8 @@ def _judged(
         trainer.skipped += skipped
         optimiser.found_inf = skipped.float()  # type: ignore[attr-defined]
         return norm, skipped
-    if task.runtime.device.type == "cpu" or step % STEPS_BETWEEN_CHECKS == 0:
+    if looked_at:
         check_finite(loss, norm, step + 1, rate, scaled=scaler.is_enabled(), model=task.model)
-        if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
-            raise _diverged(f"no gradient has been finite for long by step {step + 1}", loss, norm, rate)
     return norm, None
 
 

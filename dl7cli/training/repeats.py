@@ -122,7 +122,9 @@ def summary(results: Sequence[dict[str, Any]], seeds: Sequence[int], seconds: fl
         "scores": {name: one.mean for name, one in spreads.items()},
         "standard_deviation": {name: one.deviation for name, one in spreads.items()},
         "interval": {name: one.interval for name, one in spreads.items()},
-        "readings": [runs.readings(Run(Path(folder)), result) for folder, result in zip(folders, results, strict=True)],
+        "readings": [
+            len(runs.readings(Run(Path(folder)), result)) for folder, result in zip(folders, results, strict=True)
+        ],
         "signature": first["signature"],
         "seconds": round(seconds, 3),
         "results": list(results),

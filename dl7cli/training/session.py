@@ -32,6 +32,8 @@ from dl7cli.training.signals import Interrupted, signals
 SECONDS_BETWEEN_STEP_EVENTS = 0.25
 STEPS_BETWEEN_RECORDS = 50
 STEPS_BEFORE_TIMING = 3
+_DETAILS_KEPT = ("sample", "negative_log_likelihood")
+"""Of each validation, in `metrics.jsonl`."""
 _RUN = "run"
 """What workers remember for those in their place: the folder."""
 
@@ -236,9 +238,11 @@ def _begin(run: Run, task: Task, trainer: Trainer, watch: "_Watch", listener: Li
     before = runs.environment(run)
     # As it began, so it goes on: the bits depend on it.
     compiled = before.get("compiled", False) if before else compilation.wanted(task)
-    if compiled and trainer.parts > 1 and start.step:
-        listener.note("the steps before were compiled, those of a batch in parts are not: the result may differ")
-    compiled = workers.shared(compiled and trainer.parts == 1)
+    apart = trainer.parts > 1 or compilation.meets_in_layers(task)
+    if compiled and apart and start.step:
+        why = "of a batch in parts" if trainer.parts > 1 else "of workers that normalise together"
+        listener.note(f"the steps before were compiled, those {why} are not: the result may differ")
+    compiled = workers.shared(compiled and not apart)
     runs.write_environment(
         run,
         {
@@ -276,19 +280,19 @@ def _begin(run: Run, task: Task, trainer: Trainer, watch: "_Watch", listener: Li
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What bits depend on and is otherwise than when the run began or last went on; empty where nothing is."""
+    """What the bits of the result depend on and is otherwise than until now; empty where nothing is."""
 
-    def told(one: dict[str, Any]) -> tuple[str | None, ...]:
+    def facts(one: dict[str, Any]) -> tuple[str | None, ...]:
         packages, workers = one.get("packages"), one.get("workers")
         version = f"torch {packages.get('torch')}" if isinstance(packages, dict) else None
-        shared = None if workers is None else "1 worker" if workers == 1 else f"{workers} workers"
-        return one.get("device"), one.get("precision"), shared, version
+        count = None if workers is None else "1 worker" if workers == 1 else f"{workers} workers"
+        return one.get("device"), one.get("precision"), count, version
 
-    other = [(old, new) for old, new in zip(told(before), told(now), strict=True) if old not in (None, new)]
-    if not other:
+    differing = [(old, new) for old, new in zip(facts(before), facts(now), strict=True) if old not in (None, new)]
+    if not differing:
         return ""
-    old, new = (", ".join(part) for part in zip(*other, strict=True))
-    return f"the run began with {old}, now it goes on with {new}"
+    old, new = (", ".join(part) for part in zip(*differing, strict=True))
+    return f"the run was trained with {old} until now, and goes on with {new}"
 
 
 def _run(
@@ -335,8 +339,8 @@ def _run(
                 if report.scores is not None:
                     scores = report.scores.values
                     record |= {"primary": report.scores.primary, "scores": scores}
-                    if "sample" in report.scores.details:
-                        record["sample"] = report.scores.details["sample"]
+                    kept = {name: report.scores.details.get(name) for name in _DETAILS_KEPT}
+                    record |= {name: value for name, value in kept.items() if value is not None}
                     record["seconds"] = round(progress.seconds, 3)
                 runs.append_metrics(run, record)
             best = False
@@ -388,7 +392,7 @@ def _finish(
     if skipped is not None:
         result["skipped_steps"] = skipped
     note_reading(run, result)
-    result["readings"] = runs.readings(run, result)
+    result["readings"] = len(runs.readings(run, result))
     runs.write_result(run, result)
     return result
 
@@ -422,7 +426,7 @@ class _Watch:
         self._shown = 0.0
 
     def see(self, report: Report) -> None:
-        if report.progress.step % STEPS_BETWEEN_RECORDS == 0 or self.due():
+        if report.progress.step % STEPS_BETWEEN_RECORDS == 0 or not _is_amid(report, self._task) or self.due():
             # What follows waits for the device, and that is the time of the steps until here.
             synchronise(self._task.runtime.device)
         now = time.monotonic()
