@@ -13,6 +13,12 @@ from hypothesis import settings
 # Read when torch, datasets and huggingface_hub are first imported, which is after this file; commands that
 # tests start inherit it. Several threads per process are far slower than one where processes compete for
 # cores, and what lies in a developer's caches must not decide what a test sees.
+# Nor must a mirror, a proxy, or a launcher that the tests are started by.
+for _name in list(os.environ):
+    if _name.startswith(("HF_", "SLURM_", "TORCHELASTIC_", "DL7_")) or _name.lower().endswith("_proxy"):
+        del os.environ[_name]
+for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUBLAS_WORKSPACE_CONFIG"):
+    os.environ.pop(_name, None)
 _caches = tempfile.TemporaryDirectory(prefix="dl7-tests-")
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["DL7_CACHE"] = str(Path(_caches.name, "dl7"))

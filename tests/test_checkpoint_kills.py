@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -195,7 +196,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(code))
-    mount = "mount -t tmpfs -o size=128k none disk || exit 99; exec " + f"{sys.executable} {script}"
+    mount = "mount -t tmpfs -o size=128k none disk || exit 99; exec " + shlex.join([sys.executable, str(script)])
     unshare = shutil.which("unshare")
     if unshare is None:
         pytest.skip("needs `unshare` for a disk of its own")

@@ -129,6 +129,10 @@ def test_compilation_is_chosen_where_it_repays_itself(
         # 24 images of 8x8 in whole batches: 306,000 times 16 of them repay compilation.
         (["training.epochs=203000"], False),
         (["training.epochs=205000"], True),
+        # What breaks the graph into pieces, or would be compiled for twice.
+        (["training.epochs=205000", "model.survival=0.5"], False),
+        (["training.epochs=205000", "model.checkpointing=true"], False),
+        (["training.epochs=205000", "data.image_size=16", "training.small_size=12", "training.small_part=0.5"], False),
     ],
 )
 def test_the_choice_is_that_of_the_whole_run(overrides: list[str], expected: bool, tiny: dict[str, Path]) -> None:

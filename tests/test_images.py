@@ -15,7 +15,7 @@ import numpy.typing as npt
 import PIL.Image
 import pytest
 
-from dl7cli.data.images import Images, read_image_file, read_images, statistics
+from dl7cli.data.images import Images, digest, read_image_file, read_images, statistics
 from dl7cli.errors import UserError
 
 Array = npt.NDArray[Any]
@@ -464,6 +464,7 @@ def test_cifar10_as_published(real_data: Callable[[str], Path]) -> None:
     mean, deviation = statistics(read.splits["train"].images)
     np.testing.assert_allclose(mean, (0.4914, 0.4822, 0.4465), atol=5e-5)
     np.testing.assert_allclose(deviation, (0.2470, 0.2435, 0.2616), atol=5e-5)
+    assert digest(read.splits["test"]).startswith("26acb75a0652"), "as README says"
 
     # Against the decoding of `datasets` itself.
     table = datasets.load_dataset("parquet", data_files=f"{source}/plain_text/test-*", split="train[:20]")

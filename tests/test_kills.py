@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -92,7 +93,7 @@ KILLED = """
     for _ in range(kills):
         # Before it trains, too; and anywhere between two steps, which includes the saving.
         steps = draw.choice([0, 1, 2, 3])
-        if attempt(steps, draw.uniform(0, 0.5 if steps == 0 else 0.05)) != -signal.SIGKILL:
+        if attempt(steps, draw.uniform(0, 0.05)) != -signal.SIGKILL:
             sys.exit("it was not killed")
     sys.exit(attempt(None, 0))
 """
@@ -354,7 +355,8 @@ DISK = """
 def test_a_disk_that_takes_no_more_is_one_error_and_no_loss(what: str, reason: str, tiny: dict[str, Path]) -> None:
     Path("disk").mkdir()
     Path("script.py").write_text(textwrap.dedent(DISK))
-    inside = f"mount -t tmpfs -o size=4m none disk || exit 99; exec {sys.executable} script.py {what} {tiny['resnet']}"
+    called = shlex.join([sys.executable, "script.py", what, str(tiny["resnet"])])
+    inside = f"mount -t tmpfs -o size=4m none disk || exit 99; exec {called}"
     unshare = shutil.which("unshare")
     if unshare is None:
         pytest.skip("needs `unshare` for a disk of its own")

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dl7cli.data.pairs import Pairs, read_pairs
+from dl7cli.data.pairs import Pairs, digest, read_pairs
 from dl7cli.errors import UserError
 
 Split = list[tuple[str, str]]
@@ -356,3 +356,4 @@ def test_multi30k_as_published(real_data: Callable[[str], Path]) -> None:
     # Against the reading of `datasets`.
     table = datasets.load_dataset("json", data_files=str(folder / "val.jsonl"), split="train")
     assert [(row["en"].strip(), row["de"].strip()) for row in table] == found.splits["validation"]
+    assert digest(found.splits["test"]).startswith("82e312a82e29"), "as README says"
