@@ -84,7 +84,7 @@ def nodes(
     if count is None:
         raise UserError("`--node-rank` and `--rendezvous` are for several nodes", hint="add `--nodes N`")
     if count < 2:
-        raise UserError("`--nodes` is from 2 on", hint="leave it out on one machine")
+        raise UserError(f"`--nodes {count}`: there must be 2 or more", hint="leave it out on one machine")
     if rank is None or rendezvous is None:
         raise UserError(
             f"`--nodes {count}` needs to know which node this is and where they meet",

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -97,12 +98,20 @@ def test_several_beams_are_one_object_and_a_reading_each(train: Callable[..., An
 
 
 def test_scores_among_which_one_could_choose_are_told_of(train: Callable[..., Any]) -> None:
-    train("seq2seq", "decoding.beam=1")
-    for arguments, scores in (((), 1), (("--split", "validation"), 1), (("--beam", "1"), 1), (("--beam", "4"), 2)):
-        told = dl7("eval", "run", *arguments).stderr
-        said = f"note: this run has had {scores} different scores on this split; the best of them flatters\n"
-        assert (said in told) == (scores > 1)
-        assert ("flatters" in told) == (scores > 1)
+    run = train("seq2seq")[0]
+    shutil.copytree(run.folder, "other")
+    for arguments, ways in (
+        (("run",), 1),
+        (("run", "--split", "validation", "--beam", "3"), 1),
+        (("run", "--with", "other"), 1),
+        (("run",), 1),
+        (("run/last",), 2),
+        (("run", "--beam", "4"), 3),
+    ):
+        told = dl7("eval", *arguments).stderr
+        said = f"note: this run has been scored on this split in {ways} ways; the best of them flatters\n"
+        assert (said in told) == (ways > 1)
+        assert ("flatters" in told) == (ways > 1)
 
 
 @pytest.mark.bf16

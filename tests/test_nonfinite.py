@@ -134,8 +134,7 @@ def test_a_gradient_that_no_scaler_mends_is_told(overrides: list[str], build: Ca
     task = build("resnet", *overrides)
     trainer = Trainer.of(task)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-13)
-    for step in (1, 2, 3):
-        poison(task, step, where="gradient")
+    poison(task, 1, 2, 3, where="gradient")
     reports = fit(task, trainer, start=Progress())
     for _ in range(2):
         next(reports)

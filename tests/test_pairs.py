@@ -1,5 +1,6 @@
 """Sentence pairs: one set of sentences in every layout, and what is said of bad data."""
 
+import errno
 import json
 import os
 import subprocess
@@ -318,6 +319,18 @@ def test_a_folder_that_may_not_be_looked_into_is_an_error(tmp_path: Path, monkey
     if os.geteuid() == 0:
         monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=r"`.*set` cannot be read: Permission denied"):
+        read(tmp_path / "set")
+
+
+def test_a_file_that_cannot_be_looked_at_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a link into a folder that one may not enter; as root, who may, it is pretended."""
+    write(tmp_path / "set" / "train.tsv", "a\tb\n")
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", lambda path: refuse(path) if path.suffix == ".tsv" else os.path.isfile(path))
+    with pytest.raises(UserError, match=r"`.*train\.tsv` cannot be read: Permission denied"):
         read(tmp_path / "set")
 
 

@@ -1,4 +1,4 @@
-"""What the READMEs say to type is what the commands take, and what they say of the files holds."""
+"""Lines of code in the READMEs that begin with `dl7` are what the commands take; and files are short, as they say."""
 
 import re
 import shlex
@@ -22,8 +22,8 @@ def commands(name: str) -> Iterator[list[str]]:
         yield shlex.split(re.sub(r"[<>|].*", "", line), comments=True)
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_every_command_is_one(name: str) -> None:
+@pytest.mark.parametrize(("name", "least"), [("README.md", 40), ("README.zh-CN.md", 6)])
+def test_every_command_is_one(name: str, least: int) -> None:
     found = 0
     for arguments in commands(name):
         command: Any = typer.main.get_command(app)
@@ -36,7 +36,7 @@ def test_every_command_is_one(name: str) -> None:
         if arguments[0] == "train" and rest[0] in recipe.shipped():
             recipe.resolve(rest[0], overrides)
         found += 1
-    assert found > 5
+    assert found >= least
 
 
 def test_files_are_short() -> None:

@@ -31,8 +31,6 @@ socket.socket.connect = socket.socket.connect_ex = socket.create_connection = so
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("DL7_CACHE", str(folder))
-    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "http_proxy", "HTTP_PROXY"):
-        monkeypatch.delenv(name, raising=False)
     return folder
 
 

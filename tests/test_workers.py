@@ -339,8 +339,8 @@ def test_a_slurm_step_on_several_nodes_is_read_from_its_environment() -> None:
     ("count", "rank", "rendezvous", "message"),
     [
         (None, 1, None, "are for several nodes"),
-        (1, 0, "a:1", "`--nodes` is from 2 on"),
-        (1, None, None, "`--nodes` is from 2 on"),
+        (1, 0, "a:1", "`--nodes 1`: there must be 2 or more"),
+        (1, None, None, "`--nodes 1`: there must be 2 or more"),
         (2, None, "a:1", "which node this is"),
         (2, 0, None, "which node this is"),
         (2, 2, "a:1", "there is no node 2 of 2"),

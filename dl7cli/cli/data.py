@@ -167,7 +167,7 @@ def _guess(source: str, offline: bool, progress: "Progress") -> str:
         # One picture in a corpus of text is a logo.
         if in_a_split or 2 * images > suffixes.total() or (path.is_dir() and is_cifar(path)):
             return "classification"
-        if not suffixes.keys() & set(_TABLE_SUFFIXES):
+        if not any(suffixes[suffix] for suffix in _TABLE_SUFFIXES):
             return "translation"
     with sources.working_folder(sources.cache_folder()) as working:
         splits = sources.load_splits(source, offline=offline, progress=progress, working=working)

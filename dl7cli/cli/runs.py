@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="List and show runs: what was train
 
 @app.command("list", epilog="Example: dl7 runs list")
 def list_runs(as_json: options.Json = False) -> None:
-    """List the runs under runs/, the oldest first, with the keys in which they differ from the shipped recipe."""
+    """List the runs under runs/, the oldest first, with the keys in which each differs from the recipe of that name."""
     from dl7cli import runs
 
     summaries = runs.listing()
@@ -102,8 +102,10 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
         console.write(f"{split:<12}read {console.count(len(records), 'time')}, last {newest.get('time', '-')}: {score}")
 
 
-def _changes(changed: dict[str, list[Any]]) -> str:
-    told = [f"{key}={json.dumps(now)}" for key, (_, now) in changed.items()]
+def _changes(changed: dict[str, list[Any]] | None) -> str:
+    if changed is None:
+        return "-"
+    told = [f"{key}={json.dumps(now, ensure_ascii=False)}" for key, (_, now) in changed.items()]
     return " ".join(told[:MOST_CHANGES] + ["…"] * (len(told) > MOST_CHANGES))
 
 

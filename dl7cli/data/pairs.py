@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -76,9 +77,12 @@ def read_pairs(
         found = _builtin(source, languages)
     elif sources.is_local(source):
         path = sources.existing_path(source)
-        found = _text_file(path, languages, progress) if path.is_file() else None
-        if path.is_dir():
-            found = _text_folder(path, languages, notes, progress, for_training)
+        try:
+            found = _text_file(path, languages, progress) if path.is_file() else None
+            if path.is_dir():
+                found = _text_folder(path, languages, notes, progress, for_training)
+        except OSError as error:
+            raise sources.unreadable(Path(os.fsdecode(error.filename or path)), error) from error
         if found is not None:
             sources.refuse_configuration(source)
         else:

@@ -52,7 +52,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?(:[\w.-]+)?", r
 _TEXT_SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".txt")
 _TABLE_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-_CLIENTS = ("httpx", "httpcore", "requests", "aiohttp", "huggingface_hub", "fsspec")
+_CLIENTS = ("httpx", "httpcore", "requests", "urllib3", "aiohttp", "huggingface_hub", "hf_xet", "fsspec")
 """Whose errors are those of a connection, as versions of `datasets` let them through."""
 _TRUE = ("1", "ON", "YES", "TRUE")
 
@@ -102,7 +102,7 @@ def working_folder(parent: Path) -> Iterator[Path]:
         if error.errno in _NO_ROOM or (file and file.absolute().is_relative_to(parent.absolute())):
             raise _cache_error(parent, error) from error
         if file:
-            raise _unreadable(file, error) from error
+            raise unreadable(file, error) from error
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -115,7 +115,8 @@ def _cache_error(parent: Path, error: OSError) -> UserError:
     )
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
+def unreadable(path: Path, error: OSError) -> UserError:
+    """Say that a file or folder cannot be read, and why."""
     return UserError(f"`{path}` cannot be read: {error.strerror or error}")
 
 
@@ -158,7 +159,7 @@ def existing_path(source: str) -> Path:
         if path.is_dir() and not os.access(path, os.X_OK):  # its names may be read, and nothing else
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if empty:
         raise UserError(f"the folder `{path}` is empty", hint="check the path given as the data source")
     return path
@@ -181,7 +182,7 @@ def fingerprint(path: Path) -> str:
         try:
             status = file.stat()
         except OSError as error:
-            raise _unreadable(file, error) from error
+            raise unreadable(file, error) from error
         name = "" if file == path else file.relative_to(path).as_posix()
         entries.append(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n")
     return hashlib.sha256("".join(sorted(entries)).encode("utf-8", "surrogateescape")).hexdigest()
@@ -328,14 +329,14 @@ def files_below(folder: Path) -> Iterator[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        raise _unreadable(Path(error.filename), error) from error
+        raise unreadable(Path(error.filename), error) from error
 
     seen: set[tuple[int, int]] = set()
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         try:
             status = os.stat(parent)
         except OSError as error:
-            raise _unreadable(Path(parent), error) from error
+            raise unreadable(Path(parent), error) from error
         place = (status.st_dev, status.st_ino)
         folders[:] = [] if place in seen else sorted(name for name in folders if not name.startswith("."))
         if place not in seen:
@@ -462,7 +463,7 @@ def _load_error(source: str, error: Exception) -> UserError:
         hint = "it is a program, and none is run from there: look for the same data as parquet files"
     elif isinstance(reason, OSError) and reason.errno in _NO_ROOM:
         hint = "make room, or set `HF_HOME` to another folder"
-    elif isinstance(reason, ConnectionError | TimeoutError) or type(reason).__module__.split(".")[0] in _CLIENTS:
+    elif isinstance(reason, ConnectionError | TimeoutError) or type(reason).__module__.startswith(_CLIENTS):
         hint = f"try again: what has come so far is kept; or {hint}"
     return UserError(f"`{source}` cannot be loaded: {lines[0]}", hint)
 

@@ -48,7 +48,7 @@ _NEEDED: dict[str, tuple[str, tuple[Any, ...]]] = {
 """What a key is of, where it does nothing otherwise: of these values of another key, or of any that is something. A
 recipe may hold it all the same; who sets it wants something.
 """
-_NOTHING = (None, False, 0, "none")
+_NOTHING = (None, 0, "none")  # False is 0
 WHILE_TRAINING = ("parts", "on_oom", "on_nonfinite", "checkpoint_minutes")
 """Keys of `training` that a run may go on with otherwise: none is of what is learnt, as far as all goes well."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from dl7cli.errors import UserError
@@ -19,8 +20,10 @@ class Summary:
     recipe: str | None
     task: str | None
     data: str | None
-    changed: dict[str, list[Any]]
-    """Keys in which its recipe differs from the shipped one of that name, with both values; not the data's name."""
+    changed: dict[str, list[Any]] | None
+    """Keys in which its recipe differs from that of the same name in this version, with both values; not the data's
+    name. None where there is no such recipe.
+    """
     state: str
     """`training`; `finished`; `interrupted`: there is a checkpoint to go on from; `empty`: there is none."""
     epochs: int
@@ -39,23 +42,26 @@ class Summary:
 
 def listing() -> list[Summary]:
     """What the files of each run under `runs/` say, the oldest run first; damaged files count as missing."""
-    known: dict[tuple[str, bool], Recipe | None] = {}
-    ordered = sorted(all_runs(), key=lambda run: (file_time(run.recipe_file), run.name))
-    return [_summary(run, known) for run in ordered]
+    return [_summary(run) for run in sorted(all_runs(), key=lambda run: (file_time(run.recipe_file), run.name))]
 
 
-def _changes(recipe: Recipe, known: dict[tuple[str, bool], Recipe | None]) -> dict[str, list[Any]]:
-    """As `Summary.changed`; `known` has the shipped recipes read so far, by name and whether on the built-in set."""
-    key = recipe.name, recipe.data.source.startswith("builtin:")
-    if key not in known:
-        resolved = resolve(recipe.name) if recipe.name in shipped() else None
-        small = resolved.fallback() if resolved and resolved.fallback and key[1] else None
-        known[key] = small or (resolved.recipe if resolved else None)
-    own = known[key]
-    return {} if own is None else {key: both for key, both in differences(own, recipe).items() if key != "data.source"}
+@cache
+def _shipped(name: str, built_in: bool) -> Recipe | None:
+    """The shipped recipe of a name, as it is where the built-in set stands in or not; None where there is none."""
+    if name not in shipped():
+        return None
+    resolved = resolve(name)
+    return resolved.fallback() if built_in and resolved.fallback else resolved.recipe
 
 
-def _summary(run: Run, known: dict[tuple[str, bool], Recipe | None]) -> Summary:
+def _changed(recipe: Recipe) -> dict[str, list[Any]] | None:
+    own = _shipped(recipe.name, recipe.data.source.startswith("builtin:"))
+    if own is None:
+        return None
+    return {key: both for key, both in differences(own, recipe).items() if key != "data.source"}
+
+
+def _summary(run: Run) -> Summary:
     try:
         recipe = read_recipe(run)
     except UserError:
@@ -69,7 +75,7 @@ def _summary(run: Run, known: dict[tuple[str, bool], Recipe | None]) -> Summary:
         recipe=recipe.name if recipe else None,
         task=recipe.task if recipe else None,
         data=recipe.data.source if recipe else None,
-        changed=_changes(recipe, known) if recipe else {},
+        changed=_changed(recipe) if recipe else None,
         state=_state(run, finished=result is not None),
         epochs=max((record.get("epoch", 0) for record in closed), default=0),
         primary=best["primary"] if best else (result or {}).get("primary"),

@@ -42,9 +42,7 @@ def wanted(task: Task) -> bool:
     if not isinstance(task, Classification):
         return False
     training = task.recipe.training
-    if training.parts > 1:  # of which each is another size
-        return False
-    if meets_in_layers(task):
+    if training.parts > 1 or meets_in_layers(task):  # each part is of another size
         return False
     if training.compile != "auto":
         return training.compile == "always"

@@ -1,5 +1,6 @@
 """What a run is worth: evaluating one of its checkpoints, and averaging the last of them into another."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,8 @@ from dl7cli.tasks.checking import refuse_other_weights
 from dl7cli.tasks.classification import Classification, refuse_other_classes
 from dl7cli.tasks.translation import Translation, refuse_disagreement
 
+_CHOICES = ("checkpoint", "beam", "length_penalty", "set")
+"""What one may choose when a run is evaluated, as its reading notes it; not given, it is the recipe's."""
 _TABLES = ("classes", "confusion", "source_lengths", "sample")
 """Details that fill pages."""
 
@@ -69,12 +72,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate the epoch that a run kept as `best`, or the checkpoint named; returns what `--json` prints.
 
-    The reading is noted. `note` is called with what was done to the data. With `confusion` the details must hold a
-    confusion matrix. A translator is evaluated with each of `beams`, or as the recipe says where there are none, and
-    with `overrides` of keys of `decoding`; `rouge` is scored besides. With `others`, which are runs too, it answers as
-    an ensemble: the reading is noted in each, and the result has their names as `others`. `write` is called with the
-    translations, where there is one beam, or with the lines of a table of a classifier's answers, in the data's order.
-    Raises UserError, before anything is scored, where the run cannot give what is asked for or cannot note the reading.
+    The reading is noted. `note` is called with what was done to the data, and where a score could be chosen. With
+    `confusion` the details must hold a confusion matrix. A translator is evaluated with each of `beams`, or as the
+    recipe says where there are none, and with `overrides` of keys of `decoding`; `rouge` is scored besides. With
+    `others`, which are runs too, it answers as an ensemble: the reading is noted in each, and the result has their
+    names as `others`. `write` is called with the translations, where there is one beam, or with the lines of a table of
+    a classifier's answers, in the data's order. Raises UserError, before anything is scored, where the run cannot give
+    what is asked for or cannot note the reading.
 
     With several beams the result is that of the first, but for `seconds` and `readings`, which are of all, and has also
     `beams`: of each its width as `beam`, its `scores` and `details`, and the `seconds` that translating took.
@@ -174,12 +178,13 @@ def _noted(members: Sequence[Loaded], result: dict[str, Any], settings: dict[str
 
 
 def _warn_of_choice(run: Run, result: dict[str, Any], note: Callable[[str], None]) -> None:
-    """Tell where a run has several scores on a test split, of which one could be chosen."""
-    read = [record.get("scores", {}).get(result["primary"]) for record in runs.readings(run, result)]
-    # Readings in another precision, or with other threads, differ in the last digits.
-    scores = {round(score, 3) for score in read if score is not None}
-    if result["split"] == "test" and len(scores) > 1:
-        note(f"this run has had {len(scores)} different scores on this split; the best of them flatters")
+    """Tell where a run, or an ensemble of it with the same others, was scored on a test split in several ways, by other
+    checkpoints or keys of decoding, of which one could be chosen.
+    """
+    read = [record for record in runs.readings(run, result) if record.get("others") == result.get("others")]
+    ways = {json.dumps([record.get(key) for key in _CHOICES]) for record in read}
+    if result["split"] == "test" and len(ways) > 1:
+        note(f"this run has been scored on this split in {len(ways)} ways; the best of them flatters")
 
 
 def refuse_unfit(found: Sequence[tuple[Run, Path]]) -> None:

@@ -37,9 +37,8 @@ def shuffled(task: Translation, sources: list[str]) -> list[TranslatedLine]:
 def compare(name: str, first: list[TranslatedLine], second: list[TranslatedLine]) -> None:
     other = sum(one.text != two.text for one, two in zip(first, second, strict=True))
     same = [abs(one.score - two.score) for one, two in zip(first, second, strict=True) if one.text == two.text]
-    print(
-        f"{name}: {other} of {len(first)} texts differ; scores of the same text by at most {max(same):.1e}", flush=True
-    )
+    most = max(same, default=0.0)
+    print(f"{name}: {other} of {len(first)} texts differ; scores of the same text by at most {most:.1e}", flush=True)
 
 
 def main() -> None:
