@@ -113,6 +113,44 @@ def test_the_curves_of_runs_are_what_they_have_recorded(
     assert "`one` is chosen by accuracy and " in refused.err
 
 
+def test_runs_together_are_their_mean_and_a_band(
+    small_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    save = matplotlib.figure.Figure.savefig
+
+    def seen(figure: matplotlib.figure.Figure, *args: object, **options: object) -> None:
+        figures.append(figure)
+        save(figure, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", seen)
+    for number in (1, 2):
+        shutil.copytree(small_runs / "resnet", tmp_path / str(number))
+    file = tmp_path / "2" / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for record in records:
+        record["loss"] += 1
+        if "scores" in record:
+            record["scores"]["accuracy"] /= 2
+    last = {**records[-1], "step": 1000, "epoch": 1000}  # which the other has not come to
+    file.write_text("".join(json.dumps(record) + "\n" for record in [*records, last]))
+    succeed("plot", "curves", "1,2", "1", "--output", "curves.svg", cwd=tmp_path)
+    assert ">1, 2</text>" in (tmp_path / "curves.svg").read_text(encoding="utf-8")
+    losses, scores = figures[0].axes
+    for axes in (losses, scores):
+        together, alone = (line.get_ydata() for line in axes.lines if line.get_linestyle() != ":")
+        bands = [band.get_paths()[0].get_extents() for band in axes.collections]
+        if axes is losses:
+            assert together == pytest.approx(alone + 0.5)
+            assert [(band.y0, band.y1) for band in bands[:1]] == [pytest.approx((alone.min(), alone.max() + 1))]
+        else:
+            assert together == pytest.approx(0.75 * alone)
+            assert [(band.y0, band.y1) for band in bands] == [pytest.approx((alone.min() / 2, alone.max()))]
+    for names in ("1,", ",1", "1,,2"):
+        refused = dl7("plot", "curves", names, cwd=tmp_path)
+        assert (refused.code, "a comma with no run before or after it" in refused.err) == (2, True)
+
+
 def test_a_name_given_twice_is_drawn_once(tmp_path: Path) -> None:
     plot.activations(["relu", "tanh", "relu"], output=tmp_path / "a.svg")
     assert (tmp_path / "a.svg").read_text(encoding="utf-8").count(">relu</text>") == 1

@@ -205,23 +205,29 @@ def search_tree(branches: Sequence["Branch"], title: str, *, suffix: str) -> tup
     return figure, names.notes
 
 
+Curve = list[tuple[int, list[float]]]
+"""A step or an epoch, and what each of some runs has there."""
+
+
 class Course(NamedTuple):
-    """How a run has learnt."""
+    """How a run has learnt, or several together."""
 
     name: str
     data: str
-    losses: list[tuple[int, float]]
-    """Step, and the mean training loss since the one before."""
-    validation: list[tuple[int, float]]
-    """Step, and the negative log-likelihood on validation, where it is recorded: of classifiers."""
+    losses: Curve
+    """By step the mean training loss since the one before."""
+    validation: Curve
+    """By step the negative log-likelihood on validation, where it is recorded: of classifiers."""
     score: str | None
     """What the best epoch is chosen by."""
-    scores: list[tuple[int, float]]
-    """Epoch, and that score on validation."""
+    scores: Curve
+    """By epoch that score on validation."""
 
 
 def learning_curves(courses: Sequence[Course], score: str, *, suffix: str) -> tuple["Figure", list[str]]:
     """Draw training losses beside scores on validation, for a file that ends in `suffix`.
+
+    Of several runs together it is their mean, and a band from the least to the greatest.
 
     The title of the scores names their data or, where the courses have several, the legend does. Also returns what the
     user has to be told about names that cannot be drawn.
@@ -244,11 +250,11 @@ def learning_curves(courses: Sequence[Course], score: str, *, suffix: str) -> tu
         figure = Figure(figsize=(11, 4.5), layout="constrained")
         losses, scores = figure.subplots(1, 2)
         for number, (course, label) in enumerate(zip(courses, labels, strict=True)):
-            for axes, points in ((losses, course.losses), (scores, course.scores)):
-                x, y = zip(*points, strict=True) if points else ((), ())
-                axes.plot(x, y, style(number), color=f"C{number % COLOURS}", label=label)
+            colour = f"C{number % COLOURS}"
+            _draw(losses, course.losses, style(number), color=colour, label=label)
+            _draw(scores, course.scores, style(number), color=colour, label=label)
             if course.validation:
-                losses.plot(*zip(*course.validation, strict=True), ":", color=f"C{number % COLOURS}")
+                _draw(losses, course.validation, ":", color=colour)
         dotted = "; dotted: on validation" if any(course.validation for course in courses) else ""
         losses.set(title=f"training loss{dotted}", xlabel="step")
         scores.set(xlabel="epoch")
@@ -260,6 +266,14 @@ def learning_curves(courses: Sequence[Course], score: str, *, suffix: str) -> tu
         for text in legend.get_texts():
             text.set_parse_math(False)
     return figure, [*names.notes, *data.notes]
+
+
+def _draw(axes: "Axes", curve: Curve, line: str, *, color: str, label: str | None = None) -> None:
+    places = [place for place, _ in curve]
+    axes.plot(places, [sum(values) / len(values) for _, values in curve], line, color=color, label=label)
+    if any(len(values) > 1 for _, values in curve):
+        least, greatest = ([end(values) for _, values in curve] for end in (min, max))
+        axes.fill_between(places, least, greatest, color=color, alpha=0.2, linewidth=0)
 
 
 def style(number: int) -> str:

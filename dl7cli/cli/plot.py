@@ -14,6 +14,8 @@ from dl7cli.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from dl7cli.recipe import Recipe
+
 app = typer.Typer(no_args_is_help=True, help="Draw figures.")
 
 _RANGE = 5.0
@@ -89,11 +91,15 @@ def _drawn(names: Sequence[str]) -> "Figure":
     return figure
 
 
-@app.command(epilog="Example: dl7 plot curves runs/resnet-1 runs/resnet-2 --output curves.svg")
+@app.command(epilog="Example: dl7 plot curves runs/resnet-1,runs/resnet-2 runs/resnet-3")
 def curves(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="RUN", help="Runs to draw, such as runs/resnet-1; the newest if not given."),
+        typer.Argument(
+            metavar="RUN",
+            help="Runs to draw, such as runs/resnet-1; the newest if not given. Of several with commas between them "
+            "the mean is drawn, and a band from the least to the greatest.",
+        ),
     ] = None,
     output: Output = Path("curves.png"),
 ) -> None:
@@ -105,34 +111,57 @@ def curves(
     figures.refuse_unwritable(output)
     from dl7cli import runs
 
-    found = list(dict.fromkeys(runs.find(name)[0] for name in names or (None,)))
-    apart = len({run.name for run in found}) == len(found)
-    shared = os.path.commonpath([run.folder.resolve() for run in found])
-    labels = [run.name if apart else os.path.relpath(run.folder.resolve(), shared) for run in found]
-    courses = [
-        _course(runs.metrics(run), label, runs.read_recipe(run).data.source)
-        for run, label in zip(found, labels, strict=True)
-    ]
-    scores = {course.score: course.name for course in courses if course.score is not None}
+    groups = [[None]] if not names else [name.split(",") for name in names]
+    if not all(name != "" for group in groups for name in group):
+        raise typer.BadParameter("there is a comma with no run before or after it")
+    found = list(dict.fromkeys(tuple(dict.fromkeys(runs.find(name)[0] for name in group)) for group in groups))
+    every = list(dict.fromkeys(run for group in found for run in group))
+    apart = len({run.name for run in every}) == len(every)
+    shared = os.path.commonpath([run.folder.resolve() for run in every])
+    labels = {run: run.name if apart else os.path.relpath(run.folder.resolve(), shared) for run in every}
+    records = {run: runs.metrics(run) for run in every}
+    scores: dict[str, str] = {}
+    for run in every:
+        if (score := _score(records[run])) is not None:
+            scores.setdefault(score, labels[run])
     if len(scores) > 1:
         (one, first), (other, second) = list(scores.items())[:2]
         raise UserError(f"`{first}` is chosen by {one} and `{second}` by {other}", hint="draw them one by one")
+    courses = [
+        _course([records[run] for run in group], ", ".join(labels[run] for run in group), runs.read_recipe(group[0]))
+        for group in found
+    ]
     figure, notes = figures.learning_curves(courses, next(iter(scores), "score"), suffix=output.suffix)
     figures.save(figure, output, notes)
 
 
-def _course(records: Sequence[dict[str, Any]], name: str, data: str) -> figures.Course:
-    """What the records of a run say; a loss that is missing, as of steps that were left out, is passed over."""
+def _score(records: Sequence[dict[str, Any]]) -> str | None:
+    """What the best epoch of a run is chosen by."""
     closed = [record for record in records if record.get("primary") is not None]
-    losses, validation = (
-        [(record.get("step", 0), record[key]) for record in records if isinstance(record.get(key), int | float)]
-        for key in ("loss", "negative_log_likelihood")
-    )
+    return closed[-1]["primary"] if closed else None
+
+
+def _course(members: Sequence[Sequence[dict[str, Any]]], name: str, recipe: "Recipe") -> figures.Course:
+    """What the records of runs say together; a loss that is missing, as of steps that were left out, is passed over."""
+
+    def losses(key: str) -> figures.Curve:
+        found = [[one for one in records if isinstance(one.get(key), int | float)] for records in members]
+        return _together([[(one.get("step", 0), one[key]) for one in records] for records in found])
+
+    closed = [[record for record in records if record.get("primary") is not None] for records in members]
     return figures.Course(
         name,
-        data,
-        losses,
-        validation,
-        closed[-1]["primary"] if closed else None,
-        [(record.get("epoch", 0), record["scores"][record["primary"]]) for record in closed],
+        recipe.data.source,
+        losses("loss"),
+        losses("negative_log_likelihood"),
+        next((score for score in map(_score, members) if score is not None), None),
+        _together([[(one.get("epoch", 0), one["scores"][one["primary"]]) for one in records] for records in closed]),
     )
+
+
+def _together(series: Sequence[Sequence[tuple[int, float]]]) -> figures.Curve:
+    """The values of all at the places that all have."""
+    first, *others = series
+    known = [dict(points) for points in others]
+    shared = [(place, value) for place, value in first if all(place in one for one in known)]
+    return [(place, [value, *(one[place] for one in known)]) for place, value in shared]
