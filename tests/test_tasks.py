@@ -102,6 +102,29 @@ def test_the_validation_set_is_the_same_for_every_seed(kind: str, tiny: dict[str
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_part_of_the_training_data_is_that_of_every_seed_and_of_larger_parts(
+    kind: str, build: Callable[..., Any]
+) -> None:
+    def examples(task: Any) -> list[Any]:
+        if kind == "seq2seq":
+            return list(task.pairs.splits["train"])
+        split = task.images.splits["train"]
+        return [(image.tobytes(), label) for image, label in zip(split.images, split.labels, strict=True)]
+
+    whole = build(kind)
+    parts = {number: examples(build(kind, f"data.train_examples={number}")) for number in (1, 9, 20)}
+    assert [len(part) for part in parts.values()] == [1, 9, 20]
+    assert set(parts[1]) < set(parts[9]) < set(parts[20]) < set(examples(whole))
+    assert examples(build(kind, "data.train_examples=9", "training.seed=2")) == parts[9]
+    part, total = build(kind, "data.train_examples=20"), whole.splits()["train"]
+    assert part.splits() == {**whole.splits(), "train": 20}
+    assert part.digest != whole.digest
+    assert any(note.startswith(f"trained on: 20 of {total} ") for note in part.notes)
+    with pytest.raises(UserError, match=rf"has {total} training examples, and `data\.train_examples` is 1,000"):
+        build(kind, "data.train_examples=1000").splits()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_split_that_is_not_there_is_an_error(kind: str, build: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match="has no split `valid`") as refused:
         build(kind).evaluate("valid")

@@ -36,6 +36,8 @@ class PairData(Section):
     """Most subwords of a sentence, also of one read twice: longer training pairs are left out, longer input is cut."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Part of the training pairs kept for validation where the data has no such split."""
+    train_examples: Annotated[int, Field(ge=1)] | None = None
+    """How many of the other training pairs are used, the same for every seed; all where it is not given."""
 
     @field_validator("subword_sampling")
     @classmethod

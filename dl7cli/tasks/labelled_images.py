@@ -15,7 +15,7 @@ from dl7cli.data.transfer import moved
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.recipe import ClassificationRecipe
-from dl7cli.tasks.checking import ImageAssets, check_assets
+from dl7cli.tasks.checking import ImageAssets, check_assets, first_drawn
 
 
 class ImageBatch(NamedTuple):
@@ -213,6 +213,11 @@ class LabelledImages:
             splits["train"], splits["validation"] = _carve(whole, data.validation_fraction)
             kept = len(splits["validation"].labels)
             self.notes.append(f"kept for validation: {kept:,} of {len(whole.labels):,} images of train")
+        if data.train_examples is not None and self._for_training:
+            train = splits["train"]
+            chosen = first_drawn(len(train.labels), data.train_examples, data.source)
+            splits["train"] = ImageSet(train.images[chosen], train.labels[chosen])
+            self.notes.append(f"trained on: {len(chosen):,} of {len(train.labels):,} images of train")
         if whole is not None and not self._for_training and is_file(data.source):
             splits["test"] = whole
             self.notes.append(f"the test split is all of {data.source}")

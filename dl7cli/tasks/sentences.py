@@ -16,6 +16,7 @@ from dl7cli.data.vocabulary import BOS, EOS, PAD, Subwords, Vocabulary
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.recipe import TranslationRecipe
+from dl7cli.tasks.checking import first_drawn
 
 Sampler = Callable[[str, Random], list[int]]
 
@@ -113,6 +114,10 @@ class SentencePairs:
         if self.carved:
             splits["train"], splits["validation"] = _carve(whole, data.validation_fraction)
             self.notes.append(f"kept for validation: {len(splits['validation']):,} of {len(whole):,} pairs of train")
+        if data.train_examples is not None and self._for_training:
+            train = splits["train"]
+            splits["train"] = [train[at] for at in first_drawn(len(train), data.train_examples, data.source)]
+            self.notes.append(f"trained on: {data.train_examples:,} of {len(train):,} pairs of train")
         if not self._for_training and is_file(data.source):
             splits["test"] = whole
             self.notes.append(f"the test split is all of {data.source}")
