@@ -17,10 +17,10 @@ from dl7cli.errors import UserError
 from dl7cli.runs import Run
 
 
-def test_the_default_is_swish_against_sus_function_as_the_article_draws_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figures = []
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[matplotlib.figure.Figure]:
+    """The figures that are saved."""
+    figures: list[matplotlib.figure.Figure] = []
     save = matplotlib.figure.Figure.savefig
 
     def seen(figure: matplotlib.figure.Figure, *args: object, **options: object) -> None:
@@ -28,12 +28,18 @@ def test_the_default_is_swish_against_sus_function_as_the_article_draws_them(
         save(figure, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", seen)
+    return figures
+
+
+def test_the_default_is_swish_against_sus_function_as_the_article_draws_them(
+    tmp_path: Path, drawn: list[matplotlib.figure.Figure]
+) -> None:
     plot.activations(output=tmp_path / "figure.png")
     with PIL.Image.open(tmp_path / "figure.png") as image:
         assert image.format == "PNG"
         assert image.width > image.height > 400
     assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]
-    values, slopes = figures[0].axes
+    values, slopes = drawn[0].axes
     assert [line.get_label() for line in values.lines[:2]] == ["swish", "su"]
     swish, su = (dict(line.get_xydata().tolist()) for line in values.lines[:2])
     assert len(swish) == len(su) > 500
@@ -57,16 +63,8 @@ def test_all_are_drawn_into_an_svg_with_their_names(tmp_path: Path) -> None:
 
 
 def test_the_curves_of_runs_are_what_they_have_recorded(
-    small_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_runs: Path, tmp_path: Path, drawn: list[matplotlib.figure.Figure]
 ) -> None:
-    figures = []
-    save = matplotlib.figure.Figure.savefig
-
-    def seen(figure: matplotlib.figure.Figure, *args: object, **options: object) -> None:
-        figures.append(figure)
-        save(figure, *args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", seen)
     for name in ("one", "$x^2$ <b>"):
         shutil.copytree(small_runs / "resnet", tmp_path / name)
     torn = {"step": 99, "epoch": 9, "loss": None}
@@ -78,14 +76,14 @@ def test_the_curves_of_runs_are_what_they_have_recorded(
     assert text.count(">$x^2$ &lt;b&gt;</text>") == 1
     assert "accuracy on validation of …" in text
     records = runs.metrics(Run(small_runs / "resnet"))
-    losses, scores = figures[0].axes
+    losses, scores = drawn[0].axes
     for axes, key, kept in (
         (losses, "step", [record for record in records if record["loss"] is not None]),
         (scores, "epoch", [record for record in records if "scores" in record]),
     ):
-        drawn = [line for line in axes.lines if line.get_linestyle() != ":"]
-        assert len(drawn) == 2
-        for line in drawn:
+        solid = [line for line in axes.lines if line.get_linestyle() != ":"]
+        assert len(solid) == 2
+        for line in solid:
             expected = [[one[key], one["loss"] if key == "step" else one["scores"]["accuracy"]] for one in kept]
             assert line.get_xydata().tolist() == expected
     dotted = [line.get_xydata().tolist() for line in losses.lines if line.get_linestyle() == ":"]
@@ -114,16 +112,8 @@ def test_the_curves_of_runs_are_what_they_have_recorded(
 
 
 def test_runs_together_are_their_mean_and_a_band(
-    small_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_runs: Path, tmp_path: Path, drawn: list[matplotlib.figure.Figure]
 ) -> None:
-    figures = []
-    save = matplotlib.figure.Figure.savefig
-
-    def seen(figure: matplotlib.figure.Figure, *args: object, **options: object) -> None:
-        figures.append(figure)
-        save(figure, *args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", seen)
     for number in (1, 2):
         shutil.copytree(small_runs / "resnet", tmp_path / str(number))
     file = tmp_path / "2" / "metrics.jsonl"
@@ -136,7 +126,7 @@ def test_runs_together_are_their_mean_and_a_band(
     file.write_text("".join(json.dumps(record) + "\n" for record in [*records, last]))
     succeed("plot", "curves", "1,2", "1", "--output", "curves.svg", cwd=tmp_path)
     assert ">1, 2</text>" in (tmp_path / "curves.svg").read_text(encoding="utf-8")
-    losses, scores = figures[0].axes
+    losses, scores = drawn[0].axes
     for axes in (losses, scores):
         together, alone = (line.get_ydata() for line in axes.lines if line.get_linestyle() != ":")
         bands = [band.get_paths()[0].get_extents() for band in axes.collections]
