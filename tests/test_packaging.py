@@ -11,6 +11,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from running import ENVIRONMENT
 
 import dl7cli
 from dl7cli import recipe
@@ -103,3 +104,17 @@ def test_torch_is_pinned_to_one_release_of_any_build():
 
 def test_pins_are_exact():
     assert all(re.fullmatch(r"[0-9][0-9a-z.]*", version) for version in pins().values()), pins()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parent / "benchmarks").glob("*.py")), ids=lambda file: file.stem
+)
+def test_a_benchmark_still_begins(file: Path) -> None:
+    """What it takes of dl7 is still there. `alternating` is of what the others share."""
+    if "sacremoses" in file.read_text(encoding="utf-8"):
+        pytest.importorskip("sacremoses")
+    command = [sys.executable, str(file), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: " in done.stdout or file.stem == "alternating"
