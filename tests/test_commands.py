@@ -424,7 +424,7 @@ def test_data_info_finds_out_what_the_data_are(images: Path, pairs: Path, tmp_pa
 
 
 def test_data_info_takes_keys_of_data_and_no_others(pairs: Path, tmp_path: Path) -> None:
-    for change in ("training.epochs=3", "data.source=builtin:phrases"):
+    for change in ("training.epochs=3", "data.source=builtin:phrases", "data.train_examples=3"):
         failed = dl7("data", "info", str(pairs), "--set", change, cwd=tmp_path)
         assert (failed.code, failed.out) == (1, "")
         assert f"`--set {change.split('=')[0]}` does not change how `{pairs}` is read" in failed.err

@@ -76,3 +76,6 @@ def test_no_member_was_trained_on_what_another_has_kept(tiny: dict[str, Path], t
     assert (failed.code, failed.out) == (1, "")
     assert f"`2` was trained on another part of `{images}` than is kept here for validation" in failed.err
     succeed("eval", "1", "--with", "2", cwd=tmp_path)
+    part = ("--set", "data.validation_fraction=0.5", "--set", "data.train_examples=5", "--set", "training.epochs=1")
+    succeed("train", str(tiny["resnet"]), "--data", str(images), *part, "--out", "part", cwd=tmp_path)
+    succeed("eval", "1", "--with", "part", "--split", "validation", cwd=tmp_path)

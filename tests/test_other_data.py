@@ -98,11 +98,13 @@ def test_the_file_that_was_trained_on_is_no_test(tiny: dict[str, Path], tmp_path
     folder, file = tiny["seq2seq"].parent / "pairs", tmp_path / "pairs.tsv"
     rows = zip(*((folder / f"train.{language}").read_text().splitlines() for language in ("en", "de")), strict=True)
     file.write_text("".join("\t".join(row) + "\n" for row in rows))
-    succeed("train", str(tiny["seq2seq"]), "--data", str(file), *SHORT, "--out", "run", cwd=tmp_path)
-    for command in (("eval", "run"), ("compare", "run", "run/last")):
+    for name, keys in (("run", ()), ("part", ("--set", "data.train_examples=10"))):
+        succeed("train", str(tiny["seq2seq"]), "--data", str(file), *SHORT, *keys, "--out", name, cwd=tmp_path)
+    for command in (("eval", "run"), ("compare", "run", "run/last"), ("eval", "part")):
         failed = dl7(*command, "--data", str(file), cwd=tmp_path)
         assert (failed.code, failed.out) == (1, "")
-        assert f"`{file}` is what `run` was trained on: it is no test\nhint: `--split validation` is" in failed.err
+        told = f"`{file}` is what `{command[1]}` was trained on: it is no test\nhint: `--split validation` is"
+        assert told in failed.err
         succeed(*command, "--data", str(file), "--split", "validation", cwd=tmp_path)
 
 

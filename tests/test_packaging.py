@@ -111,7 +111,7 @@ def test_pins_are_exact():
     "file", sorted((Path(__file__).parent / "benchmarks").glob("*.py")), ids=lambda file: file.stem
 )
 def test_a_benchmark_still_begins(file: Path) -> None:
-    """What it takes of dl7 is still there. `alternating` is of what the others share."""
+    """What it imports of dl7 is still there. `alternating` is what others share."""
     if "sacremoses" in file.read_text(encoding="utf-8"):
         pytest.importorskip("sacremoses")
     command = [sys.executable, str(file), "--help"]

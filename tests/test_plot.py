@@ -125,7 +125,7 @@ def test_runs_together_are_their_mean_and_a_band(
     last = {**records[-1], "step": 1000, "epoch": 1000}  # which the other has not come to
     file.write_text("".join(json.dumps(record) + "\n" for record in [*records, last]))
     succeed("plot", "curves", "1,2", "1", "--output", "curves.svg", cwd=tmp_path)
-    assert ">1, 2</text>" in (tmp_path / "curves.svg").read_text(encoding="utf-8")
+    assert ">1 … (2 runs)</text>" in (tmp_path / "curves.svg").read_text(encoding="utf-8")
     losses, scores = drawn[0].axes
     for axes in (losses, scores):
         together, alone = (line.get_ydata() for line in axes.lines if line.get_linestyle() != ":")
@@ -136,6 +136,14 @@ def test_runs_together_are_their_mean_and_a_band(
         else:
             assert together == pytest.approx(0.75 * alone)
             assert [(band.y0, band.y1) for band in bands] == [pytest.approx((alone.min() / 2, alone.max()))]
+    records.insert(1, {**records[0], "loss": 100.0})  # of one step, as an epoch's end has it
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    succeed("plot", "curves", "1,2", "--output", "curves.svg", cwd=tmp_path)
+    assert drawn[1].axes[0].lines[0].get_ydata().max() < 50
+    recipe = tmp_path / "2" / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("seed = 1", "seed = 2").replace("batch_size = ", "batch_size = 1"))
+    refused = dl7("plot", "curves", "1,2", cwd=tmp_path)
+    assert (refused.code, "`1` and `2` differ in more than their seeds" in refused.err) == (1, True)
     for names in ("1,", ",1", "1,,2"):
         refused = dl7("plot", "curves", names, cwd=tmp_path)
         assert (refused.code, "a comma with no run before or after it" in refused.err) == (2, True)

@@ -27,6 +27,8 @@ Source = Annotated[
 ]
 
 _RECIPE = {"classification": "resnet", "translation": "seq2seq"}
+_OF_READING = ("data.image", "data.label", "data.image_size", "data.source_language", "data.target_language")
+"""Keys that say how a data set is read."""
 _TABLE_SUFFIXES = (".parquet", ".arrow")
 _EXAMPLES = 3
 _UNEVEN, _APART = 3, 20
@@ -121,9 +123,11 @@ def _read(source: str, task: str | None, overrides: list[str], offline: bool) ->
     from dl7cli import recipe as recipes
 
     for key in (text.partition("=")[0].strip() for text in overrides):
-        if not key.startswith("data.") or key == "data.source":
-            hint = "keys of `data` do, other than `data.source`"
-            raise UserError(f"`--set {key}` does not change how `{source}` is read", hint)
+        if key not in _OF_READING:
+            raise UserError(
+                f"`--set {key}` does not change how `{source}` is read",
+                hint=f"these do: {', '.join(f'`{one}`' for one in _OF_READING)}",
+            )
     with console.display() as display:
         task = task or known().get(source) or _guess(source, offline, display.progress)
         data = recipes.resolve(_RECIPE[task], overrides, data=source).recipe.data

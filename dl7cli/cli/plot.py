@@ -14,8 +14,6 @@ from dl7cli.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dl7cli.recipe import Recipe
-
 app = typer.Typer(no_args_is_help=True, help="Draw figures.")
 
 _RANGE = 5.0
@@ -97,8 +95,8 @@ def curves(
         list[str] | None,
         typer.Argument(
             metavar="RUN",
-            help="Runs to draw, such as runs/resnet-1; the newest if not given. Of several with commas between them "
-            "the mean is drawn, and a band from the least to the greatest.",
+            help="Runs to draw, such as runs/resnet-1; the newest if not given. Of several of one recipe with commas "
+            "between them the mean is drawn, and a band from the least to the greatest, where all have come to.",
         ),
     ] = None,
     output: Output = Path("curves.png"),
@@ -109,6 +107,7 @@ def curves(
     and dropout. The runs must be chosen by the same score.
     """
     figures.refuse_unwritable(output)
+    from dl7cli import recipe as recipes
     from dl7cli import runs
 
     groups = [[None]] if not names else [name.split(",") for name in names]
@@ -127,10 +126,15 @@ def curves(
     if len(scores) > 1:
         (one, first), (other, second) = list(scores.items())[:2]
         raise UserError(f"`{first}` is chosen by {one} and `{second}` by {other}", hint="draw them one by one")
-    courses = [
-        _course([records[run] for run in group], ", ".join(labels[run] for run in group), runs.read_recipe(group[0]))
-        for group in found
-    ]
+    courses = []
+    for group in found:
+        trained, *others = (runs.read_recipe(run) for run in group)
+        for run, own in zip(group[1:], others, strict=True):
+            if not recipes.alike(trained, own):
+                told = f"`{labels[group[0]]}` and `{labels[run]}` differ in more than their seeds"
+                raise UserError(told, hint="draw them apart: with a space for the comma")
+        name = labels[group[0]] + (f" … ({len(group)} runs)" if others else "")
+        courses.append(_course([records[run] for run in group], name, trained.data.source))
     figure, notes = figures.learning_curves(courses, next(iter(scores), "score"), suffix=output.suffix)
     figures.save(figure, output, notes)
 
@@ -141,27 +145,29 @@ def _score(records: Sequence[dict[str, Any]]) -> str | None:
     return closed[-1]["primary"] if closed else None
 
 
-def _course(members: Sequence[Sequence[dict[str, Any]]], name: str, recipe: "Recipe") -> figures.Course:
+def _course(members: Sequence[Sequence[dict[str, Any]]], name: str, data: str) -> figures.Course:
     """What the records of runs say together; a loss that is missing, as of steps that were left out, is passed over."""
 
     def losses(key: str) -> figures.Curve:
-        found = [[one for one in records if isinstance(one.get(key), int | float)] for records in members]
-        return _together([[(one.get("step", 0), one[key]) for one in records] for records in found])
+        found: list[dict[int, float]] = [{} for _ in members]
+        for records, points in zip(members, found, strict=True):
+            for one in records:
+                if isinstance(one.get(key), int | float):
+                    # Of two at one step the first is the mean since the record before.
+                    points.setdefault(one.get("step", 0), one[key])
+        return _together(found)
 
     closed = [[record for record in records if record.get("primary") is not None] for records in members]
     return figures.Course(
         name,
-        recipe.data.source,
+        data,
         losses("loss"),
         losses("negative_log_likelihood"),
         next((score for score in map(_score, members) if score is not None), None),
-        _together([[(one.get("epoch", 0), one["scores"][one["primary"]]) for one in records] for records in closed]),
+        _together([{one.get("epoch", 0): one["scores"][one["primary"]] for one in records} for records in closed]),
     )
 
 
-def _together(series: Sequence[Sequence[tuple[int, float]]]) -> figures.Curve:
+def _together(series: Sequence[dict[int, float]]) -> figures.Curve:
     """The values of all at the places that all have."""
-    first, *others = series
-    known = [dict(points) for points in others]
-    shared = [(place, value) for place, value in first if all(place in one for one in known)]
-    return [(place, [value, *(one[place] for one in known)]) for place, value in shared]
+    return [(place, [one[place] for one in series]) for place in series[0] if all(place in one for one in series)]

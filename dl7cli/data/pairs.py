@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -82,7 +81,7 @@ def read_pairs(
             if path.is_dir():
                 found = _text_folder(path, languages, notes, progress, for_training)
         except OSError as error:
-            raise sources.unreadable(Path(os.fsdecode(error.filename or path)), error) from error
+            raise sources.unreadable(Path(error.filename or path), error) from error
         if found is not None:
             sources.refuse_configuration(source)
         else:
@@ -141,11 +140,11 @@ def _check_languages(languages: Iterable[str], there: Iterable[str], where: str)
 
 def _lines(path: Path, progress: Progress) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, line without its end) of a UTF-8 file; a byte order mark at its start is dropped."""
-    size, done = path.stat().st_size, 0
-    if size == 0:
-        raise UserError(f"`{path}` is empty")
-    what = f"reading {path.name}"
+    what, done = f"reading {path.name}", 0
     try:
+        size = path.stat().st_size
+        if size == 0:
+            raise UserError(f"`{path}` is empty")
         with path.open("rb") as file:
             for number, raw in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
                 if len(raw) > LONGEST_LINE:

@@ -31,6 +31,7 @@ from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
 
 Progress = Callable[[str, int, int], None]
 """What is being done, how much of it is done, how much there is in all."""
@@ -191,6 +192,16 @@ def fingerprint(path: Path) -> str:
 def split_name(name: str) -> str | None:
     """Return `train`, `validation` or `test` for the usual names of splits, None for any other name."""
     return _SPLITS.get(name.lower())
+
+
+def part_of(examples: int, wanted: int) -> "np.ndarray":
+    """Numbers, in order, of so many of the training examples, or of all where there are no more.
+
+    The same for every seed, so that runs can be compared, and a smaller part is a part of a larger one.
+    """
+    import numpy as np
+
+    return np.sort(np.random.default_rng(1).permutation(examples)[:wanted])
 
 
 def by_split(names: Iterable[str], where: str, *, for_training: bool = True) -> dict[str, str]:
@@ -463,7 +474,9 @@ def _load_error(source: str, error: Exception) -> UserError:
         hint = "it is a program, and none is run from there: look for the same data as parquet files"
     elif isinstance(reason, OSError) and reason.errno in _NO_ROOM:
         hint = "make room, or set `HF_HOME` to another folder"
-    elif isinstance(reason, ConnectionError | TimeoutError) or type(reason).__module__.startswith(_CLIENTS):
+    elif isinstance(reason, ConnectionError | TimeoutError) or (
+        type(reason).__module__.startswith(_CLIENTS) and not re.search("Auth|NotFound|Gated", type(reason).__name__)
+    ):
         hint = f"try again: what has come so far is kept; or {hint}"
     return UserError(f"`{source}` cannot be loaded: {lines[0]}", hint)
 

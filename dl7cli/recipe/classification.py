@@ -19,7 +19,7 @@ class ImageData(Section):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Part of the training images kept for validation where the data has no such split."""
     train_examples: Annotated[int, Field(ge=1)] | None = None
-    """How many of the other training images are used, the same for every seed; all where it is not given."""
+    """How many training images are used; the same for every seed. All where it is not given."""
     crop_padding: Annotated[int, Field(ge=0, le=64)] = 4
     """Most pixels a training image is shifted in each direction."""
     crop_fill: Literal["mean", "reflect"] = "mean"

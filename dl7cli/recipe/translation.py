@@ -37,7 +37,10 @@ class PairData(Section):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Part of the training pairs kept for validation where the data has no such split."""
     train_examples: Annotated[int, Field(ge=1)] | None = None
-    """How many of the other training pairs are used, the same for every seed; all where it is not given."""
+    """How many training pairs are used, before long ones are left out; the same for every seed.
+
+    All where it is not given.
+    """
 
     @field_validator("subword_sampling")
     @classmethod

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
@@ -50,19 +49,6 @@ def check_assets(assets: dict[str, Any], schema: type[_Assets]) -> None:
         key = ".".join(map(str, first["loc"]))
         reason = first["msg"][:1].lower() + first["msg"][1:]
         raise UserError(f"`{key}` of the checkpoint's assets is wrong: {reason}", _HINT) from None
-
-
-def first_drawn(there: int, wanted: int, source: str) -> np.ndarray:
-    """Numbers, in order, of so many of the training examples that there are: of fewer they are a part of those of more.
-
-    The choice is the same for every seed, so that runs can be compared. Raises UserError where there are not as many.
-    """
-    if wanted > there:
-        raise UserError(
-            f"`{source}` has {there:,} training examples, and `data.train_examples` is {wanted:,}",
-            hint="lower it, or leave it out to use them all",
-        )
-    return np.sort(np.random.default_rng(1).permutation(there)[:wanted])
 
 
 def built(make: Callable[[], Network], seed: int, weights: Mapping[str, Tensor] | None) -> Network:

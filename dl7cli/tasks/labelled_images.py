@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dl7cli.data import augmentation
 from dl7cli.data.images import ImageSet, digest, read_images, statistics
-from dl7cli.data.sources import Progress, is_file
+from dl7cli.data.sources import Progress, is_file, part_of
 from dl7cli.data.transfer import moved
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.recipe import ClassificationRecipe
-from dl7cli.tasks.checking import ImageAssets, check_assets, first_drawn
+from dl7cli.tasks.checking import ImageAssets, check_assets
 
 
 class ImageBatch(NamedTuple):
@@ -51,6 +51,8 @@ class LabelledImages:
         self.notes: list[str] = []
         self.carved = False
         """Whether what is there for validation is a part of the training split, known once the data is read."""
+        self._whole: ImageSet | None = None
+        """The training split, where a part of it is used."""
         self._recipe = recipe
         self._device, self._workers = runtime.device, runtime.workers
         self._offline = offline
@@ -112,8 +114,11 @@ class LabelledImages:
 
     @cached_property
     def digest(self) -> str:
-        """Of what is trained and chosen on: the images and labels of the training and validation splits."""
-        return self.digest_of("train", "validation")
+        """Of what there is to train and choose on, of which a part may be used: images and labels of both splits."""
+        splits = dict(self.splits)
+        if self._whole is not None:
+            splits["train"] = self._whole
+        return digest(*(splits[split] for split in ("train", "validation") if split in splits))
 
     def digest_of(self, *splits: str) -> str:
         """Of the images and labels of some splits, as far as there are such."""
@@ -214,8 +219,8 @@ class LabelledImages:
             kept = len(splits["validation"].labels)
             self.notes.append(f"kept for validation: {kept:,} of {len(whole.labels):,} images of train")
         if data.train_examples is not None and self._for_training:
-            train = splits["train"]
-            chosen = first_drawn(len(train.labels), data.train_examples, data.source)
+            self._whole = train = splits["train"]
+            chosen = part_of(len(train.labels), data.train_examples)
             splits["train"] = ImageSet(train.images[chosen], train.labels[chosen])
             self.notes.append(f"trained on: {len(chosen):,} of {len(train.labels):,} images of train")
         if whole is not None and not self._for_training and is_file(data.source):

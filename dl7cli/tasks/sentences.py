@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from dl7cli.data.pairs import digest, read_pairs
-from dl7cli.data.sources import Progress, is_file
+from dl7cli.data.sources import Progress, is_file, part_of
 from dl7cli.data.transfer import moved
 from dl7cli.data.vocabulary import BOS, EOS, PAD, Subwords, Vocabulary
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.recipe import TranslationRecipe
-from dl7cli.tasks.checking import first_drawn
 
 Sampler = Callable[[str, Random], list[int]]
 
@@ -73,6 +72,8 @@ class SentencePairs:
         self.notes: list[str] = []
         self.carved = False
         """Whether what is there for validation is a part of the training split, known once the data is read."""
+        self._whole: list[tuple[str, str]] | None = None
+        """The training split, where a part of it is used."""
         self._data = recipe.data
         self._seed = recipe.training.seed
         self._batch_tokens = recipe.training.batch_tokens
@@ -115,9 +116,9 @@ class SentencePairs:
             splits["train"], splits["validation"] = _carve(whole, data.validation_fraction)
             self.notes.append(f"kept for validation: {len(splits['validation']):,} of {len(whole):,} pairs of train")
         if data.train_examples is not None and self._for_training:
-            train = splits["train"]
-            splits["train"] = [train[at] for at in first_drawn(len(train), data.train_examples, data.source)]
-            self.notes.append(f"trained on: {data.train_examples:,} of {len(train):,} pairs of train")
+            self._whole = train = splits["train"]
+            splits["train"] = [train[at] for at in part_of(len(train), data.train_examples)]
+            self.notes.append(f"trained on: {len(splits['train']):,} of {len(train):,} pairs of train")
         if not self._for_training and is_file(data.source):
             splits["test"] = whole
             self.notes.append(f"the test split is all of {data.source}")
@@ -131,8 +132,11 @@ class SentencePairs:
 
     @cached_property
     def digest(self) -> str:
-        """Of what is trained and chosen on: the sentences of the training and validation splits."""
-        return self.digest_of("train", "validation")
+        """Of what there is to train and choose on, of which a part may be used: the sentences of both splits."""
+        splits = dict(self.splits)
+        if self._whole is not None:
+            splits["train"] = self._whole
+        return digest(*(splits.get(split, ()) for split in ("train", "validation")))
 
     def digest_of(self, *splits: str) -> str:
         """Of the sentences of some splits, as far as there are such."""

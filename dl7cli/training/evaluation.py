@@ -1,6 +1,5 @@
 """What a run is worth: evaluating one of its checkpoints, and averaging the last of them into another."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +24,6 @@ from dl7cli.tasks.checking import refuse_other_weights
 from dl7cli.tasks.classification import Classification, refuse_other_classes
 from dl7cli.tasks.translation import Translation, refuse_disagreement
 
-_CHOICES = ("checkpoint", "beam", "length_penalty", "set")
-"""What one may choose when a run is evaluated, as its reading notes it; not given, it is the recipe's."""
 _TABLES = ("classes", "confusion", "source_lengths", "sample")
 """Details that fill pages."""
 
@@ -178,13 +175,14 @@ def _noted(members: Sequence[Loaded], result: dict[str, Any], settings: dict[str
 
 
 def _warn_of_choice(run: Run, result: dict[str, Any], note: Callable[[str], None]) -> None:
-    """Tell where a run, or an ensemble of it with the same others, was scored on a test split in several ways, by other
-    checkpoints or keys of decoding, of which one could be chosen.
-    """
-    read = [record for record in runs.readings(run, result) if record.get("others") == result.get("others")]
-    ways = {json.dumps([record.get(key) for key in _CHOICES]) for record in read}
-    if result["split"] == "test" and len(ways) > 1:
-        note(f"this run has been scored on this split in {len(ways)} ways; the best of them flatters")
+    """Tell where a run, alone or with any others, has several scores on a test split, of which one could be chosen."""
+    name, alone = result["primary"], "others" not in result
+    read = [record for record in runs.readings(run, result) if ("others" not in record) == alone]
+    values = [record.get("scores", {}).get(name) for record in read]
+    # As far as they are shown: a fraction, or one of a hundred.
+    scores = {round(value, 4 if name == "accuracy" else 2) for value in values if value is not None}
+    if result["split"] == "test" and len(scores) > 1:
+        note(f"this run has had {len(scores)} different scores on this split; the best of them flatters")
 
 
 def refuse_unfit(found: Sequence[tuple[Run, Path]]) -> None:
