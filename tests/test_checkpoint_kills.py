@@ -16,6 +16,7 @@ from checkpoints import FILES, assert_same, example
 from running import files_no_longer_than
 
 from dl7cli import checkpoint
+from dl7cli.checkpoint import Checkpoint
 from dl7cli.errors import UserError
 
 # In which other processes find dl7 and what this file has.
@@ -225,9 +226,15 @@ def ordinary_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     tmp_path.chmod(0o755)
 
 
-def test_a_folder_that_may_not_be_written_is_named(folder: Path, ordinary_user: None) -> None:
+@pytest.fixture
+def another() -> Checkpoint:
+    """Made before who makes it is changed: that one may not enter every folder that the tests lie in."""
+    return example(2)
+
+
+def test_a_folder_that_may_not_be_written_is_named(folder: Path, another: Checkpoint, ordinary_user: None) -> None:
     with pytest.raises(UserError, match="cannot write checkpoint `last`: permission denied") as caught:
-        checkpoint.save(Path("last"), example(2))
+        checkpoint.save(Path("last"), another)
     assert "may write" in str(caught.value.hint)
     assert_same(checkpoint.load(Path("last"), training=True), example(1))
 

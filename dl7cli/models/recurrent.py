@@ -36,7 +36,7 @@ def run(network: nn.RNNBase, x: Tensor, state: State | None = None) -> tuple[Ten
     float16 gradients underflow; MPS has no such kernels in autocast.
     """
     kind = x.device.type
-    if kind != "cpu" and torch.is_autocast_enabled(kind):
+    if kind in ("cuda", "mps") and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return run(network, x.float(), None if state is None else tuple(part.float() for part in state))
     before = None if state is None else tuple(part[None] for part in state)
