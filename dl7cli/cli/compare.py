@@ -46,9 +46,7 @@ def compare(
     """
     if len(names) < 2:
         raise typer.BadParameter("give two runs or more, as in dl7 compare A B")
-    sides = [name.split(",") for name in names]
-    if not all(name for side in sides for name in side):
-        raise typer.BadParameter("there is a comma with no run before or after it")
+    sides = options.together(names)
     from dl7cli import device as devices
     from dl7cli import runs, training
 

@@ -1,5 +1,6 @@
 """The flags that mean the same on every command. A flag says where and how to run, never what is trained."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -111,3 +112,11 @@ LengthPenalty = Annotated[
         help="Length penalty: 0 is none, more gives longer output; the recipe's if not given.",
     ),
 ]
+
+
+def together(names: Sequence[str]) -> list[list[str]]:
+    """Return the names of runs in arguments such as `A1,A2,A3`, those of each that are taken together."""
+    groups = [name.split(",") for name in names]
+    if not all(name for group in groups for name in group):
+        raise typer.BadParameter("there is a comma with no run before or after it")
+    return groups

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dl7cli.cli import figures
+from dl7cli.cli import figures, options
 from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -110,9 +110,7 @@ def curves(
     from dl7cli import recipe as recipes
     from dl7cli import runs
 
-    groups = [[None]] if not names else [name.split(",") for name in names]
-    if not all(name != "" for group in groups for name in group):
-        raise typer.BadParameter("there is a comma with no run before or after it")
+    groups = options.together(names) if names else [[None]]
     found = list(dict.fromkeys(tuple(dict.fromkeys(runs.find(name)[0] for name in group)) for group in groups))
     every = list(dict.fromkeys(run for group in found for run in group))
     apart = len({run.name for run in every}) == len(every)

@@ -156,10 +156,10 @@ class _Contender:
     def settle(self) -> None:
         """Do what only the first steps do. Raises _NotCompiledError where that fails."""
         if self.setting.compiled:
-            import torch._dynamo
-
             assert isinstance(self._task, Classification)
             begin = time.perf_counter()
+            import torch._dynamo  # a part of what compiling takes
+
             try:
                 # Of one function so many ways are compiled, and then no more: the others would be timed as they are.
                 with torch._dynamo.config.patch(cache_size_limit=64):

@@ -111,7 +111,6 @@ def evaluate(
         refuse_trained_on(one, task, split, data)
     for text in task.notes:
         note(text)
-
     if not isinstance(task, Translation):
         classifiers = [one.task for one in members[1:] if isinstance(one.task, Classification)]
         refuse_other_classes(names, [task, *classifiers])
