@@ -24,6 +24,17 @@ def test_it_is_torchs(smoothing: float, rows: int, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("more", [1, 4])
+def test_rows_beyond_the_target_count_nothing(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_AT_ONCE", 4 * 9)
+    logits, target = torch.randn(7 + more, 9, requires_grad=True), torch.randint(9, (7,))
+    own, without = (smoothed_cross_entropy(x, target, 0.1) for x in (logits, logits[:7]))
+    assert own == without
+    found, expected = (torch.autograd.grad(total, logits)[0] for total in (own, without))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not found[7:].any()
+
+
 def test_a_vocabulary_larger_than_a_piece() -> None:
     logits, target = torch.randn(3, (1 << 19) + 1), torch.tensor([0, 5, 1 << 19])
     expected = functional.cross_entropy(logits, target, reduction="sum", label_smoothing=0.1)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_BLOCK = 2**17
-"""Numbers that stay in the cache of a core."""
+_BLOCK = 2**19
+"""Numbers that stay in the caches of the cores."""
 
 
 class Attention(nn.Module):
@@ -147,25 +147,26 @@ class _AdditiveScores(torch.autograd.Function):
         queries, keys, energy = ctx.saved_tensors
         of_queries, of_keys, of_energy = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(energy)
         for rows, columns in _blocks(queries, keys):
-            asked, offered = queries[rows, columns, None], keys[rows, None]
             outer = gradient[rows, columns]
-            inner = (asked * offered).add_(1).reciprocal_()
+            inner = (queries[rows, columns, None] * keys[rows, None]).add_(1).reciprocal_()
             of_energy += outer.reshape(-1) @ inner.flatten(0, 2)
-            inner.square_().mul_(outer[..., None])
-            of_queries[rows, columns] = (inner * offered).sum(dim=2)
-            of_keys[rows] += inner.mul_(asked).sum(dim=1)
+            # With r = 1 / (1 + qk), of which the derivatives are -r²k and -r²q: these times q and k are both r² - r.
+            inner.addcmul_(inner, inner, value=-1).mul_(outer[..., None])
+            of_queries[rows, columns] = inner.sum(dim=2)
+            of_keys[rows] += inner.sum(dim=1)
         of_energy = of_energy.mul_(-2).add_(gradient.sum())
-        return of_queries.mul_(2 * energy), of_keys.mul_(2 * energy), of_energy
+        return of_queries.mul_(2 * energy).div_(queries), of_keys.mul_(2 * energy).div_(keys), of_energy
 
 
 def _blocks(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Sentences and queries whose (B, Q, S, D) fits the cache of a core; everything at once on other devices."""
+    """Sentences and queries whose (B, Q, S, D) fits the caches; everything at once on other devices."""
     sentences, count, width = queries.shape
     together = max(1, _BLOCK // (keys.size(1) * width)) if queries.device.type == "cpu" else sentences * count
     step = max(1, together // count)
+    across = -(-count // -(-count // together))  # as even as can be: what is small costs little less
     for row in range(0, sentences, step):
-        for column in range(0, count, together):
-            yield slice(row, row + step), slice(column, column + together)
+        for column in range(0, count, across):
+            yield slice(row, row + step), slice(column, column + across)
 
 
 def _softmax(scores: Tensor, mask: Tensor) -> Tensor:

@@ -23,12 +23,14 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=at_least_float, device=logits.device)
         normalisers = []
         rows = max(1, _AT_ONCE // logits.size(1))
-        for some, words in zip(torch.split(logits, rows), torch.split(target, rows), strict=True):
-            scores = some.to(at_least_float)
-            normalisers.append(scores.logsumexp(dim=1))
-            total += normalisers[-1].sum() - (1 - smoothing) * scores.gather(1, words[:, None]).sum()
+        for some, words in zip(torch.split(logits[: len(target)], rows), torch.split(target, rows), strict=True):
+            scores = some.to(at_least_float, copy=True)
+            total -= (1 - smoothing) * scores.gather(1, words[:, None]).sum()
             if smoothing:  # a score may be -inf where no probability goes there
                 total -= smoothing * scores.mean(dim=1).sum()
+            greatest = scores.amax(dim=1, keepdim=True)
+            normalisers.append(scores.sub_(greatest).exp_().sum(dim=1).log_().add_(greatest[:, 0]))
+            total += normalisers[-1].sum()
         ctx.save_for_backward(logits, target, *normalisers)
         ctx.smoothing = smoothing
         return total
@@ -37,11 +39,12 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         logits, target, *normalisers = ctx.saved_tensors
         gradient = torch.empty_like(logits)
+        gradient[len(target) :] = 0
         rows = max(1, _AT_ONCE // logits.size(1))
         for number, normaliser in enumerate(normalisers):
-            own = slice(number * rows, (number + 1) * rows)
+            own = slice(number * rows, min((number + 1) * rows, len(target)))
             words = target[own, None]
-            found = (logits[own] - normaliser[:, None]).exp_()
+            found = logits[own].to(normaliser.dtype, copy=True).sub_(normaliser[:, None]).exp_()
             found -= ctx.smoothing / logits.size(1)
             found.scatter_add_(1, words, torch.full_like(words, ctx.smoothing - 1, dtype=found.dtype))
             gradient[own] = found.mul_(gradients[0])
@@ -49,13 +52,15 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
 
 
 def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """logits (N, V), target (N,) → the sum over N, in float32, of minus the expected log-probability, where the target
-    has 1 - smoothing and all V words share the rest evenly (Szegedy et al. 2016, arXiv 1512.00567, §7).
+    """logits (N or more, V), target (N,) → the sum over the first N, in float32, of minus the expected log-probability,
+    where the target has 1 - smoothing and all V words share the rest evenly (Szegedy et al. 2016, arXiv 1512.00567,
+    §7).
 
     In pieces on a CPU; a GPU is faster with all at once.
     """
     if logits.device.type != "cpu":
-        return functional.cross_entropy(logits.float(), target, reduction="sum", label_smoothing=smoothing)
+        logits = logits[: len(target)].float()
+        return functional.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing)
     total: Tensor = _SmoothedCrossEntropy.apply(logits, target, smoothing)  # type: ignore[no-untyped-call]
     return total
 

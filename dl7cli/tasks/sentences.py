@@ -24,7 +24,7 @@ PAIRS_BETWEEN_NOTES = 1000
 
 
 class PairBatch(NamedTuple):
-    """B sentence pairs of at most S source and T target subwords, padded with PAD."""
+    """B sentence pairs of at most S source and T target subwords, padded with PAD to an even number each."""
 
     source: Tensor
     """(B, S)"""
@@ -262,14 +262,13 @@ class SentencePairs:
         """
         random = np.random.default_rng([self._seed, epoch])
         usual = self._training_pairs.lengths
-        # The noise lets pairs meet other partners in every epoch.
-        noise = random.integers(0, 2, len(usual[1]))
+        # Lets pairs meet other partners in every epoch.
         fraction = random.random(len(usual[1]))
 
         def by_length(sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
-            return np.lexsort((sources + fraction, targets + noise))
+            return np.lexsort((padded(sources) + fraction, padded(targets)))
 
-        batches = fill(by_length(*usual), np.maximum(*usual), self._batch_tokens)
+        batches = fill(by_length(*usual), padded(np.maximum(*usual)), self._batch_tokens)
         if drawn is not None:
             batches = np.split(by_length(*drawn), np.cumsum([len(batch) for batch in batches])[:-1])
         return [batches[index] for index in random.permutation(len(batches))]
@@ -313,23 +312,34 @@ class SentencePairs:
         return text.strip().lower() if self._data.lowercase else text.strip()
 
 
+def padded(lengths: np.ndarray) -> np.ndarray:
+    """Steps of a batch whose longest member has so many: an even number, so that few shapes occur, see `fill`."""
+    even: np.ndarray = lengths + lengths % 2
+    return even
+
+
 def fill(order: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Cut `order` into runs whose longest member times their number is at most `tokens`; at least one each."""
+    """Cut `order` into runs whose longest member times their number is at most `tokens`; at least one each.
+
+    Of their numbers only the first four binary digits are kept (184 is 176), so that few occur: oneDNN writes code for
+    every new shape of a product in bfloat16, which takes several times as long as the product.
+    """
     batches = []
-    begin, longest = 0, 0
-    for at, index in enumerate(order):
-        grown = max(longest, int(lengths[index]))
-        if at > begin and grown * (at + 1 - begin) > tokens:
-            batches.append(order[begin:at])
-            begin, grown = at, int(lengths[index])
-        longest = grown
-    return [*batches, order[begin:]] if len(order) else []
+    begin = 0
+    while begin < len(order):
+        longest = np.maximum.accumulate(lengths[order[begin : begin + tokens]])
+        count = max(1, int((longest * np.arange(1, len(longest) + 1) <= tokens).sum()))
+        if begin + count < len(order):
+            count -= count % (1 << max(0, count.bit_length() - 4))
+        batches.append(order[begin : begin + count])
+        begin += count
+    return batches
 
 
 def _rectangle(rows: list[list[int]]) -> Tensor:
-    """Rows of ids as one tensor (B, longest), padded."""
-    longest = max(len(row) for row in rows)
-    return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
+    """Rows of ids as one tensor (B, steps), padded."""
+    steps = int(padded(np.array([len(row) for row in rows])).max())
+    return torch.tensor([row + [PAD] * (steps - len(row)) for row in rows])
 
 
 def _carve(pairs: list[tuple[str, str]], fraction: float) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dl7cli.data.sources import Progress, silent
 from dl7cli.data.vocabulary import EOS, PAD, UNKNOWN
@@ -24,7 +25,7 @@ from dl7cli.recipe import ConvS2SModel, Decoding, Seq2SeqModel, TransformerModel
 from dl7cli.search import Extension, Hypothesis
 from dl7cli.tasks.checking import PairAssets, built, check_assets
 from dl7cli.tasks.decoding import search, teacher_forced
-from dl7cli.tasks.sentences import PairBatch, SentencePairs, fill
+from dl7cli.tasks.sentences import PairBatch, SentencePairs, fill, padded
 
 HYPOTHESES_AT_ONCE = 640
 """Sentences searched at once by a thread times the beam, of sources up to `_SHORT`; of up to twice that half as many,
@@ -34,6 +35,8 @@ _SHORT = 64
 """Subwords as the model reads them, `</s>` included."""
 SUBWORDS_AT_ONCE = 8192
 """Most subwords of a batch that is scored, padding included."""
+ROWS_TOGETHER = 64
+"""Of a training batch's subwords so many, or a multiple, are given scores at once."""
 
 SAMPLE = 500
 """Characters of a text that every epoch's record keeps."""
@@ -211,7 +214,9 @@ class Translation:
             batch = _twice(batch)
         with self.runtime.autocast():
             decoded, context = self.model(batch.source, batch.lengths, batch.previous)
-            logits = self.model.logits(decoded, context, batch.real)
+            # Rows of which nothing comes, so that few shapes occur: see `fill`.
+            more = 0 if training.r_drop else -len(batch.real) % ROWS_TOGETHER
+            logits = self.model.logits(decoded, context, functional.pad(batch.real, (0, more)))
         target = batch.target.flatten().index_select(0, batch.real)
         if training.r_drop:
             once = target[: len(target) // 2]
@@ -397,7 +402,7 @@ class Translation:
         targets = self.pairs.target_ids([target for _, target in pairs])
         answers = [ScoredPair(0.0, [], [], None, False)] * len(pairs)
         read = [len(self.pairs.read(ids)) for ids in sources]
-        lengths = np.array([max(length, len(ids) + 1) for length, ids in zip(read, targets, strict=True)])
+        lengths = padded(np.array([max(length, len(ids) + 1) for length, ids in zip(read, targets, strict=True)]))
         for chosen in fill(np.argsort(lengths, kind="stable"), lengths, SUBWORDS_AT_ONCE):
             batch = self.pairs.batch([(sources[at], targets[at]) for at in chosen])
             with self.runtime.autocast_search():

@@ -7,7 +7,7 @@ import copy
 import statistics
 import time
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,10 @@ LAYOUTS = {"channels-last": torch.channels_last, "nchw": torch.contiguous_format
 ROUNDS = 5
 SETTLING_STEPS = 2
 """Untimed, before the first round: they take memory and choose kernels."""
+SHAPES = 12
+"""Batches of a translator, which are taken again and again, and once before the first round: kernels are prepared for
+each shape when it is first met, and a training meets most in its first epoch.
+"""
 _LATE = 1 << 20
 """A step when a moving average of the weights is hardly moved by one more."""
 
@@ -168,7 +172,7 @@ class _Contender:
                 raise _NotCompiledError(compilation.reason(problem)) from None
             self.compile_seconds = time.perf_counter() - begin
         self._task.model.train()
-        for _ in range(SETTLING_STEPS):
+        for _ in range(SETTLING_STEPS if isinstance(self._task, Classification) else SHAPES):
             self._step()
 
     def turn(self, seconds: float) -> None:
@@ -237,9 +241,10 @@ def _variant(task: Task, setting: Setting) -> Task:
 
 
 def _endless(task: Task) -> Iterator[Any]:
-    """The training batches of the last epoch, again and again: in the first, images may be smaller."""
+    """Training batches of the last epoch, again and again: in the first, images may be smaller."""
+    count = None if isinstance(task, Classification) else SHAPES
     while True:
-        yield from task.batches(task.recipe.training.epochs - 1)
+        yield from islice(task.batches(task.recipe.training.epochs - 1), count)
 
 
 def _reason(chosen: Measured, measured: list[Measured], task: Task) -> str:
