@@ -323,7 +323,7 @@ def test_evaluation_is_a_mode_that_passes() -> None:
     assert torch.equal(model[1].running_mean, mean)
 
 
-@pytest.mark.parametrize(("own", "kept"), [(None, "4096"), ("7", "7")])
+@pytest.mark.parametrize(("own", "kept"), [(None, "2048"), ("7", "7")])
 def test_prepared_kernels_are_bounded_unless_the_user_says_otherwise(own: str | None, kept: str) -> None:
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     environment = {key: value for key, value in os.environ.items() if key != name}

@@ -102,20 +102,37 @@ def test_every_pair_is_used_once_an_epoch_and_batches_are_bounded(build: Callabl
         assert seen == wanted
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 16, 50, 10_000])
-def test_batches_are_filled_as_far_as_they_may_be(tokens: int) -> None:
-    """But for their numbers of pairs, of which only the first four binary digits count."""
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("tokens", [1, 7, 16, 50, 600, 10_000])
+def test_batches_are_filled_as_far_as_they_may_be(tokens: int, few: bool) -> None:
+    """Where few sizes are wanted only the first four binary digits of their numbers of pairs count."""
     random = np.random.default_rng(tokens)
-    lengths = random.integers(1, 20, 60)
-    order = random.permutation(60)
-    batches = sentences.fill(order, lengths, tokens)
+    lengths = random.integers(1, 20, 300)
+    order = random.permutation(300)
+    batches = sentences.fill(order, lengths, tokens, few_sizes=few)
     assert np.concatenate(batches).tolist() == order.tolist()
     at = 0
     for batch in batches:
-        most = max(n for n in range(1, 61 - at) if n == 1 or lengths[order[at : at + n]].max() * n <= tokens)
+        most = max(n for n in range(1, 301 - at) if n == 1 or lengths[order[at : at + n]].max() * n <= tokens)
         at += len(batch)
-        assert len(batch) == (most if at == 60 else int(f"{most:b}"[:4].ljust(len(f"{most:b}"), "0"), 2))
-    assert at == 60
+        digits = f"{most:b}"
+        assert len(batch) == (int(digits[:4].ljust(len(digits), "0"), 2) if few and at < 300 else most)
+    assert at == 300
+    assert sentences.fill(order[:0], lengths, tokens, few_sizes=few) == []
+
+
+def test_batches_are_of_few_shapes_and_other_partners(build: Callable[..., Translation]) -> None:
+    """On 3,000 pairs, of which none is as another."""
+    random = np.random.default_rng(1)
+    task = build("training.batch_tokens=1024", "data.vocabulary=word", "data.max_length=60")
+    sides = [[" ".join(map(str, random.integers(1, 9, size))) for size in random.integers(4, 30, 3000)] for _ in "ab"]
+    task.pairs.splits["train"][:] = list(zip(*sides, strict=True))
+    epochs = [list(task.batches(epoch)) for epoch in (0, 1)]
+    shapes = {tuple(one.shape) for batches in epochs for batch in batches for one in (batch.source, batch.target)}
+    assert len(shapes) < 80
+    assert sum(map(len, epochs)) > 150, "two shapes of each"
+    first, second = ({frozenset(map(str, batch.pairs)) for batch in batches} for batches in epochs)
+    assert len(first & second) < len(first) / 4
 
 
 def test_pairs_beyond_the_limit_are_left_out_and_counted(build: Callable[..., Translation]) -> None:

@@ -150,7 +150,7 @@ class _AdditiveScores(torch.autograd.Function):
             outer = gradient[rows, columns]
             inner = (queries[rows, columns, None] * keys[rows, None]).add_(1).reciprocal_()
             of_energy += outer.reshape(-1) @ inner.flatten(0, 2)
-            # With r = 1 / (1 + qk), of which the derivatives are -r²k and -r²q: these times q and k are both r² - r.
+            # A score is of -2v r with r = 1 / (1 + qk): its derivatives 2v r²k and 2v r²q are 2v (r - r²) over q and k.
             inner.addcmul_(inner, inner, value=-1).mul_(outer[..., None])
             of_queries[rows, columns] = inner.sum(dim=2)
             of_keys[rows] += inner.sum(dim=1)

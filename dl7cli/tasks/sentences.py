@@ -263,12 +263,12 @@ class SentencePairs:
         random = np.random.default_rng([self._seed, epoch])
         usual = self._training_pairs.lengths
         # Lets pairs meet other partners in every epoch.
-        fraction = random.random(len(usual[1]))
+        noise = 4 * random.random(len(usual[1]))
 
         def by_length(sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
-            return np.lexsort((padded(sources) + fraction, padded(targets)))
+            return np.lexsort((sources + noise, even(targets)))
 
-        batches = fill(by_length(*usual), padded(np.maximum(*usual)), self._batch_tokens)
+        batches = fill(by_length(*usual), even(np.maximum(*usual)), self._batch_tokens, few_sizes=True)
         if drawn is not None:
             batches = np.split(by_length(*drawn), np.cumsum([len(batch) for batch in batches])[:-1])
         return [batches[index] for index in random.permutation(len(batches))]
@@ -312,16 +312,16 @@ class SentencePairs:
         return text.strip().lower() if self._data.lowercase else text.strip()
 
 
-def padded(lengths: np.ndarray) -> np.ndarray:
-    """Steps of a batch whose longest member has so many: an even number, so that few shapes occur, see `fill`."""
-    even: np.ndarray = lengths + lengths % 2
-    return even
+def even(lengths: np.ndarray) -> np.ndarray:
+    """Steps of a batch whose longest member has so many: one more where that is odd, so that there are few shapes."""
+    steps: np.ndarray = lengths + lengths % 2
+    return steps
 
 
-def fill(order: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
+def fill(order: np.ndarray, lengths: np.ndarray, tokens: int, *, few_sizes: bool = False) -> list[np.ndarray]:
     """Cut `order` into runs whose longest member times their number is at most `tokens`; at least one each.
 
-    Of their numbers only the first four binary digits are kept (184 is 176), so that few occur: oneDNN writes code for
+    For `few_sizes` only the first four binary digits of their numbers are kept: 184 is 176. oneDNN writes code for
     every new shape of a product in bfloat16, which takes several times as long as the product.
     """
     batches = []
@@ -329,7 +329,7 @@ def fill(order: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray
     while begin < len(order):
         longest = np.maximum.accumulate(lengths[order[begin : begin + tokens]])
         count = max(1, int((longest * np.arange(1, len(longest) + 1) <= tokens).sum()))
-        if begin + count < len(order):
+        if few_sizes and begin + count < len(order):
             count -= count % (1 << max(0, count.bit_length() - 4))
         batches.append(order[begin : begin + count])
         begin += count
@@ -338,7 +338,8 @@ def fill(order: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray
 
 def _rectangle(rows: list[list[int]]) -> Tensor:
     """Rows of ids as one tensor (B, steps), padded."""
-    steps = int(padded(np.array([len(row) for row in rows])).max())
+    longest = max(len(row) for row in rows)
+    steps = longest + longest % 2  # see `even`
     return torch.tensor([row + [PAD] * (steps - len(row)) for row in rows])
 
 

@@ -25,7 +25,7 @@ from dl7cli.recipe import ConvS2SModel, Decoding, Seq2SeqModel, TransformerModel
 from dl7cli.search import Extension, Hypothesis
 from dl7cli.tasks.checking import PairAssets, built, check_assets
 from dl7cli.tasks.decoding import search, teacher_forced
-from dl7cli.tasks.sentences import PairBatch, SentencePairs, fill, padded
+from dl7cli.tasks.sentences import PairBatch, SentencePairs, even, fill
 
 HYPOTHESES_AT_ONCE = 640
 """Sentences searched at once by a thread times the beam, of sources up to `_SHORT`; of up to twice that half as many,
@@ -36,7 +36,7 @@ _SHORT = 64
 SUBWORDS_AT_ONCE = 8192
 """Most subwords of a batch that is scored, padding included."""
 ROWS_TOGETHER = 64
-"""Of a training batch's subwords so many, or a multiple, are given scores at once."""
+"""Where oneDNN writes code for every new shape, a multiple of so many subwords of a training batch are given scores."""
 
 SAMPLE = 500
 """Characters of a text that every epoch's record keeps."""
@@ -214,9 +214,7 @@ class Translation:
             batch = _twice(batch)
         with self.runtime.autocast():
             decoded, context = self.model(batch.source, batch.lengths, batch.previous)
-            # Rows of which nothing comes, so that few shapes occur: see `fill`.
-            more = 0 if training.r_drop else -len(batch.real) % ROWS_TOGETHER
-            logits = self.model.logits(decoded, context, functional.pad(batch.real, (0, more)))
+            logits = self.model.logits(decoded, context, self._filled_up(batch.real))
         target = batch.target.flatten().index_select(0, batch.real)
         if training.r_drop:
             once = target[: len(target) // 2]
@@ -230,6 +228,12 @@ class Translation:
             overlap = overlap.flatten().index_select(0, batch.real).sum() / (2 if training.r_drop else 1)
             total = total + training.coverage_weight * overlap
         return total, batch.whole
+
+    def _filled_up(self, real: Tensor) -> Tensor:
+        """As `PairBatch.real`, with rows of which nothing comes at the end where few shapes are wanted, see `fill`."""
+        writes_code = self.runtime.device.type == "cpu" and self.runtime.precision != "fp32"
+        few = writes_code and not self.recipe.training.r_drop  # whose loss wants both readings to be alike
+        return functional.pad(real, (0, -len(real) % ROWS_TOGETHER)) if few else real
 
     def validate(self) -> Scores:
         """The score by which the best epoch is chosen, as `training.select` has it, and no more.
@@ -402,7 +406,7 @@ class Translation:
         targets = self.pairs.target_ids([target for _, target in pairs])
         answers = [ScoredPair(0.0, [], [], None, False)] * len(pairs)
         read = [len(self.pairs.read(ids)) for ids in sources]
-        lengths = padded(np.array([max(length, len(ids) + 1) for length, ids in zip(read, targets, strict=True)]))
+        lengths = even(np.array([max(length, len(ids) + 1) for length, ids in zip(read, targets, strict=True)]))
         for chosen in fill(np.argsort(lengths, kind="stable"), lengths, SUBWORDS_AT_ONCE):
             batch = self.pairs.batch([(sources[at], targets[at]) for at in chosen])
             with self.runtime.autocast_search():

@@ -26,9 +26,9 @@ LAYOUTS = {"channels-last": torch.channels_last, "nchw": torch.contiguous_format
 ROUNDS = 5
 SETTLING_STEPS = 2
 """Untimed, before the first round: they take memory and choose kernels."""
-SHAPES = 12
-"""Batches of a translator, which are taken again and again, and once before the first round: kernels are prepared for
-each shape when it is first met, and a training meets most in its first epoch.
+BATCHES = 12
+"""Of a translator, which are taken again and again, and once before the first round: code is written for each shape
+when it is first met, and a training meets most shapes in its first epoch.
 """
 _LATE = 1 << 20
 """A step when a moving average of the weights is hardly moved by one more."""
@@ -172,7 +172,7 @@ class _Contender:
                 raise _NotCompiledError(compilation.reason(problem)) from None
             self.compile_seconds = time.perf_counter() - begin
         self._task.model.train()
-        for _ in range(SETTLING_STEPS if isinstance(self._task, Classification) else SHAPES):
+        for _ in range(SETTLING_STEPS if isinstance(self._task, Classification) else BATCHES):
             self._step()
 
     def turn(self, seconds: float) -> None:
@@ -242,9 +242,13 @@ def _variant(task: Task, setting: Setting) -> Task:
 
 def _endless(task: Task) -> Iterator[Any]:
     """Training batches of the last epoch, again and again: in the first, images may be smaller."""
-    count = None if isinstance(task, Classification) else SHAPES
+    last = task.recipe.training.epochs - 1
+    if isinstance(task, Classification):
+        while True:
+            yield from task.batches(last)
+    kept = list(islice(task.batches(last), BATCHES))
     while True:
-        yield from islice(task.batches(task.recipe.training.epochs - 1), count)
+        yield from (task.part(batch, 0, 1) for batch in kept)
 
 
 def _reason(chosen: Measured, measured: list[Measured], task: Task) -> str:
