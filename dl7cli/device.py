@@ -32,7 +32,7 @@ _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _CUBLAS_REPEATABLE = (":16:8", ":4096:8")
 # oneDNN keeps the code that it writes for each shape of a product or recurrent layer, 1,024 of these unless told
 # otherwise before the first. The batches of a translator, few as their shapes are, want some 1,500 in an epoch, each of
-# which takes milliseconds to write again; more are not kept, as each takes memory, megabytes where it is of all words.
+# which takes milliseconds to write again; more are not kept, as each takes memory, megabytes for the output layer.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "2048")
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

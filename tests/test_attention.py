@@ -76,7 +76,8 @@ def test_additive_scores_and_their_gradients_are_those_of_the_formula(
     inner = made.query(queries)[:, :, None] + made.project(memory)[:, None]
     expected = made.energy(inner.tanh())[..., 0]
     expected_gradients = torch.autograd.grad(expected, inputs, outer)
-    for block in (1, 100, 300, 2**17):  # one pair of steps at a time, some steps, some sentences, all at once
+    # One pair of steps at a time, some steps, steps in halves, one sentence, two of them, all at once.
+    for block in (1, 100, 150, 300, 400, 2**17):
         monkeypatch.setattr("dl7cli.models.attention._BLOCK", block)
         scores = made.scores(queries, made.keys(memory), None)
         torch.testing.assert_close(scores, expected)
@@ -88,13 +89,14 @@ def test_additive_scores_of_great_numbers_are_finite_and_right() -> None:
     with torch.no_grad():
         for parameter, value in ((made.query.weight, 1), (made.query.bias, 0), (made.project.weight, 1)):
             parameter.fill_(value)
-    numbers = torch.tensor([-90.0, -29.0, -28.0, 0.0, 28.5, 30.0, 80.0]).requires_grad_()
+    numbers = torch.tensor([-90.0, -29.0, -28.0, -9.0, -1.0, 0.0, 5.0, 9.5, 28.5, 29.9, 80.0]).requires_grad_()
     scores = made.scores(numbers[None, :, None], made.keys(numbers[None, :, None]), None)
     expected = made.energy.weight[0, 0] * torch.tanh(numbers.clamp(-30, 30)[:, None] + numbers.clamp(-30, 30))
     torch.testing.assert_close(scores[0], expected)
     scores.sum().backward()
+    (gradient,) = torch.autograd.grad(expected.sum(), numbers)
     assert numbers.grad is not None
-    assert numbers.grad.isfinite().all()
+    torch.testing.assert_close(numbers.grad, gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_additive_scores_are_of_float32_under_autocast() -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from dl7cli.device import Runtime, precisions
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve
 from dl7cli.tasks.classification import Classification
+from dl7cli.tasks.translation import Translation
 from dl7cli.training import optimisation
-from dl7cli.training.benchmark import LAYOUTS, ROUNDS, SETTLING_STEPS, Measured, Setting, benchmark, soonest
+from dl7cli.training.benchmark import BATCHES, LAYOUTS, ROUNDS, SETTLING_STEPS, Measured, Setting, benchmark, soonest
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
 HERE = precisions(CPU.device)
@@ -101,6 +103,25 @@ def test_steps_are_those_of_the_last_epoch(tiny: dict[str, Path], monkeypatch: p
     found = benchmark(build(tiny, *small, "training.ema_decay=0.9", "training.compile=never"), seconds=0.001)
     assert sizes == {16}
     assert len(averaged) >= len(found.measured) * (ROUNDS + SETTLING_STEPS)
+
+
+def test_a_translator_is_timed_on_batches_whose_shapes_it_has_met(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tasks.build(
+        resolve(str(tiny["seq2seq"]), ["training.epochs=3", "training.batch_tokens=16"]).recipe, runtime=CPU
+    )
+    assert isinstance(task, Translation)
+    seen: list[Any] = []
+    own_loss = Translation.loss
+    monkeypatch.setattr(Translation, "loss", lambda self, batch: (seen.append(batch.pairs), own_loss(self, batch))[1])
+    benchmark(task, seconds=0.001)
+    expected = [batch.pairs for batch in islice(task.batches(2), BATCHES)]
+    ways = len(HERE)
+    assert len(expected) == BATCHES
+    assert seen[: ways * BATCHES] == ways * expected, "untimed"
+    assert len(seen) >= ways * (BATCHES + ROUNDS)
+    assert all(pairs in expected for pairs in seen)
 
 
 def test_what_cannot_be_compiled_is_left_out_and_said(

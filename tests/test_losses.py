@@ -24,11 +24,22 @@ def test_it_is_torchs(smoothing: float, rows: int, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
+def test_great_scores_are_scores(shift: float) -> None:
+    logits, target = torch.randn(5, 9), torch.randint(9, (5,))
+    expected = smoothed_cross_entropy(logits, target, 0.1)
+    torch.testing.assert_close(smoothed_cross_entropy(logits + shift, target, 0.1), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("more", [1, 4])
-def test_rows_beyond_the_target_count_nothing(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_beyond_the_target_count_nothing(
+    more: int, smoothing: float, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(losses, "_AT_ONCE", 4 * 9)
-    logits, target = torch.randn(7 + more, 9, requires_grad=True), torch.randint(9, (7,))
-    own, without = (smoothed_cross_entropy(x, target, 0.1) for x in (logits, logits[:7]))
+    logits, target = torch.randn(7 + more, 9, dtype=kind, requires_grad=True), torch.randint(9, (7,))
+    own, without = (smoothed_cross_entropy(x, target, smoothing) for x in (logits, logits[:7]))
     assert own == without
     found, expected = (torch.autograd.grad(total, logits)[0] for total in (own, without))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)

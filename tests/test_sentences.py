@@ -3,6 +3,8 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,7 @@ def test_every_pair_is_used_once_an_epoch_and_batches_are_bounded(build: Callabl
 
 
 @pytest.mark.parametrize("few", [False, True])
-@pytest.mark.parametrize("tokens", [1, 7, 16, 50, 600, 10_000])
+@pytest.mark.parametrize("tokens", [1, 7, 16, 50, 600, 3000, 10_000])
 def test_batches_are_filled_as_far_as_they_may_be(tokens: int, few: bool) -> None:
     """Where few sizes are wanted only the first four binary digits of their numbers of pairs count."""
     random = np.random.default_rng(tokens)
@@ -128,11 +130,39 @@ def test_batches_are_of_few_shapes_and_other_partners(build: Callable[..., Trans
     sides = [[" ".join(map(str, random.integers(1, 9, size))) for size in random.integers(4, 30, 3000)] for _ in "ab"]
     task.pairs.splits["train"][:] = list(zip(*sides, strict=True))
     epochs = [list(task.batches(epoch)) for epoch in (0, 1)]
-    shapes = {tuple(one.shape) for batches in epochs for batch in batches for one in (batch.source, batch.target)}
-    assert len(shapes) < 80
-    assert sum(map(len, epochs)) > 150, "two shapes of each"
+    for batches in epochs:
+        numbers = sorted(len(batch.pairs) for batch in batches)
+        assert numbers[-1] > 32
+        assert sum(number % (1 << max(0, number.bit_length() - 4)) > 0 for number in numbers) <= 1, "but for the last"
+        shapes = {tuple(one.shape) for batch in batches for one in (batch.source, batch.target)}
+        assert len(shapes) < len(batches), "of twice as many rectangles"
     first, second = ({frozenset(map(str, batch.pairs)) for batch in batches} for batches in epochs)
     assert len(first & second) < len(first) / 4
+
+
+@pytest.mark.parametrize("keys", [[], ["model.copying=true", "model.coverage=true", "training.coverage_weight=0.5"]])
+def test_scores_are_of_a_round_number_of_subwords_where_code_is_written(
+    keys: list[str], build: Callable[..., Translation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = build("training.batch_tokens=400", "model.dropout=0", "model.attention=additive", *keys)
+    batch = next(batch for batch in task.batches(0) if len(batch.real) % 64)
+    rows: list[int] = []
+    logits = task.model.logits
+    task.model.logits = lambda decoded, context, at: (rows.append(len(at)), logits(decoded, context, at))[1]  # type: ignore
+
+    monkeypatch.setattr(Runtime, "autocast", lambda self: nullcontext())  # few CPUs train LSTMs in bf16
+
+    def gradients(precision: str) -> list[Tensor]:
+        task.runtime = replace(CPU, precision=precision)
+        loss, _ = task.loss(batch)
+        return [loss.detach(), *torch.autograd.grad(loss, [*task.model.parameters()])]
+
+    found = gradients("bf16")
+    monkeypatch.setattr("dl7cli.tasks.translation.ROWS_TOGETHER", 1)
+    torch.testing.assert_close(found, gradients("bf16"))
+    gradients("fp32")
+    count = len(batch.real)
+    assert rows == [count + -count % 64, count, count]
 
 
 def test_pairs_beyond_the_limit_are_left_out_and_counted(build: Callable[..., Translation]) -> None:

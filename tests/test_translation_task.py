@@ -233,6 +233,7 @@ def test_attention_is_there_where_it_is_asked_for(build: Callable[..., Any]) -> 
             batch = task.pairs.batch([(source, ids)])
             expected = task.model.eval()(batch.source, batch.lengths, batch.previous)[0].attention[0].detach().numpy()
             assert one.attention == pytest.approx(expected[: len(ids) + 1, : len(source) + 1], abs=1e-5)
+            assert not expected[:, len(source) + 1 :].any()
     assert task.translate(["1 2"])[0].alternatives[0].attention is None
 
 

@@ -129,7 +129,7 @@ class _AdditiveScores(torch.autograd.Function):
     """vᵀ tanh(q + k) from e^2q (B, Q, D), e^2k (B, S, D) and v (D,) → (B, Q, S).
 
     What is as large as (B, Q, S, D) is never whole on a CPU: it is made, and for the gradient made again, in blocks
-    that stay in the cache.
+    that stay in the caches.
     """
 
     @staticmethod
@@ -161,9 +161,9 @@ class _AdditiveScores(torch.autograd.Function):
 def _blocks(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, slice]]:
     """Sentences and queries whose (B, Q, S, D) fits the caches; everything at once on other devices."""
     sentences, count, width = queries.shape
-    together = max(1, _BLOCK // (keys.size(1) * width)) if queries.device.type == "cpu" else sentences * count
+    together = max(1, _BLOCK // (keys.size(1) * width) if queries.device.type == "cpu" else sentences * count)
     step = max(1, together // count)
-    across = -(-count // -(-count // together))  # as even as can be: what is small costs little less
+    across = -(-count // -(-count // together))  # of like size: a small block costs nearly as much as a full one
     for row in range(0, sentences, step):
         for column in range(0, count, across):
             yield slice(row, row + step), slice(column, column + across)

@@ -214,8 +214,8 @@ class ConvS2SModel(Section):
 
 class PairTraining(Training):
     batch_tokens: Annotated[int, Field(ge=16, le=1 << 24)] = 2048
-    """Most subwords in a batch, of source or of target, padding included. Steps are made even, and of the number of its
-    pairs only the first four binary digits count, so that few shapes occur.
+    """Most subwords in a batch, of source or of target, padding included. Sentences are padded to an even length, and
+    of the number of pairs only the first four binary digits are kept (184 becomes 176), so that few shapes occur.
 
     With `data.subword_sampling` it bounds batches as they would be without: the sampled ones have as many pairs each,
     and more subwords, as sampled sentences are longer.

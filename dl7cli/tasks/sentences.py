@@ -263,7 +263,7 @@ class SentencePairs:
         random = np.random.default_rng([self._seed, epoch])
         usual = self._training_pairs.lengths
         # Lets pairs meet other partners in every epoch.
-        noise = 4 * random.random(len(usual[1]))
+        noise = 2 * random.random(len(usual[1]))
 
         def by_length(sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
             return np.lexsort((sources + noise, even(targets)))
@@ -321,8 +321,9 @@ def even(lengths: np.ndarray) -> np.ndarray:
 def fill(order: np.ndarray, lengths: np.ndarray, tokens: int, *, few_sizes: bool = False) -> list[np.ndarray]:
     """Cut `order` into runs whose longest member times their number is at most `tokens`; at least one each.
 
-    For `few_sizes` only the first four binary digits of their numbers are kept: 184 is 176. oneDNN writes code for
-    every new shape of a product in bfloat16, which takes several times as long as the product.
+    For `few_sizes` only the first four binary digits of the number of members are kept, but for the last run: 184
+    becomes 176. oneDNN writes code for every new shape of a product in bfloat16, which takes several times as long as
+    the product.
     """
     batches = []
     begin = 0

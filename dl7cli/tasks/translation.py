@@ -230,7 +230,9 @@ class Translation:
         return total, batch.whole
 
     def _filled_up(self, real: Tensor) -> Tensor:
-        """As `PairBatch.real`, with rows of which nothing comes at the end where few shapes are wanted, see `fill`."""
+        """As `PairBatch.real`, where few shapes are wanted (see `fill`) followed by row 0 so often that there are a
+        multiple of `ROWS_TOGETHER`: of these scores the loss takes no notice.
+        """
         writes_code = self.runtime.device.type == "cpu" and self.runtime.precision != "fp32"
         few = writes_code and not self.recipe.training.r_drop  # whose loss wants both readings to be alike
         return functional.pad(real, (0, -len(real) % ROWS_TOGETHER)) if few else real

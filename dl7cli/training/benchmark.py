@@ -28,7 +28,7 @@ SETTLING_STEPS = 2
 """Untimed, before the first round: they take memory and choose kernels."""
 BATCHES = 12
 """Of a translator, which are taken again and again, and once before the first round: code is written for each shape
-when it is first met, and a training meets most shapes in its first epoch.
+when it is first met, and a training meets most shapes in its first epoch. The drawing of subwords is not timed.
 """
 _LATE = 1 << 20
 """A step when a moving average of the weights is hardly moved by one more."""
