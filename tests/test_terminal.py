@@ -168,7 +168,7 @@ def obedient(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "validation", "test"):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
-    keys = ("--set", "data.vocabulary=character", "--set", "training.epochs=40")
+    keys = ("--set", "data.vocabulary=character", "--set", "training.epochs=100")
     succeed("train", "seq2seq", "--data", str(folder), *TINY_SEQ2SEQ, *keys, cwd=folder)
     return folder
 
