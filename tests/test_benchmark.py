@@ -208,13 +208,32 @@ def test_bench_times_a_translator_in_every_precision(recipe: str, sizes: str, tm
 def test_the_table_of_bench_names_the_chosen(tmp_path: Path) -> None:
     flags = ("--data", "builtin:shapes", "--set", "training.compile=never", "--device", "cpu", *SMALL_BENCH[:-1])
     shown = succeed("bench", "resnet", *flags, cwd=tmp_path)
-    header, *rows, last = shown.out.splitlines()
+    header, *rows, last, _ = shown.out.splitlines()
     assert header.split()[:3] == ["PRECISION", "LAYOUT", "COMPILED"]
     rates = {tuple(row.split()[:2]): float(row.split()[-1].replace(",", "")) for row in rows}
     assert len(rates) == len(HERE) * len(LAYOUTS)
     named = re.fullmatch(r"chosen: (\S+), channels-last: .*", last)
     assert named is not None
     assert rates[named[1], "channels-last"] == max(rate for (_, layout), rate in rates.items() if layout != "nchw")
+
+
+@pytest.mark.parametrize(("keys", "bound"), [((), "about"), (("training.small_size=16",), "at most")])
+def test_bench_says_how_long_the_training_takes(keys: tuple[str, ...], bound: str, tmp_path: Path) -> None:
+    """By the time of its steps, of which an epoch of 2,560 images has 160."""
+    changes = [text for key in ("training.compile=never", "training.epochs=100", *keys) for text in ("--set", key)]
+    flags = ("--data", "builtin:shapes", *changes, "--device", "cpu", *SMALL_BENCH[:-1])
+    last = succeed("bench", "resnet", *flags, cwd=tmp_path).out.splitlines()[-1]
+    assert re.fullmatch(rf"16,000 steps take {bound} \S+( \d\dm)?, without validations", last)
+    document = succeed("bench", "resnet", *flags, "--json", cwd=tmp_path).document
+    assert document["steps"] == 16_000
+    for one in document["results"]:
+        assert one["training_seconds"] == pytest.approx(16 * sum(one["step_ms"].values()), rel=0.01)
+
+
+def test_compilation_is_a_part_of_the_training() -> None:
+    seconds = {"data": 0.25, "forward": 0.5, "backward": 1.0, "optimiser": 0.25}
+    assert Measured(Setting("fp32", None, True), 1.0, [], seconds, 7.0).training_seconds(10) == 27
+    assert Measured(Setting("fp32", None, False), 1.0, [], seconds, None).training_seconds(10) == 20
 
 
 def test_bench_chooses_what_is_over_soonest(tiny: dict[str, Path]) -> None:

@@ -27,7 +27,7 @@ def bench(
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Time a recipe's training steps and say how its training is over soonest.
+    """Time a recipe's training steps and say how its training is over soonest, and after how long.
 
     Data, forward pass, backward pass and optimiser are timed apart, on the recipe's own batches, in each precision
     that the device has and, for classifiers, in each memory layout, compiled and not. The settings take turns; medians
@@ -60,6 +60,8 @@ def bench(
     columns = ("PRECISION", "LAYOUT", "COMPILED", "DATA", "FORWARD", "BACKWARD", "OPTIMISER", "STEP", f"{task.unit}/S")
     console.table([column.upper() for column in columns], [_row(one) for one in found.measured])
     console.write(f"chosen: {found.chosen.setting}: {found.reason}")
+    time = console.duration(found.chosen.training_seconds(found.steps))
+    console.write(f"{found.steps:,} steps take {'at most' if found.at_most else 'about'} {time}, without validations")
 
 
 def _row(measured: "Measured") -> list[str]:

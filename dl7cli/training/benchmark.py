@@ -58,12 +58,20 @@ class Measured(NamedTuple):
     """Of a step, by phase."""
     compile_seconds: float | None
 
+    def training_seconds(self, steps: int) -> float:
+        """How long so many steps take, compilation included."""
+        return (self.compile_seconds or 0) + steps * sum(self.seconds.values())
+
 
 class Benchmark(NamedTuple):
     measured: list[Measured]
     chosen: Measured
     """By which the recipe's training, compilation included, is over soonest; images as `dl7 train` lays them out."""
     reason: str
+    steps: int
+    """Of the recipe's whole training."""
+    at_most: bool
+    """Whether some of these cost less than those that were timed, as their images are smaller."""
     notes: list[str]
     """Settings that could not be measured, with why."""
 
@@ -77,11 +85,13 @@ class Benchmark(NamedTuple):
                     "rates": [round(rate, 1) for rate in one.rates],
                     "step_ms": {phase: round(1000 * value, 3) for phase, value in one.seconds.items()},
                     "compile_seconds": None if one.compile_seconds is None else round(one.compile_seconds, 1),
+                    "training_seconds": round(one.training_seconds(self.steps), 1),
                 }
                 for one in self.measured
             ],
             "chosen": self.chosen.setting._asdict(),
             "reason": self.reason,
+            "steps": self.steps,
             "notes": self.notes,
         }
 
@@ -119,7 +129,8 @@ def benchmark(task: Task, *, seconds: float, progress: ProgressCall = silent) ->
     progress("timing", turns, turns)
     measured = [contender.measured() for contender in contenders]
     chosen = soonest(measured, task)
-    return Benchmark(measured, chosen, _reason(chosen, measured, task), notes)
+    at_most = isinstance(task, Classification) and task.recipe.training.small_size is not None
+    return Benchmark(measured, chosen, _reason(chosen, measured, task), total_steps(task), at_most, notes)
 
 
 def soonest(measured: list[Measured], task: Task) -> Measured:
