@@ -291,7 +291,7 @@ def _interval(score: "Score", signature: str) -> list[float]:
     # The numbers are public in what is printed alone; a score of 0 has none.
     printed = json.loads(score.format(width=12, signature=signature, is_json=True))
     mean, half = printed.get("confidence_mean", 0.0), printed.get("confidence_var", 0.0)
-    return [max(0.0, mean - half), mean + half]
+    return [max(0.0, mean - half), min(100.0, mean + half)]
 
 
 def _by_source_length(

@@ -1,13 +1,14 @@
 """What `dl7 eval` prints of a result."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from dl7cli.cli import app
-from dl7cli.cli.evaluate import parse_beams, print_result
+from dl7cli.cli import app, figures
+from dl7cli.cli.evaluate import _draw, parse_beams, print_result
 
 
 def entry_of(beam: int, score: float) -> dict[str, Any]:
@@ -22,6 +23,31 @@ def result_of(**changes: Any) -> dict[str, Any]:
         **{"examples": 1000, "details": {"cut_sources": 1, "unknown_sources": 20}},
         **{"primary": "bleu", "scores": {"bleu": 38.307}, "signature": "case:mixed", "seconds": 1.0, **changes},
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "models"),
+    [
+        ({"checkpoint": "best"}, "r"),
+        ({}, "r/last"),
+        ({"others": ["s"]}, "r/last and s together"),
+        ({"checkpoint": "best", "others": ["s", "t"]}, "r, s and t together"),
+    ],
+)
+def test_a_figure_names_the_models_that_are_scored(
+    changes: dict[str, Any], models: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles = []
+
+    def confusion_matrix(counts: Any, names: Any, title: str, *, suffix: str) -> tuple[None, list[str]]:
+        titles.append(title)
+        return None, []
+
+    monkeypatch.setattr(figures, "confusion_matrix", confusion_matrix)
+    monkeypatch.setattr(figures, "save", lambda figure, path, notes: None)
+    details = {"classes": [{"class": "a"}], "confusion": [[1]]}
+    _draw(Path("x.png"), result_of(scores={"accuracy": 0.5}, details=details, **changes))
+    assert titles == [f"{models}: accuracy 0.5000 on the test split of d"]
 
 
 def test_the_table_of_beams(capsys: pytest.CaptureFixture[str]) -> None:

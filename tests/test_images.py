@@ -249,6 +249,12 @@ def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
     assert read[:, :4].max() < 50
 
 
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".jp2", ".pnm"])
+def test_images_of_less_usual_names_are_read(suffix: str, tmp_path: Path) -> None:
+    images = {f"train/{name}/1{suffix}": pixels(1)[0] for name in ("a", "b")}
+    assert read_images(write_image_folder(tmp_path, images)).classes == ("a", "b")
+
+
 def columns_of(tmp_path: Path, features: dict[str, Any], values: dict[str, list[Any]], **options: str) -> Images:
     source = write_parquet(tmp_path / "set", features, train=values)
     return read_images(source, **options)  # type: ignore[arg-type]

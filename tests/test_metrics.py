@@ -135,12 +135,19 @@ def test_every_score_of_a_translation_is_that_of_the_command_line(
     resampled = command_line(hypotheses, REFERENCES, tmp_path, "-m", "bleu", "--confidence", *flags)
     assert details["signatures"]["bleu_interval"] == resampled["signature"]
     mean, half = resampled.get("confidence_mean", 0), resampled.get("confidence_var", 0)
-    assert details["bleu_interval"] == pytest.approx([max(0, mean - half), mean + half])
+    assert details["bleu_interval"] == pytest.approx([max(0, mean - half), min(100, mean + half)])
     assert f"BP = {details['brevity_penalty']:.3f} ratio = {details['length_ratio']:.3f}" in printed[0]["verbose_score"]
     assert set(scores.values) == {main, other, characters}
     assert (scores.primary, scores.signature, scores.examples) == (main, printed[0]["signature"], 5)
     alone = Scores(characters, {characters: own[characters]}, 5, details["signatures"][characters])
     assert chrf(hypotheses, REFERENCES, cased=cased) == alone
+
+
+def test_the_interval_of_bleu_ends_at_100() -> None:
+    right = "the cat sat on the mat today"
+    low, high = translation(["x"] * 3, [right, right, "the dog sat on a mat"], [right] * 3).details["bleu_interval"]
+    assert low < 100
+    assert high == 100
 
 
 def test_texts_too_long_for_ter_have_none() -> None:

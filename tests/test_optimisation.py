@@ -325,6 +325,20 @@ def test_the_average_of_weights_is_exponential() -> None:
     assert all((average.weights[name] - value).abs().max() < 1e-4 for name, value in expected.items())
 
 
+def test_tied_weights_have_one_average() -> None:
+    recipe = resolve("transformer-tiny").recipe
+    model = translator(recipe.model.model_copy(update={"width": 8, "heads": 2}), 20, 20)
+    average = WeightAverage(model, 0.9)
+    words = [name for name in average.weights if name.startswith("words.") and name.endswith(".weight")]
+    assert len(words) == 3
+    assert len({average.weights[name].data_ptr() for name in words}) == 1
+    before = average.weights[words[0]].clone()
+    with torch.no_grad():
+        model.get_parameter(words[0]).add_(1)
+    average.update(10**6)
+    torch.testing.assert_close(average.weights[words[0]], before + 0.1)
+
+
 def test_weights_are_swapped_for_a_while_even_if_that_fails() -> None:
     model = nn.Linear(2, 2)
     own = {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,8 +1,12 @@
 """Evaluating on other data than a run was trained on: what may be a test, what is refused, how data is known again."""
 
+import io
 import shutil
 from pathlib import Path
 
+import PIL.Image
+import pyarrow
+import pyarrow.parquet
 import pytest
 from running import dl7, succeed
 
@@ -44,6 +48,8 @@ def test_a_single_file_or_a_folder_without_training_data_is_a_test_set(
         assert [shown.document[key] for key in keys] == [own[key] for key in keys]
         assert (f"the test split is all of {tmp_path / name}" in shown.err) == (name == "news.tsv")
         if name != "news.tsv":
+            about = succeed("data", "info", str(tmp_path / name), "--json", cwd=runs).document
+            assert about["digests"] == {"test": own["digest"]}
             failed = dl7("train", str(tiny["seq2seq"]), "--data", str(tmp_path / name), cwd=runs)
             assert (failed.code, "has no train split" in failed.err) == (1, True)
     (tmp_path / "one.tsv").write_text(rows[0] + "\n")
@@ -89,9 +95,60 @@ def test_images_of_some_classes_are_a_test_set(runs: Path, tiny: dict[str, Path]
         assert "has no train split" in dl7("train", "resnet", "--data", str(folder), cwd=runs).err
         with pytest.raises(UserError, match="has no train split"):
             read_images(str(folder))
+        about = succeed("data", "info", str(folder), "--json", cwd=runs).document
+        assert (list(about["splits"]), about["also_in_train"]) == (["test"], {})
     (tmp_path / "without-0" / "test" / "red").rename(tmp_path / "without-0" / "test" / "pink")
     failed = dl7("eval", "resnet", "--data", str(tmp_path / "without-0"), cwd=runs)
     assert (failed.code, "has other classes than the model" in failed.err) == (1, True)
+
+
+def test_validation_data_of_another_name_are_no_reading_of_the_test_set(
+    runs: Path, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tiny["seq2seq"].parent / "pairs"
+    sides = [(folder / f"validation.{language}").read_text().splitlines() for language in ("en", "de")]
+    (tmp_path / "new.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in zip(*sides, strict=True)))
+    before = succeed("runs", "show", "seq2seq", "--json", cwd=runs).document["readings"]
+    one = succeed("eval", "seq2seq", "--split", "validation", "--json", cwd=runs).document
+    other = succeed("eval", "seq2seq", "--data", str(tmp_path / "new.tsv"), "--json", cwd=runs).document
+    assert (other["digest"], other["split"]) == (one["digest"], "test")
+    assert succeed("runs", "show", "seq2seq", "--json", cwd=runs).document["readings"] == {**before, "validation": 1}
+
+
+def test_columns_that_the_recipe_names_are_those_of_other_data_too(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """Where it has them: by its type, another column of labels would be taken."""
+    images = read_images(str(tiny["resnet"].parent / "images"))
+    for name, columns in (("own", ("image", "label", "odd")), ("other", ("image", "odd", "label"))):
+        for split, them in images.splits.items():
+            files = []
+            for image in them.images[:20]:
+                files.append(io.BytesIO())
+                PIL.Image.fromarray(image).save(files[-1], "PNG")
+            values = {
+                "image": [{"bytes": file.getvalue(), "path": None} for file in files],
+                "label": [0] * len(files),
+                "odd": [number % 2 for number in range(len(files))],
+            }
+            (tmp_path / name).mkdir(exist_ok=True)
+            table = pyarrow.table({column: values[column] for column in columns})
+            pyarrow.parquet.write_table(table, tmp_path / name / f"{split}.parquet")
+    recipe, named = str(tiny["resnet"]), ("--set", "data.label=odd")
+    succeed("train", recipe, "--data", "own", *named, *SHORT, "--out", "run", cwd=tmp_path)
+    own, other = (
+        succeed("eval", "run", *flags, "--json", cwd=tmp_path).document for flags in ((), ("--data", "other"))
+    )
+    assert (other["digest"], other["scores"]) == (own["digest"], own["scores"])
+    (tmp_path / "folder" / "test").mkdir(parents=True)
+    for label in ("0", "1"):
+        shutil.copytree(
+            next((tiny["resnet"].parent / "images" / "test").iterdir()), tmp_path / "folder" / "test" / label
+        )
+    assert succeed("eval", "run", "--data", "folder", "--json", cwd=tmp_path).document["split"] == "test"
+    with pytest.raises(UserError, match="has no column `colour`"):
+        read_images(str(tmp_path / "other"), label="colour")
+    read_images(str(tmp_path / "other"), label="colour", if_named=True)
+    with pytest.raises(UserError, match="has no column `colour`"):  # and not what the other reading has kept
+        read_images(str(tmp_path / "other"), label="colour")
 
 
 def test_the_file_that_was_trained_on_is_no_test(tiny: dict[str, Path], tmp_path: Path) -> None:

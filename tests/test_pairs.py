@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -191,6 +193,45 @@ def test_a_test_set_of_another_name_serves_if_it_is_the_only_one(
     write_test(tmp_path, "test", "test")
     assert read(tmp_path).splits == {split: EXPECTED[split] for split in ("train", "test")}
     assert read(tmp_path).notes == ()
+
+
+def test_of_two_kinds_of_files_those_with_most_splits_are_read_and_the_others_named(tmp_path: Path) -> None:
+    for split in EXPECTED:
+        write_parallel(tmp_path, split, split)
+    write(tmp_path / "train.tsv", "pasted\tzusammengefügt\n")
+    assert read(tmp_path) == Pairs(EXPECTED, "en", "de", ("not read, as there are `*.en`: `train.tsv`",))
+    write_json(tmp_path / "other", "train", "train")
+    write(tmp_path / "other" / "test_2016.tsv", "one\teins\n")
+    found = read(tmp_path / "other")
+    assert found.splits == {"train": EXPECTED["train"]}
+    assert found.notes == ("not read, as there are `*.jsonl`: `test_2016.tsv`",)
+
+
+@pytest.mark.parametrize(("name", "for_training"), [("train", True), ("test", False)])
+def test_a_split_that_is_there_twice_is_refused(name: str, for_training: bool, tmp_path: Path) -> None:
+    """Such as references, and beside them what a model made of the same sources."""
+    write_parallel(tmp_path, "train", name)
+    write_tabbed(tmp_path, "test", name)
+    with pytest.raises(UserError, match=rf"has its {name} split twice: `{name}\.tsv` and `{name}\.en`") as refused:
+        read(tmp_path, for_training=for_training)
+    assert refused.value.hint == "move one of them away"
+
+
+@pytest.mark.parametrize("header", ["en\tde", "EN\tDE", "De\tEn"])
+def test_a_header_may_be_in_capitals(header: str, tmp_path: Path) -> None:
+    rows = [("one", "eins"), ("two", "zwei")]
+    turned = header.lower().startswith("de")
+    lines = ["\t".join(reversed(row) if turned else row) for row in rows]
+    write(tmp_path / "some.tsv", "\n".join([header, *lines]) + "\n")
+    assert read(tmp_path / "some.tsv").splits == {"train": rows}
+    assert read(tmp_path / "some.tsv", ("de", "en")).splits == {"train": [(de, en) for en, de in rows]}
+
+
+def test_text_of_a_table_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    latin = pyarrow.array([b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"en": latin, "de": ["Kaffee"]}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"split `train` of `.*` has text that is not UTF-8: byte 0xe9"):
+        read(tmp_path / "train.parquet")
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:

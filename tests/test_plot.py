@@ -149,6 +149,41 @@ def test_runs_together_are_their_mean_and_a_band(
         assert (refused.code, "a comma with no run before or after it" in refused.err) == (2, True)
 
 
+def test_long_names_keep_their_ends_and_every_run_is_in_the_legend(
+    small_runs: Path, tmp_path: Path, drawn: list[matplotlib.figure.Figure]
+) -> None:
+    names = ["a-very-long-name-of-a-run-1", "a-very-long-name-of-a-run-2", "_baseline"]
+    for name in names:
+        shutil.copytree(small_runs / "resnet", tmp_path / name)
+    succeed("plot", "curves", *names, f"{names[0]},{names[1]}", "--output", "curves.png", cwd=tmp_path)
+    (legend,) = drawn[0].legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    ends = ["…ry-long-name-of-a-run-1", "…ry-long-name-of-a-run-2"]
+    assert shown == [*ends, " _baseline", "…e-of-a-run-1 … (2 runs)"]
+
+
+def test_a_curve_of_one_place_can_be_seen(
+    small_runs: Path, tmp_path: Path, drawn: list[matplotlib.figure.Figure]
+) -> None:
+    """As of a run of one epoch: a line has no length there, and a band no area."""
+    for number in (1, 2):
+        shutil.copytree(small_runs / "resnet", tmp_path / str(number))
+    file = tmp_path / "2" / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for record in records:
+        if "scores" in record:
+            record["scores"]["accuracy"] /= 2
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    succeed("plot", "curves", "1", "1,2", "--output", "curves.png", cwd=tmp_path)
+    scores = drawn[0].axes[1]
+    alone, together = scores.lines
+    assert [len(line.get_xdata()) for line in (alone, together)] == [1, 1]
+    assert [line.get_marker() for line in (alone, together)] == ["o", "o"]
+    (band,) = scores.collections
+    ((_, least), (_, greatest)) = band.get_segments()[0]
+    assert [least, greatest] == pytest.approx([alone.get_ydata()[0] / 2, alone.get_ydata()[0]])
+
+
 def test_a_name_given_twice_is_drawn_once(tmp_path: Path) -> None:
     plot.activations(["relu", "tanh", "relu"], output=tmp_path / "a.svg")
     assert (tmp_path / "a.svg").read_text(encoding="utf-8").count(">relu</text>") == 1

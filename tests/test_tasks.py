@@ -18,6 +18,7 @@ from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve
 from dl7cli.tasks import labelled_images, sentences
+from dl7cli.tasks.translation import Translation
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
 KINDS = ("resnet", "seq2seq")
@@ -78,6 +79,24 @@ def test_what_is_kept_for_validation_is_not_trained_on(count: int, fraction: flo
     for part in (other_rest, other):
         assert np.array_equal(part.images, images.images[part.labels])
     assert sorted(pairs[label] for label in other.labels) == sorted(first)
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_it_is_said_where_sources_kept_for_validation_are_trained_on_too(
+    repeated: bool, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "pairs.tsv"
+    rows = [f"{number // 2 if repeated else number} 1\t{number} 1\n" for number in range(40)]
+    file.write_text("".join(rows))
+    changes = ["data.validation_fraction=0.05", "data.vocabulary_size=50", "data.vocabulary=word"]
+    task = tasks.build(resolve(str(tiny["seq2seq"]), changes, data=str(file)).recipe, runtime=CPU)
+    assert isinstance(task, Translation)
+    trained = {source for source, _ in task.pairs.splits["train"]}
+    met = sum(source in trained for source, _ in task.pairs.splits["validation"])
+    told = [note for note in task.notes if "trained on, too" in note]
+    assert (met > 0) == repeated
+    expected = f"{met} of those kept have a source that is trained on, too: they score too well"
+    assert told == ([expected] if repeated else [])
 
 
 def test_no_pair_or_image_is_left_to_train_on() -> None:

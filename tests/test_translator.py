@@ -16,6 +16,7 @@ from dl7cli import recipe as recipes
 from dl7cli import tasks, training
 from dl7cli.data.vocabulary import BOS, EOS
 from dl7cli.device import Runtime
+from dl7cli.models.seq2seq import Seq2Seq
 from dl7cli.models.translator import Translator
 from dl7cli.recipe import ConvS2SModel, Seq2SeqModel, TransformerModel
 from dl7cli.runs import Run
@@ -118,6 +119,17 @@ def test_steps_in_bfloat16_say_nearly_the_same(name: str) -> None:
         torch.testing.assert_close(found, together[:, step], atol=0.15, rtol=0)
         furthest = max(furthest, (found - exact).abs().max().item())
     assert furthest > 1e-4, "it was in float32 after all"
+
+
+@pytest.mark.parametrize("name", ["seq2seq-copying", pytest.param("seq2seq-fed", marks=pytest.mark.bf16)])
+def test_the_state_of_a_decoder_that_goes_step_by_step_keeps_all_digits(name: str) -> None:
+    net = model(name).float()
+    assert isinstance(net, Seq2Seq)
+    with torch.autocast("cpu", torch.bfloat16):
+        context, state = net.encode(SOURCE, LENGTHS)
+        decoded = net.decode(PREVIOUS, context, state)
+    layers, _ = net._unpacked(decoded.state)
+    assert {part.dtype for one in layers for part in one} == {torch.float32}
 
 
 @every_model

@@ -67,7 +67,7 @@ def get(
     """Read a data set and keep it on disk, so that training can start at once and offline."""
     from dl7cli.data import sources
 
-    contents = _read(source, task, overrides or [], offline)
+    contents = _read(source, task, overrides or [], offline, for_training=True)
     splits = _sizes(contents)
     if as_json:
         console.document({"source": source, "splits": splits, "cache": str(sources.cache_folder())})
@@ -89,13 +89,13 @@ def info(
     dl7 eval notes that of the split it has read, of images with the classes as the model numbers them.
     As also_in_train it says how many images of another split, pixel by pixel as they are read, or how many
     source sentences are among those of training, too: what a model has seen is no test of it.
-    Of the training pairs also the lengths in characters, and as odd how many are there more than
-    once (all but the first), have the same text on both sides, or one side that is over three times
-    as long as the other and 20 characters longer.
+    Of the training pairs, or without these those of the first split, also the lengths in characters, and
+    as odd how many are there more than once (all but the first), have the same text on both sides, or
+    one side that is over three times as long as the other and 20 characters longer.
 
     --set data.source_language=fr and the like say how to read it, as for dl7 train.
     """
-    contents = _read(source, task, overrides or [], offline)
+    contents = _read(source, task, overrides or [], offline, for_training=False)
     from dl7cli.data.images import Images
 
     about = _about_images(contents) if isinstance(contents, Images) else _about_pairs(contents)
@@ -118,8 +118,10 @@ def known() -> dict[str, str]:
     return {recipe.data.source: recipe.task for recipe in both}
 
 
-def _read(source: str, task: str | None, overrides: list[str], offline: bool) -> "Images | Pairs":
-    """Read a source as a training would, with the keys of the `data` section that `overrides` change."""
+def _read(
+    source: str, task: str | None, overrides: list[str], offline: bool, *, for_training: bool
+) -> "Images | Pairs":
+    """Read a source as a training or an evaluation would, with the keys of `data` that `overrides` change."""
     from dl7cli import recipe as recipes
 
     for key in (text.partition("=")[0].strip() for text in overrides):
@@ -129,7 +131,7 @@ def _read(source: str, task: str | None, overrides: list[str], offline: bool) ->
                 hint=f"these do: {', '.join(f'`{one}`' for one in _OF_READING)}",
             )
     with console.display() as display:
-        task = task or known().get(source) or _guess(source, offline, display.progress)
+        task = task or known().get(source) or _guess(source, offline, display.progress, for_training)
         data = recipes.resolve(_RECIPE[task], overrides, data=source).recipe.data
         if isinstance(data, recipes.ImageData):
             from dl7cli.data.images import read_images
@@ -141,6 +143,7 @@ def _read(source: str, task: str | None, overrides: list[str], offline: bool) ->
                 image_size=data.image_size,
                 offline=offline,
                 progress=display.progress,
+                for_training=for_training,
             )
         from dl7cli.data.pairs import read_pairs
 
@@ -150,10 +153,11 @@ def _read(source: str, task: str | None, overrides: list[str], offline: bool) ->
             target_language=data.target_language,
             offline=offline,
             progress=display.progress,
+            for_training=for_training,
         )
 
 
-def _guess(source: str, offline: bool, progress: "Progress") -> str:
+def _guess(source: str, offline: bool, progress: "Progress", for_training: bool) -> str:
     """Tell from the names of its files, or else from the types of its columns, what a data set is for."""
     from dl7cli.data import columns, sources
     from dl7cli.data.cifar import is_cifar
@@ -174,8 +178,10 @@ def _guess(source: str, offline: bool, progress: "Progress") -> str:
         if not any(suffixes[suffix] for suffix in _TABLE_SUFFIXES):
             return "translation"
     with sources.working_folder(sources.cache_folder()) as working:
-        splits = sources.load_splits(source, offline=offline, progress=progress, working=working)
-        kinds = [columns.kind(column) for column in splits["train"].features.values()]
+        splits = sources.load_splits(
+            source, offline=offline, progress=progress, working=working, for_training=for_training
+        )
+        kinds = [columns.kind(column) for column in next(iter(splits.values())).features.values()]
     return "classification" if "image" in kinds else "translation"
 
 
@@ -196,7 +202,7 @@ def _digests(contents: "Images | Pairs") -> dict[str, str]:
 
 
 def _also_in_train(contents: "Images | Pairs") -> dict[str, int]:
-    """Of every other split, how many of its inputs are among those of the training split."""
+    """Of every split besides training, where there is that, how many of its inputs are among those of training."""
     from dl7cli.data.images import Images
 
     def inputs(split: str) -> Iterator[object]:
@@ -204,6 +210,8 @@ def _also_in_train(contents: "Images | Pairs") -> dict[str, int]:
             return (hashlib.sha256(image).digest() for image in contents.splits[split].images)
         return (source for source, _ in contents.splits[split])
 
+    if "train" not in contents.splits:
+        return {}
     seen = set(inputs("train"))
     return {split: sum(one in seen for one in inputs(split)) for split in contents.splits if split != "train"}
 
@@ -211,11 +219,11 @@ def _also_in_train(contents: "Images | Pairs") -> dict[str, int]:
 def _about_images(contents: "Images") -> dict[str, Any]:
     import numpy as np
 
-    train = contents.splits["train"]
-    counts = np.bincount(train.labels, minlength=len(contents.classes))
+    first = next(iter(contents.splits.values()))
+    counts = np.bincount(first.labels, minlength=len(contents.classes))
     return {
         "task": "classification",
-        "image": "x".join(map(str, train.images.shape[1:])),
+        "image": "x".join(map(str, first.images.shape[1:])),
         "classes": dict(zip(contents.classes, counts.tolist(), strict=True)),
     }
 
@@ -223,22 +231,22 @@ def _about_images(contents: "Images") -> dict[str, Any]:
 def _about_pairs(contents: "Pairs") -> dict[str, Any]:
     import numpy as np
 
-    train = contents.splits["train"]
-    lengths = np.array([(len(source), len(target)) for source, target in train])
+    first = next(iter(contents.splits.values()))
+    lengths = np.array([(len(source), len(target)) for source, target in first])
     shorter, longer = lengths.min(axis=1), lengths.max(axis=1)
     return {
         "task": "translation",
         "from": contents.source_language,
         "to": contents.target_language,
-        "examples": [list(pair) for pair in train[:_EXAMPLES]],
+        "examples": [list(pair) for pair in first[:_EXAMPLES]],
         "characters": {
             f"{side}_{what}": int(value)
             for side, column in zip(("source", "target"), lengths.T, strict=True)
             for what, value in (("median", np.percentile(column, 50, method="lower")), ("longest", column.max()))
         },
         "odd": {
-            "repeated": len(train) - len(set(train)),
-            "copied": sum(source == target for source, target in train),
+            "repeated": len(first) - len(set(first)),
+            "copied": sum(source == target for source, target in first),
             "uneven": int(((longer > _UNEVEN * shorter) & (longer > shorter + _APART)).sum()),
         },
     }

@@ -139,14 +139,8 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         return
     score = console.score(result["primary"], result["scores"][result["primary"]])
     told = "by beam" if "beams" in result else score
-    by = result["run"]
-    # A checkpoint out of its run is named by its own folder.
-    if result["checkpoint"] not in ("best", os.path.basename(os.path.abspath(by))):
-        by = os.path.join(by, result["checkpoint"])
-    if "others" in result:
-        others = result["others"]
-        by = f"{', '.join([by, *others[:-1]])} and {others[-1]} together"
-    console.write(f"{told} on the {result['split']} split of {result['data']} ({console.extent(result)}), by {by}")
+    read = f"the {result['split']} split of {result['data']} ({console.extent(result)})"
+    console.write(f"{told} on {read}, by {_models(result)}")
     if result["signature"] is not None:
         console.write(f"signature {result['signature']}")
     if cut := result["details"].get("cut_sources"):
@@ -163,6 +157,18 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         _print_translation(result["primary"], result["scores"], result["details"])
     else:
         _print_classification(result["scores"], result["details"])
+
+
+def _models(result: dict[str, Any]) -> str:
+    """What a score is of: a run, one of its checkpoints, or several together."""
+    found: str = result["run"]
+    # A checkpoint out of its run is named by its own folder.
+    if result["checkpoint"] not in ("best", os.path.basename(os.path.abspath(found))):
+        found = os.path.join(found, result["checkpoint"])
+    if "others" in result:
+        others = result["others"]
+        found = f"{', '.join([found, *others[:-1]])} and {others[-1]} together"
+    return found
 
 
 def _warn_of_repetition(found: dict[str, Any], examples: int) -> None:
@@ -259,6 +265,6 @@ def _draw(plot: Path, result: dict[str, Any]) -> None:
     details = result["details"]
     names = [entry["class"] for entry in details["classes"]]
     accuracy = result["scores"]["accuracy"]
-    title = f"{result['run']}: accuracy {accuracy:.4f} on the {result['split']} split of {result['data']}"
+    title = f"{_models(result)}: accuracy {accuracy:.4f} on the {result['split']} split of {result['data']}"
     figure, notes = figures.confusion_matrix(details["confusion"], names, title, suffix=plot.suffix)
     figures.save(figure, plot, notes)

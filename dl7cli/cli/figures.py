@@ -235,17 +235,17 @@ def learning_curves(courses: Sequence[Course], score: str, *, suffix: str) -> tu
     import matplotlib
     from matplotlib.figure import Figure
 
-    names = drawable([course.name for course in courses], suffix, "run")
+    names = drawable([_end(course.name) for course in courses], suffix, "run")
     sources = list(dict.fromkeys(course.data for course in courses))
-    # Of a path the end says most.
-    ends = [one if len(one) < LONGEST_NAME else f"…{one[2 - LONGEST_NAME :]}" for one in sources]
-    data = drawable(ends, suffix, "data source")
+    data = drawable(list(map(_end, sources)), suffix, "data source")
     labels, title = names.labels, f"{score.replace('_', ' ')} on validation"
     if len(sources) > 1:
         shown = dict(zip(sources, data.labels, strict=True))
         labels = [f"{name} on {shown[course.data]}" for name, course in zip(labels, courses, strict=True)]
     else:
         title += f" of {data.labels[0]}"
+    # Matplotlib leaves out what begins with an underscore.
+    labels = [f" {label}" if label.startswith("_") else label for label in labels]
     with matplotlib.rc_context({"font.family": list(dict.fromkeys([*names.families, *data.families]))}):
         figure = Figure(figsize=(11, 4.5), layout="constrained")
         losses, scores = figure.subplots(1, 2)
@@ -270,10 +270,20 @@ def learning_curves(courses: Sequence[Course], score: str, *, suffix: str) -> tu
 
 def _draw(axes: "Axes", curve: Curve, line: str, *, color: str, label: str | None = None) -> None:
     places = [place for place, _ in curve]
-    axes.plot(places, [sum(values) / len(values) for _, values in curve], line, color=color, label=label)
+    single = len(places) == 1  # of which a line or a band shows nothing
+    means = [sum(values) / len(values) for _, values in curve]
+    axes.plot(places, means, line, color=color, label=label, marker="o" if single else None)
     if any(len(values) > 1 for _, values in curve):
         least, greatest = ([end(values) for _, values in curve] for end in (min, max))
-        axes.fill_between(places, least, greatest, color=color, alpha=0.2, linewidth=0)
+        if single:
+            axes.vlines(places, least, greatest, color=color, alpha=0.2, linewidth=8)
+        else:
+            axes.fill_between(places, least, greatest, color=color, alpha=0.2, linewidth=0)
+
+
+def _end(name: str) -> str:
+    """The last characters of a name that is longer than `LONGEST_NAME`: of paths and of runs they say most."""
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
 
 
 def style(number: int) -> str:

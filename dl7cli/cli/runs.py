@@ -59,10 +59,11 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
     evaluations = runs.evaluations(found)
     best = runs.chosen(closed, recipe)
     own = recipe.data.source
-    digests = {record["digest"] for record in evaluations if record.get("data", own) == own and "digest" in record}
+    of_own = [record for record in evaluations if record.get("data", own) == own and "digest" in record]
+    digests = {(record.get("split"), record["digest"]) for record in of_own}
     read: dict[tuple[str, str], list[dict[str, Any]]] = {("test", own): []}
     for record in evaluations:
-        data = own if record.get("digest") in digests else str(record.get("data", own))
+        data = own if (record.get("split"), record.get("digest")) in digests else str(record.get("data", own))
         read.setdefault((str(record.get("split")), data), []).append(record)
     shown: dict[str, Any] = {
         "run": str(found.folder),

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dl7cli.data.sources import listed as _listed
+from dl7cli.data.sources import values as _values
 from dl7cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def read(source: str, loaded: "dict[str, datasets.Dataset]", image: str | None, 
     for split, table in loaded.items():
         if missing := [name for name in (image, label) if name not in table.features]:
             raise UserError(f"split `{split}` of `{source}` has no column `{missing[0]}`, which `{first}` has")
-        values[split] = table.with_format("arrow").select_columns([label])[:].column(label).to_pylist()
+        column = table.with_format("arrow").select_columns([label])[:].column(label)
+        values[split] = _values(column, f"split `{split}` of `{source}`")
         for row, value in enumerate(values[split], 1):
             if value is None:
                 raise UserError(f"row {row} of split `{split}` of `{source}` has no label (column `{label}`)")
@@ -151,7 +153,7 @@ def _rows(source: str, split: str, table: "datasets.Dataset", image: str) -> Cal
     def encoded() -> Rows:
         row = 0
         for batch in table.with_format("arrow").select_columns([image]).iter(batch_size=_ROWS_AT_ONCE):
-            for value in batch.column(image).to_pylist():
+            for value in _values(batch.column(image), f"split `{split}` of `{source}`"):
                 row += 1
                 where = f"the image in row {row} of split `{split}` of `{source}`"
                 content = value if not isinstance(value, dict) else value["bytes"] or value["path"]

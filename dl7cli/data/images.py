@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import PIL.Image
 
 _FORMAT = 1
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+_OF_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".jpx")
+IMAGE_SUFFIXES = (".png", *_OF_JPEG, ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 # Named, so that no file is ever handed to a plug-in that starts other programs (EPS does).
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000")
 _DEFAULT_SIZE = 32
@@ -63,12 +64,14 @@ def read_images(
     offline: bool = False,
     progress: Progress = silent,
     for_training: bool = True,
+    if_named: bool = False,
 ) -> Images:
     """Read labelled images from a hub id, a folder in its layout or CIFAR's own, an image folder or `builtin:shapes`.
 
-    `image` and `label` name the columns where they are not to be found by their type. Images that are not
-    `image_size` pixels wide and high are scaled to fill that square and cropped to its centre. Without `image_size`
-    the images keep their size if all are square, equal and at most 64 wide, and become 32 by 32 otherwise.
+    `image` and `label` name the columns where they are not to be found by their type, `if_named` in so far as there
+    are columns of these names. Images that are not `image_size` pixels wide and high are scaled to fill that square and
+    cropped to its centre. Without `image_size` the images keep their size if all are square, equal and at most 64 wide,
+    and become 32 by 32 otherwise.
 
     The first reading decodes and keeps arrays below the cache folder; later ones map those. They are made anew when
     the name, size or time of a file of the source changes. Raises UserError for a source or data that cannot be used,
@@ -81,14 +84,16 @@ def read_images(
         mark = sources.fingerprint(Path(__file__).with_name("shapes.py"))[:12]
     elif sources.is_local(source):
         mark = sources.fingerprint(sources.existing_path(source))[:12]
-    options = hashlib.sha256(json.dumps([_FORMAT, image, label, image_size]).encode()).hexdigest()[:8]
+    if_named = if_named and bool(image or label)
+    read_as = [_FORMAT, image, label, image_size, *["if named"] * if_named]
+    options = hashlib.sha256(json.dumps(read_as).encode()).hexdigest()[:8]
     entry = f"{sources.cache_name(source)}-{options}-"
     kept = sources.cache_folder() / "images"
     target = kept / (entry + mark)
     if found := _open_cache(target, for_training):
         return found
     with sources.working_folder(kept) as working:
-        content = _encoded(source, image, label, offline, progress, working, for_training)
+        content = _encoded(source, image, label, offline, progress, working, for_training, if_named)
         _decode_to(working, source, content, image_size, progress)
         shutil.rmtree(working / "datasets", ignore_errors=True)
         for old in kept.glob(entry + "*"):
@@ -173,6 +178,7 @@ def _encoded(
     progress: Progress,
     working: Path,
     for_training: bool,
+    if_named: bool,
 ) -> Content:
     """Find the images of a source and their labels, not yet decoded."""
     if sources.is_builtin(source):
@@ -184,11 +190,14 @@ def _encoded(
             found = _image_folder(path, for_training) or (read_cifar(path) if is_cifar(path) else None)
         if found:
             sources.refuse_configuration(source)
-            if image or label:
+            if (image or label) and not if_named:
                 raise UserError(f"`{source}` has images and no columns", hint="leave out data.image and data.label")
             return found
     tables = working / "datasets"
     loaded = sources.load_splits(source, offline=offline, progress=progress, working=tables, for_training=for_training)
+    if if_named:
+        there = next(iter(loaded.values())).features
+        image, label = (name if name in there else None for name in (image, label))
     return read_columns(source, loaded, image, label)
 
 

@@ -190,16 +190,52 @@ def _text_folder(
     texts = [name for name in files if name.endswith((".jsonl", ".tsv", *(f".{one}" for one in languages)))]
     # What can be trained on is read as it is for that, whatever lies beside it.
     for_training = for_training or any(_is_wanted(Path(name).stem, True) for name in texts)
-    for suffix, read in ((".jsonl", _json_lines), (".tsv", _tabbed)):
-        if stems := [name.removesuffix(suffix) for name in files if name.endswith(suffix)]:
-            if not any(
-                _is_wanted(stem, for_training) and (suffix == ".tsv" or sources.split_name(stem)) for stem in stems
-            ):
-                # Such as shards, or names that a README.md maps to splits.
-                continue
-            chosen = _choose_splits(stems, str(folder), notes, for_training)
-            return {split: read(folder / (stem + suffix), languages, progress) for split, stem in chosen.items()}
-    return _parallel(folder, files, languages, notes, progress, for_training)
+    suffix = _layout(folder, files, languages, notes, for_training)
+    if suffix is None:
+        return _parallel(folder, files, languages, notes, progress, for_training)
+    read = _json_lines if suffix == ".jsonl" else _tabbed
+    stems = [name.removesuffix(suffix) for name in files if name.endswith(suffix)]
+    chosen = _choose_splits(stems, str(folder), notes, for_training)
+    return {split: read(folder / (stem + suffix), languages, progress) for split, stem in chosen.items()}
+
+
+def _layout(
+    folder: Path, files: list[str], languages: tuple[str, str], notes: list[str], for_training: bool
+) -> str | None:
+    """The suffix of the files that have most splits, where that is `.jsonl` or `.tsv`; None for all else.
+
+    What it passes over is noted. Raises UserError where two kinds of files have as many, and one of these in common.
+    """
+    there: dict[str, dict[str, str]] = {}
+    wanted: list[str] = []
+    for suffix in (".jsonl", ".tsv", f".{languages[0]}"):
+        stems = [name.removesuffix(suffix) for name in files if name.endswith(suffix)]
+        if suffix not in (".jsonl", ".tsv"):
+            stems = [stem for stem in stems if f"{stem}.{languages[1]}" in files]
+        there[suffix] = {_split_of(stem): stem + suffix for stem in stems if _split_of(stem)}
+        # JSON lines of other names may be shards, or what a README.md maps to splits.
+        named = [stem for stem in stems if suffix != ".jsonl" or sources.split_name(stem)]
+        if any(_is_wanted(stem, for_training) for stem in named):
+            wanted.append(suffix)
+    if not wanted:
+        return None
+    chosen = max(wanted, key=lambda suffix: len(there[suffix]))
+    for suffix, splits in there.items():
+        both = [split for split in splits if split in there[chosen]]
+        if suffix == chosen or not splits:
+            continue
+        if both and suffix in wanted and len(splits) == len(there[chosen]):
+            raise UserError(
+                f"`{folder}` has its {both[0]} split twice: `{there[chosen][both[0]]}` and `{splits[both[0]]}`",
+                hint="move one of them away",
+            )
+        notes.append(f"not read, as there are `*{chosen}`: {sources.listed(splits.values())}")
+    return chosen if chosen in (".jsonl", ".tsv") else None
+
+
+def _split_of(stem: str) -> str:
+    """The split that a file of this name may hold; empty where it is none."""
+    return sources.split_name(stem) or ("test" if _OTHER_TEST.match(stem) else "")
 
 
 def _is_wanted(stem: str, for_training: bool) -> bool:
@@ -278,8 +314,9 @@ def _tabbed(path: Path, languages: tuple[str, str], progress: Progress) -> Rows:
             )
         if number == 1:
             header = [cell.strip() for cell in cells]
-            if set(header) == set(languages):
-                first, second = header.index(languages[0]), header.index(languages[1])
+            codes, wanted = ([name.lower() for name in names] for names in (header, languages))
+            if set(codes) == set(wanted):
+                first, second = codes.index(wanted[0]), codes.index(wanted[1])
                 continue
             if set(header) & set(languages) and all(_CODE.fullmatch(name) for name in header):
                 _check_languages(languages, header, str(path))
@@ -343,7 +380,7 @@ def _tables(
             raise UserError(f"split `{split}` of `{source}` has no column `{missing[0]}`, which `{first}` has")
         pairs: list[tuple[str, str]] = []
         for batch in table.with_format("arrow").select_columns(columns).iter(batch_size=_EVERY):
-            for record in batch.to_pylist():
+            for record in sources.values(batch, f"split `{split}` of `{source}`"):
                 where = f"row {len(pairs) + 1} of split `{split}` of `{source}`"
                 row = record[_NESTED] if nested else record
                 if row is None:

@@ -481,6 +481,15 @@ def _load_error(source: str, error: Exception) -> UserError:
     return UserError(f"`{source}` cannot be loaded: {lines[0]}", hint)
 
 
+def values(column: Any, where: str) -> list[Any]:
+    """What an Arrow column or batch holds. Raises UserError where text is not UTF-8, which Parquet does not look at."""
+    try:
+        found: list[Any] = column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} has text that is not UTF-8: byte 0x{error.object[error.start]:02x}") from error
+    return found
+
+
 def listed(names: Iterable[str]) -> str:
     """The first twenty names as they stand in a message."""
     return ", ".join(f"`{name}`" for name in list(names)[:20])

@@ -225,7 +225,8 @@ class Seq2Seq(Translator):
     def _decode_by_steps(self, embedded: Tensor, context: State, states: list[State], rest: State) -> Decoded:
         """Where a step needs what the one before it has found: embedded (R, T, W), state of every layer, the rest."""
         layers, drop = self._layers, self.dropout.by_steps()
-        states = list(states)
+        # A sum over many steps, which loses what is small in half of the digits.
+        states = [tuple(part.to(torch.promote_types(part.dtype, torch.float32)) for part in one) for one in states]
         covered, fed = (rest[:1], rest[1:]) if self.options.coverage else ((), rest)
         all_entering = project(layers[0], embedded)
         extra_weight = layers[0].all_weights[0][0][:, embedded.size(2) :].to(all_entering.dtype)

@@ -11,7 +11,7 @@ from dl7cli.checkpoint import Checkpoint
 from dl7cli.data.sources import Progress, silent
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
-from dl7cli.recipe import ClassificationRecipe, ImageData, Recipe, TranslationRecipe
+from dl7cli.recipe import ClassificationRecipe, Recipe, TranslationRecipe
 from dl7cli.tasks.checking import refuse_other_weights
 from dl7cli.tasks.classification import Classification
 from dl7cli.tasks.translation import Translation
@@ -69,9 +69,7 @@ def load(
     if task not in (None, recipe.task):
         raise UserError(f"checkpoint `{folder}` is for {recipe.task}, not for {task}")
     if data is not None:
-        # The other source has columns of its own.
-        other = {"source": data, **({"image": None, "label": None} if isinstance(recipe.data, ImageData) else {})}
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=other)})
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": data})})
     loaded = build(
         recipe,
         saved.assets,

@@ -208,6 +208,7 @@ class LabelledImages:
             offline=self._offline,
             progress=self._progress,
             for_training=self._for_training,
+            if_named=not self._for_training,
         )
         self.notes.extend(images.notes)
         splits = dict(images.splits)

@@ -243,11 +243,10 @@ def _variant(task: Task, setting: Setting) -> Task:
     """The task with the same data and first weights, and a model of its own."""
     other = copy.copy(task)
     other.runtime = choose(str(task.runtime.device), setting.precision)
+    # A copy of recurrent layers is not what a GPU's kernels want until it is moved there.
+    other.model = copy.deepcopy(task.model).to(task.runtime.device)
     if isinstance(other, Classification):
-        other.model = copy.deepcopy(other.model)
         other.lay_out(LAYOUTS[setting.layout or "channels-last"])
-    else:
-        other.model = copy.deepcopy(other.model)
     return other
 
 

@@ -191,7 +191,10 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._model = model
         self._decay = decay
-        self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        # Tied weights have one average, too.
+        tied = {value.data_ptr(): value.detach() for value in model.state_dict().values()}
+        averages = {place: value.clone() for place, value in tied.items()}
+        self.weights = {name: averages[value.data_ptr()] for name, value in model.state_dict().items()}
 
     @torch.no_grad()
     def update(self, step: int, skipped: Tensor | None = None) -> None:
@@ -199,11 +202,16 @@ class WeightAverage:
         share: float | Tensor = 1 - min(self._decay, (1 + step) / (10 + step))
         if skipped is not None:
             share = torch.where(skipped, 0.0, share)
+        done = set()
         for name, value in self._model.state_dict().items():
+            average = self.weights[name]
+            if id(average) in done:
+                continue
+            done.add(id(average))
             if value.is_floating_point():
-                self.weights[name].lerp_(value, share)
+                average.lerp_(value, share)
             else:
-                self.weights[name].copy_(value)
+                average.copy_(value)
 
 
 @contextmanager

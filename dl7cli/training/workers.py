@@ -96,7 +96,8 @@ def launch(arguments: Sequence[str], workers: int, *, nodes: Nodes, timeout: flo
             stack.callback(meeting.shutdown)
             agent = _Agent(arguments, workers, nodes, meeting, Path(folder), note)
             agent.listen()
-            agent.watch(timeout + _SECONDS_TO_STOP)
+            if nodes.count > 1:
+                agent.watch(timeout + _SECONDS_TO_STOP)
             result = agent.run()
         except SignalException as stop:
             return 128 + stop.sigval
