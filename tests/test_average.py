@@ -16,7 +16,7 @@ from running import Silent
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from dl7cli import checkpoint, runs, tasks, training
+from dl7cli import checkpoint, device, runs, tasks, training
 from dl7cli.cli import app
 from dl7cli.device import Runtime, evaluation_mode
 from dl7cli.errors import UserError
@@ -302,3 +302,20 @@ def test_a_best_epoch_chosen_by_another_score_has_none_to_show(monkeypatch: pyte
     _, own, best = shown.stdout.splitlines()
     assert own.split() == ["run/average", "2,", "3", "BLEU", "without", "case", "39.50", "d"]
     assert best.split() == ["run/best", "3", "-", "d"]
+
+
+@pytest.mark.parametrize(("flags", "searched"), [((), "fp32"), (("--precision", "bf16"), "bf16")])
+def test_a_translator_searches_in_the_precision_asked_for(
+    flags: tuple[str, ...], searched: str, trained: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied(trained("seq2seq"), Path("run"))
+    seen: list[Runtime] = []
+
+    def average(*_: Any, runtime: Runtime, **__: Any) -> None:
+        seen.append(runtime)
+        raise UserError("enough is known")
+
+    monkeypatch.setattr(device, "_cpu_flags", set)  # a CPU that is taken for one with bf16
+    monkeypatch.setattr(training, "average", average)
+    CliRunner().invoke(app, ["average", "run", "--device", "cpu", *flags])
+    assert [runtime.search_precision for runtime in seen] == [searched]

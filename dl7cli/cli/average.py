@@ -30,7 +30,7 @@ def average(
     from dl7cli import device as devices
     from dl7cli import runs, training
 
-    runtime = devices.choose(device, runs.scoring_precision(precision, [run]), gpus)
+    runtime = devices.choose(device, runs.scoring_precision(precision, [run]), gpus, searches=True)
     with console.display() as display:
         result = training.average(
             run,
