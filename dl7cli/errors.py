@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""What a user is meant to read."""
 
 
 class UserError(Exception):
@@ -11,3 +11,7 @@ class UserError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+class NoSplitError(UserError):
+    """The data has no training split, or none at all."""

@@ -217,7 +217,10 @@ def test_the_table_of_bench_names_the_chosen(tmp_path: Path) -> None:
     assert rates[named[1], "channels-last"] == max(rate for (_, layout), rate in rates.items() if layout != "nchw")
 
 
-@pytest.mark.parametrize(("keys", "bound"), [((), "about"), (("training.small_size=16",), "at most")])
+@pytest.mark.parametrize(
+    ("keys", "bound"),
+    [((), "about"), (("training.small_size=16",), "at most"), (("training.patience=3",), "at most")],
+)
 def test_bench_says_how_long_the_training_takes(keys: tuple[str, ...], bound: str, tmp_path: Path) -> None:
     """By the time of its steps, of which an epoch of 2,560 images has 160."""
     changes = [text for key in ("training.compile=never", "training.epochs=100", *keys) for text in ("--set", key)]

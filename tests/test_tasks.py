@@ -97,6 +97,16 @@ def test_it_is_said_where_sources_kept_for_validation_are_trained_on_too(
     assert (met > 0) == repeated
     expected = f"{met} of those kept have a source that is trained on, too: they score too well"
     assert told == ([expected] if repeated else [])
+    few = resolve(str(tiny["seq2seq"]), [*changes, "data.train_examples=1"], data=str(file)).recipe
+    other = tasks.build(few, task.assets, runtime=CPU)
+    assert isinstance(other, Translation)
+    trained = {source for source, _ in other.pairs.splits["train"]}
+    met = sum(source in trained for source, _ in other.pairs.splits["validation"])
+    assert sum("trained on, too" in note for note in other.notes) == (met > 0)
+    evaluated = tasks.build(task.recipe, task.assets, runtime=CPU, for_training=False)
+    assert isinstance(evaluated, Translation)
+    assert len(evaluated.pairs.split("test")) == 40
+    assert not any("trained on, too" in note for note in evaluated.notes)
 
 
 def test_no_pair_or_image_is_left_to_train_on() -> None:

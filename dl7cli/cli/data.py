@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dl7cli.cli import console, options
-from dl7cli.errors import UserError
+from dl7cli.errors import NoSplitError, UserError
 
 if TYPE_CHECKING:
     from dl7cli.data.images import Images
@@ -95,7 +95,13 @@ def info(
 
     --set data.source_language=fr and the like say how to read it, as for dl7 train.
     """
-    contents = _read(source, task, overrides or [], offline, for_training=False)
+    try:
+        contents = _read(source, task, overrides or [], offline, for_training=True)
+    except NoSplitError as problem:
+        try:
+            contents = _read(source, task, overrides or [], offline, for_training=False)
+        except NoSplitError:
+            raise problem from None
     from dl7cli.data.images import Images
 
     about = _about_images(contents) if isinstance(contents, Images) else _about_pairs(contents)

@@ -282,8 +282,12 @@ def _draw(axes: "Axes", curve: Curve, line: str, *, color: str, label: str | Non
 
 
 def _end(name: str) -> str:
-    """The last characters of a name that is longer than `LONGEST_NAME`: of paths and of runs they say most."""
-    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
+    """The end of a name that is longer than `LONGEST_NAME`: of paths and of runs it says most."""
+    if console.width(name) <= LONGEST_NAME:
+        return name
+    while console.width(name) >= LONGEST_NAME:
+        name = name[1:]
+    return "…" + name
 
 
 def style(number: int) -> str:

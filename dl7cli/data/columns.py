@@ -67,13 +67,13 @@ def read(source: str, loaded: "dict[str, datasets.Dataset]", image: str | None, 
         image = next((name for name in ("image", "img") if name in candidates), candidates[0])
         if len(candidates) > 1:
             notes.append(f"images from column `{image}` of {_listed(candidates)}")
-    elif image not in candidates and kind(features[image]) != "binary":
+    elif not holds_images(features[image]):
         raise UserError(f"column `{image}` of `{source}` holds no images: there is {listed}")
 
     if label is None:
         label = _label_column(source, {name: feature for name, feature in features.items() if name != image}, notes)
     feature = features[label]
-    if not (isinstance(feature, datasets.ClassLabel) or _plain(feature)):
+    if not holds_labels(feature):
         raise UserError(f"column `{label}` of `{source}` holds no labels: there is {listed}")
 
     values: dict[str, list[Any]] = {}
@@ -142,6 +142,18 @@ def kind(feature: Any) -> str:
     if isinstance(feature, datasets.Value):
         return str(feature.dtype).removeprefix("large_").removesuffix("_view")
     return type(feature).__name__.lower()
+
+
+def holds_images(feature: Any) -> bool:
+    """Tell whether a column, where it is named, can be read as images."""
+    return kind(feature) in ("image", "binary")
+
+
+def holds_labels(feature: Any) -> bool:
+    """Tell whether a column, where it is named, can be read as labels."""
+    import datasets
+
+    return isinstance(feature, datasets.ClassLabel) or _plain(feature)
 
 
 def _plain(feature: Any) -> bool:

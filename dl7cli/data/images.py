@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from dl7cli.data import sources
 from dl7cli.data.cifar import is_cifar, read_cifar
-from dl7cli.data.columns import Content, Encoded, Split
+from dl7cli.data.columns import Content, Encoded, Split, holds_images, holds_labels
 from dl7cli.data.columns import read as read_columns
 from dl7cli.data.sources import Progress, silent
 from dl7cli.errors import UserError
@@ -69,9 +69,9 @@ def read_images(
     """Read labelled images from a hub id, a folder in its layout or CIFAR's own, an image folder or `builtin:shapes`.
 
     `image` and `label` name the columns where they are not to be found by their type, `if_named` in so far as there
-    are columns of these names. Images that are not `image_size` pixels wide and high are scaled to fill that square and
-    cropped to its centre. Without `image_size` the images keep their size if all are square, equal and at most 64 wide,
-    and become 32 by 32 otherwise.
+    are such columns of these names. Images that are not `image_size` pixels wide and high are scaled to fill that
+    square and cropped to its centre. Without `image_size` the images keep their size if all are square, equal and at
+    most 64 wide, and become 32 by 32 otherwise.
 
     The first reading decodes and keeps arrays below the cache folder; later ones map those. They are made anew when
     the name, size or time of a file of the source changes. Raises UserError for a source or data that cannot be used,
@@ -83,7 +83,8 @@ def read_images(
             raise UserError(f"there are no built-in images `{source}`", hint="the built-in images are `builtin:shapes`")
         mark = sources.fingerprint(Path(__file__).with_name("shapes.py"))[:12]
     elif sources.is_local(source):
-        mark = sources.fingerprint(sources.existing_path(source))[:12]
+        files = sources.fingerprint(sources.existing_path(source))
+        mark = hashlib.sha256(" ".join([files, *IMAGE_SUFFIXES]).encode()).hexdigest()[:12]
     if_named = if_named and bool(image or label)
     read_as = [_FORMAT, image, label, image_size, *["if named"] * if_named]
     options = hashlib.sha256(json.dumps(read_as).encode()).hexdigest()[:8]
@@ -197,7 +198,8 @@ def _encoded(
     loaded = sources.load_splits(source, offline=offline, progress=progress, working=tables, for_training=for_training)
     if if_named:
         there = next(iter(loaded.values())).features
-        image, label = (name if name in there else None for name in (image, label))
+        image = image if image in there and holds_images(there[image]) else None
+        label = label if label in there and holds_labels(there[label]) else None
     return read_columns(source, loaded, image, label)
 
 

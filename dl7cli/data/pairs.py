@@ -318,8 +318,9 @@ def _tabbed(path: Path, languages: tuple[str, str], progress: Progress) -> Rows:
             if set(codes) == set(wanted):
                 first, second = codes.index(wanted[0]), codes.index(wanted[1])
                 continue
-            if set(header) & set(languages) and all(_CODE.fullmatch(name) for name in header):
-                _check_languages(languages, header, str(path))
+            in_one_case = header in (codes, [name.upper() for name in header])
+            if in_one_case and set(codes) & set(wanted) and all(_CODE.fullmatch(name) for name in codes):
+                _check_languages(languages, codes, str(path))
         yield cells[first], cells[second]
 
 

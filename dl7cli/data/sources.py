@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from dl7cli.data.damage import damage, emptiness
 from dl7cli.data.growth import growth_told
 from dl7cli.data.refusing import refuse_endless, refuse_remote
-from dl7cli.errors import UserError
+from dl7cli.errors import NoSplitError, UserError
 
 if TYPE_CHECKING:
     import datasets
@@ -207,8 +207,8 @@ def part_of(examples: int, wanted: int) -> "np.ndarray":
 def by_split(names: Iterable[str], where: str, *, for_training: bool = True) -> dict[str, str]:
     """Map train, validation and test to the one among the names that stands for it.
 
-    Raises UserError when two names mean the same split, and when there is no training split or, where it is not
-    `for_training`, none at all.
+    Raises UserError when two names mean the same split, and NoSplitError when there is no training split or, where it
+    is not `for_training`, none at all.
     """
     names = list(names)
     found: dict[str, str] = {}
@@ -224,8 +224,8 @@ def by_split(names: Iterable[str], where: str, *, for_training: bool = True) -> 
     if not ("train" in found if for_training else found):
         there = listed(names) or "nothing"
         if for_training:
-            raise UserError(f"`{where}` has no train split: there is {there}", hint="call the training data `train`")
-        raise UserError(f"`{where}` has no split: there is {there}", hint="call what is to be evaluated `test`")
+            raise NoSplitError(f"`{where}` has no train split: there is {there}", hint="call the training data `train`")
+        raise NoSplitError(f"`{where}` has no split: there is {there}", hint="call what is to be evaluated `test`")
     return {split: found[split] for split in ("train", "validation", "test") if split in found}
 
 

@@ -115,13 +115,14 @@ class SentencePairs:
         if self.carved:
             splits["train"], splits["validation"] = _carve(whole, data.validation_fraction)
             self.notes.append(f"kept for validation: {len(splits['validation']):,} of {len(whole):,} pairs of train")
-            met = {source for source, _ in splits["train"]}
-            if known := sum(source in met for source, _ in splits["validation"]):
-                self.notes.append(f"{known:,} of those kept have a source that is trained on, too: they score too well")
         if data.train_examples is not None and self._for_training:
             self._whole = train = splits["train"]
             splits["train"] = [train[at] for at in part_of(len(train), data.train_examples)]
             self.notes.append(f"trained on: {len(splits['train']):,} of {len(train):,} pairs of train")
+        if self.carved and self._for_training:
+            met = {source for source, _ in splits["train"]}
+            if known := sum(source in met for source, _ in splits["validation"]):
+                self.notes.append(f"{known:,} of those kept have a source that is trained on, too: they score too well")
         if not self._for_training and is_file(data.source):
             splits["test"] = whole
             self.notes.append(f"the test split is all of {data.source}")

@@ -71,7 +71,7 @@ class Benchmark(NamedTuple):
     steps: int
     """Of the recipe's whole training."""
     at_most: bool
-    """Whether some of these cost less than those that were timed, as their images are smaller."""
+    """Whether there may be fewer of these, or some cost less than those that were timed, as images are smaller."""
     notes: list[str]
     """Settings that could not be measured, with why."""
 
@@ -129,7 +129,8 @@ def benchmark(task: Task, *, seconds: float, progress: ProgressCall = silent) ->
     progress("timing", turns, turns)
     measured = [contender.measured() for contender in contenders]
     chosen = soonest(measured, task)
-    at_most = isinstance(task, Classification) and task.recipe.training.small_size is not None
+    smaller = isinstance(task, Classification) and task.recipe.training.small_size is not None
+    at_most = smaller or task.recipe.training.patience > 0
     return Benchmark(measured, chosen, _reason(chosen, measured, task), total_steps(task), at_most, notes)
 
 
