@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import matplotlib.figure
 import PIL.Image
@@ -111,17 +112,24 @@ def test_the_curves_of_runs_are_what_they_have_recorded(
     assert "`one` is chosen by accuracy and " in refused.err
 
 
-def test_runs_together_are_their_mean_and_a_band(
-    small_runs: Path, tmp_path: Path, drawn: list[matplotlib.figure.Figure]
-) -> None:
+def two_runs(small_runs: Path, folder: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """Make `1` and `2`, which has a loss greater by one and half the accuracy; with its file of records, and these."""
     for number in (1, 2):
-        shutil.copytree(small_runs / "resnet", tmp_path / str(number))
-    file = tmp_path / "2" / "metrics.jsonl"
+        shutil.copytree(small_runs / "resnet", folder / str(number))
+    file = folder / "2" / "metrics.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
     for record in records:
         record["loss"] += 1
         if "scores" in record:
             record["scores"]["accuracy"] /= 2
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file, records
+
+
+def test_runs_together_are_their_mean_and_a_band(
+    small_runs: Path, tmp_path: Path, drawn: list[matplotlib.figure.Figure]
+) -> None:
+    file, records = two_runs(small_runs, tmp_path)
     last = {**records[-1], "step": 1000, "epoch": 1000}  # which the other has not come to
     file.write_text("".join(json.dumps(record) + "\n" for record in [*records, last]))
     succeed("plot", "curves", "1,2", "1", "--output", "curves.svg", cwd=tmp_path)
@@ -172,14 +180,7 @@ def test_a_curve_of_one_place_can_be_seen(
     small_runs: Path, tmp_path: Path, drawn: list[matplotlib.figure.Figure]
 ) -> None:
     """As of a run of one epoch: a line has no length there, and a band no area."""
-    for number in (1, 2):
-        shutil.copytree(small_runs / "resnet", tmp_path / str(number))
-    file = tmp_path / "2" / "metrics.jsonl"
-    records = [json.loads(line) for line in file.read_text().splitlines()]
-    for record in records:
-        if "scores" in record:
-            record["scores"]["accuracy"] /= 2
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    two_runs(small_runs, tmp_path)
     succeed("plot", "curves", "1", "1,2", "--output", "curves.png", cwd=tmp_path)
     scores = drawn[0].axes[1]
     alone, together = scores.lines

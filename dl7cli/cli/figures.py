@@ -235,9 +235,9 @@ def learning_curves(courses: Sequence[Course], score: str, *, suffix: str) -> tu
     import matplotlib
     from matplotlib.figure import Figure
 
-    names = drawable([_end(course.name) for course in courses], suffix, "run")
+    names = drawable([course.name for course in courses], suffix, "run", ends=True)
     sources = list(dict.fromkeys(course.data for course in courses))
-    data = drawable(list(map(_end, sources)), suffix, "data source")
+    data = drawable(sources, suffix, "data source", ends=True)
     labels, title = names.labels, f"{score.replace('_', ' ')} on validation"
     if len(sources) > 1:
         shown = dict(zip(sources, data.labels, strict=True))
@@ -279,15 +279,6 @@ def _draw(axes: "Axes", curve: Curve, line: str, *, color: str, label: str | Non
             axes.vlines(places, least, greatest, color=color, alpha=0.2, linewidth=8)
         else:
             axes.fill_between(places, least, greatest, color=color, alpha=0.2, linewidth=0)
-
-
-def _end(name: str) -> str:
-    """The end of a name that is longer than `LONGEST_NAME`: of paths and of runs it says most."""
-    if console.width(name) <= LONGEST_NAME:
-        return name
-    while console.width(name) >= LONGEST_NAME:
-        name = name[1:]
-    return "…" + name
 
 
 def style(number: int) -> str:
@@ -358,12 +349,14 @@ def readable(tokens: Sequence[str]) -> list[str]:
     return [unicodedata.normalize("NFC", token) for token in shown]
 
 
-def drawable(names: Sequence[str], suffix: str, what: str) -> Names:
+def drawable(names: Sequence[str], suffix: str, what: str, *, ends: bool = False) -> Names:
     """Shorten names to `LONGEST_NAME` columns and find fonts for them; `what` is what one of them is.
+
+    Of long ones the beginnings stay or, as of paths and of runs these say most, the `ends`.
 
     In a PNG, a name with characters of no installed font is given by its number, from 0; in an SVG it stays.
     """
-    labels = [_shortened(_plain(name)) for name in names]
+    labels = [_shortened(_plain(name), ends) for name in names]
     families, missing = _fonts("".join(labels))
     unreadable = [number for number, label in enumerate(labels) if missing & set(label)]
     if not unreadable or suffix.lower() == ".svg":
@@ -382,12 +375,12 @@ def _plain(name: str) -> str:
     return console.printable(name, keep="")
 
 
-def _shortened(name: str) -> str:
+def _shortened(name: str, end: bool) -> str:
     if console.width(name) <= LONGEST_NAME:
         return name
     while console.width(name) >= LONGEST_NAME:
-        name = name[:-1]
-    return name + "…"
+        name = name[1:] if end else name[:-1]
+    return f"…{name}" if end else f"{name}…"
 
 
 def _fonts(text: str) -> tuple[list[str], set[str]]:

@@ -240,9 +240,8 @@ def _split_of(stem: str) -> str:
 
 def _is_wanted(stem: str, for_training: bool) -> bool:
     """Whether a name is that of a split that there has to be."""
-    if for_training:
-        return sources.split_name(stem) == "train"
-    return sources.split_name(stem) is not None or _OTHER_TEST.match(stem) is not None
+    split = _split_of(stem)
+    return split == "train" if for_training else bool(split)
 
 
 def _parallel(
