@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dl7cli import recipe as recipes
 from dl7cli.errors import UserError
 from dl7cli.models.embedding import Tied
-from dl7cli.models.transformer import Attention, DecoderLayer, EncoderLayer, Transformer, attend, sinusoids
+from dl7cli.models.transformer import Attention, DecoderLayer, EncoderLayer, Norm, Transformer, attend, sinusoids
 from dl7cli.recipe import TransformerModel
 from dl7cli.tasks.translation import translator
 
@@ -17,13 +17,14 @@ PAD, BOS = 0, 2
 WORDS = 11
 SOURCE, LENGTHS = torch.tensor([[4, 5, 6, 7, 3], [8, 9, 3, 0, 0]]), torch.tensor([5, 3])
 PREVIOUS = torch.tensor([[BOS, 5, 6, 4], [BOS, 9, 1, 4]])
+either_norm = pytest.mark.parametrize("norm", ["pre", "post"])
 
 
-def model(tied: Tied = "all") -> Transformer:
+def model(tied: Tied = "all", norm: Norm = "pre") -> Transformer:
     torch.manual_seed(3)
     made = Transformer(
         WORDS, WORDS, pad=PAD, width=8, heads=2, feedforward_width=12, encoder_layers=2, decoder_layers=3, dropout=0.0,
-        tied=tied,
+        tied=tied, norm=norm,
     )  # fmt: skip
     with torch.no_grad():
         for parameter in made.parameters():
@@ -45,11 +46,13 @@ def copy_attention(theirs: nn.MultiheadAttention, own: Attention) -> None:
     theirs.load_state_dict(weights)
 
 
-def torchs(own: Transformer) -> tuple[nn.TransformerEncoder, nn.TransformerDecoder]:
+def torchs(own: Transformer, norm: Norm) -> tuple[nn.TransformerEncoder, nn.TransformerDecoder]:
     """torch's encoder and decoder with our weights."""
-    sizes = {"d_model": 8, "nhead": 2, "dim_feedforward": 12, "dropout": 0.0, "batch_first": True, "norm_first": True}
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**sizes), 2, nn.LayerNorm(8), enable_nested_tensor=False)
-    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**sizes), 3, nn.LayerNorm(8))
+    sizes = {"d_model": 8, "nhead": 2, "dim_feedforward": 12, "dropout": 0.0, "batch_first": True}
+    sizes["norm_first"] = norm == "pre"
+    last = [nn.LayerNorm(8) if norm == "pre" else None for _ in range(2)]
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**sizes), 2, last[0], enable_nested_tensor=False)
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**sizes), 3, last[1])
     for layer, ours in zip(encoder.layers, own.encoder, strict=True):
         assert isinstance(ours, EncoderLayer)
         copy_attention(layer.self_attn, ours.attention)
@@ -66,8 +69,9 @@ def torchs(own: Transformer) -> tuple[nn.TransformerEncoder, nn.TransformerDecod
         copy(layer.norm3, ours.feedforward_norm)
         copy(layer.linear1, ours.feedforward[0])
         copy(layer.linear2, ours.feedforward[2])
-    copy(encoder.norm, own.encoder_norm)
-    copy(decoder.norm, own.decoder_norm)
+    if norm == "pre":
+        copy(encoder.norm, own.encoder_norm)
+        copy(decoder.norm, own.decoder_norm)
     return encoder.double(), decoder.double()
 
 
@@ -81,9 +85,10 @@ def slow_sinusoids(steps: int, width: int) -> Tensor:
     return table
 
 
-def test_the_model_is_torchs_own_layers() -> None:
-    net = model()
-    encoder, decoder = torchs(net)
+@either_norm
+def test_the_model_is_torchs_own_layers(norm: Norm) -> None:
+    net = model(norm=norm)
+    encoder, decoder = torchs(net, norm)
     scaled = net.words.target.weight * math.sqrt(8)
     padding = torch.arange(5) >= LENGTHS[:, None]
     memory = encoder(scaled[SOURCE] + slow_sinusoids(5, 8), src_key_padding_mask=padding)
@@ -125,16 +130,17 @@ def test_attention_is_the_slow_loop() -> None:
     assert not weights[1, :, 2:].any()
 
 
+@either_norm
 @pytest.mark.parametrize(("tied", "matrices"), [("all", 1), ("output", 2), ("none", 3)])
-def test_the_tiny_transformer_has_the_parameters_its_sizes_give(tied: Tied, matrices: int) -> None:
+def test_the_tiny_transformer_has_the_parameters_its_sizes_give(tied: Tied, matrices: int, norm: Norm) -> None:
     width, inner, words = 128, 256, 10_000
     attention = 4 * (width * width + width)
     feedforward = width * inner + inner + inner * width + width
-    norm = 2 * width
-    encoder = 4 * (attention + feedforward + 2 * norm) + norm
-    decoder = 4 * (2 * attention + feedforward + 3 * norm) + norm
+    each, last = 2 * width, 2 * width if norm == "pre" else 0
+    encoder = 4 * (attention + feedforward + 2 * each) + last
+    decoder = 4 * (2 * attention + feedforward + 3 * each) + last
     with torch.device("meta"):
-        net = translator(TransformerModel(kind="transformer", tied=tied), words, words)
+        net = translator(TransformerModel(kind="transformer", tied=tied, norm=norm), words, words)
     found = sum(parameter.numel() for parameter in net.parameters())
     assert found == encoder + decoder + matrices * words * width
 

@@ -45,6 +45,9 @@ MODELS: dict[str, Seq2SeqModel | TransformerModel | ConvS2SModel] = {
     "transformer-output": TransformerModel(
         kind="transformer", width=6, heads=3, feedforward_width=5, encoder_layers=1, decoder_layers=1, tied="output"
     ),
+    "transformer-post": TransformerModel(
+        kind="transformer", width=8, heads=2, feedforward_width=5, encoder_layers=2, decoder_layers=2, norm="post"
+    ),
     "convs2s": ConvS2SModel(
         kind="convs2s", embedding_width=6, width=8, encoder_layers=2, decoder_layers=3, positions=4, dropout=0.2
     ),

@@ -1,11 +1,14 @@
-"""The Transformer of Vaswani et al. 2017 (arXiv 1706.03762), normalised before each sublayer rather than after.
+"""The Transformer of Vaswani et al. 2017 (arXiv 1706.03762), normalised before each sublayer or after.
 
-A sublayer f is x + f(norm(x)), and each stack ends in one more normalisation (Xiong et al. 2020, arXiv 2002.04745,
-fig. 1b): the residual path is never normalised, which makes training stable from the first step.
+With `norm` "pre" a sublayer f is x + f(norm(x)), and each stack ends in one more normalisation (Xiong et al. 2020,
+arXiv 2002.04745, fig. 1b): the residual path is never normalised, which makes training stable from the first step.
+With "post" it is norm(x + f(x)), as in the paper, §3.1.
 
 Letters in shapes: B sentences, S source steps, T target steps, P target steps before them, R = B·K hypotheses, H heads,
 D width of a head, W = H·D width.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,8 @@ from torch import Tensor, nn
 from dl7cli.models.dropout import dropout
 from dl7cli.models.embedding import Embeddings, Tied
 from dl7cli.models.translator import Decoded, State, Translator
+
+Norm = Literal["pre", "post"]
 
 
 def sinusoids(first: int, steps: int, width: int, like: Tensor) -> Tensor:
@@ -77,10 +82,27 @@ class FeedForward(nn.Sequential):
             _glorot(linear)
 
 
-class EncoderLayer(nn.Module):
-    def __init__(self, width: int, heads: int, inner: int, dropout: float) -> None:
+class Layer(nn.Module):
+    """Of encoder or decoder: sublayers, each with a normalisation of its own, before it or after."""
+
+    def __init__(self, dropout: float, norm: Norm) -> None:
         super().__init__()
         self.dropout = dropout
+        self.norm = norm
+
+    def read(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """What the sublayer of `norm` reads of x (R, T, W)."""
+        return norm(x) if self.norm == "pre" else x
+
+    def add(self, x: Tensor, found: Tensor, norm: nn.Module) -> Tensor:
+        """x and what the sublayer of `norm` has found, each (R, T, W), as one."""
+        x = x + dropout(found, self.dropout, self.training)
+        return x if self.norm == "pre" else norm(x)
+
+
+class EncoderLayer(Layer):
+    def __init__(self, width: int, heads: int, inner: int, dropout: float, norm: Norm) -> None:
+        super().__init__(dropout, norm)
         self.attention_norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
         self.feedforward_norm = nn.LayerNorm(width)
@@ -88,16 +110,15 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (B, S, W), mask (B, 1, 1, S) true at real steps → (B, S, W)."""
-        normal = self.attention_norm(x)
-        found, _ = self.attention(normal, *self.attention.keys_values(normal), mask)
-        x = x + dropout(found, self.dropout, self.training)
-        return x + dropout(self.feedforward(self.feedforward_norm(x)), self.dropout, self.training)
+        read = self.read(x, self.attention_norm)
+        found, _ = self.attention(read, *self.attention.keys_values(read), mask)
+        x = self.add(x, found, self.attention_norm)
+        return self.add(x, self.feedforward(self.read(x, self.feedforward_norm)), self.feedforward_norm)
 
 
-class DecoderLayer(nn.Module):
-    def __init__(self, width: int, heads: int, inner: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout = dropout
+class DecoderLayer(Layer):
+    def __init__(self, width: int, heads: int, inner: int, dropout: float, norm: Norm) -> None:
+        super().__init__(dropout, norm)
         self.self_norm = nn.LayerNorm(width)
         self.self_attention = Attention(width, heads)
         self.cross_norm = nn.LayerNorm(width)
@@ -111,14 +132,14 @@ class DecoderLayer(nn.Module):
         """x (R, T, W), causal (T, P + T), past keys and values (R, H, P, D), those of the source (B, H, S, D), mask
         (B, 1, 1, S) → (R, T, W), keys and values (R, H, P + T, D), what it looked at in the source (B, H, K·T, S).
         """
-        normal = self.self_norm(x)
-        keys, values = self.self_attention.keys_values(normal)
+        read = self.read(x, self.self_norm)
+        keys, values = self.self_attention.keys_values(read)
         keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
-        found, _ = self.self_attention(normal, keys, values, causal)
-        x = x + dropout(found, self.dropout, self.training)
-        found, weights = self.cross_attention(self.cross_norm(x), *memory, mask)
-        x = x + dropout(found, self.dropout, self.training)
-        x = x + dropout(self.feedforward(self.feedforward_norm(x)), self.dropout, self.training)
+        found, _ = self.self_attention(read, keys, values, causal)
+        x = self.add(x, found, self.self_norm)
+        found, weights = self.cross_attention(self.read(x, self.cross_norm), *memory, mask)
+        x = self.add(x, found, self.cross_norm)
+        x = self.add(x, self.feedforward(self.read(x, self.feedforward_norm)), self.feedforward_norm)
         return x, (keys, values), weights
 
 
@@ -142,6 +163,7 @@ class Transformer(Translator):
         decoder_layers: int,
         dropout: float,
         tied: Tied,
+        norm: Norm,
     ) -> None:
         super().__init__()
         self.width = width
@@ -149,11 +171,11 @@ class Transformer(Translator):
         self.words = Embeddings(
             source_words, target_words, width, pad=pad, tied=tied, deviation=width**-0.5, output_bias=False
         )
-        sizes = width, heads, feedforward_width, dropout
+        sizes = width, heads, feedforward_width, dropout, norm
         self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(encoder_layers))
-        self.encoder_norm = nn.LayerNorm(width)
+        self.encoder_norm = _last_norm(width, norm)
         self.decoder = nn.ModuleList(DecoderLayer(*sizes) for _ in range(decoder_layers))
-        self.decoder_norm = nn.LayerNorm(width)
+        self.decoder_norm = _last_norm(width, norm)
 
     def encode(self, source: Tensor, lengths: Tensor) -> tuple[State, State]:
         mask = torch.arange(source.size(1), device=source.device) < lengths[:, None]
@@ -189,6 +211,11 @@ class Transformer(Translator):
         """§3.4 and §3.5: words (R, T, W) times √W plus their positions from `first` on."""
         x = words * self.width**0.5 + sinusoids(first, words.size(1), self.width, words)
         return dropout(x, self.dropout, self.training)
+
+
+def _last_norm(width: int, norm: Norm) -> nn.Module:
+    """Of a stack: where each layer ends in a normalisation, there is no other."""
+    return nn.LayerNorm(width) if norm == "pre" else nn.Identity()
 
 
 def _glorot(linear: nn.Module) -> None:

@@ -167,7 +167,7 @@ def _memory_width(model: dict[str, Any]) -> int:
 
 class TransformerModel(Section):
     kind: Literal["transformer"]
-    """Vaswani et al. 2017, with the normalisation before each layer."""
+    """Vaswani et al. 2017."""
     width: Annotated[int, Field(ge=2, le=4096, multiple_of=2)] = 128
     """Of embeddings and of what every layer gives; even, as positions are pairs of a sine and a cosine."""
     heads: Annotated[int, Field(ge=1, le=64, validate_default=True)] = 4
@@ -182,6 +182,9 @@ class TransformerModel(Section):
     """Of embeddings and of what attention and feed-forward layers add."""
     tied: Tied = "all"
     """Embeddings that are one matrix: of source, target and output words, of target and output words, or none."""
+
+    norm: Literal["pre", "post"] = "pre"
+    """Whether attention and matrices read what is normalised (Xiong et al. 2020), or their sums are (the paper)."""
 
     @field_validator("heads")
     @classmethod
