@@ -300,15 +300,17 @@ def _of_glibc(name: str) -> Callable[..., int] | None:
 
 
 @contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, running statistics; the mode the model was in comes back at the end."""
-    was_training = model.training
-    model.eval()
+def evaluation_mode(*models: torch.nn.Module) -> Iterator[None]:
+    """No gradients, no dropout, running statistics; the modes that the models were in come back at the end."""
+    before = [model.training for model in models]
+    for model in models:
+        model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(was_training)
+        for model, was_training in zip(models, before, strict=True):
+            model.train(was_training)
 
 
 class Abandoned(Exception):

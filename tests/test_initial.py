@@ -81,11 +81,13 @@ def test_a_classifier_for_other_classes_has_a_last_layer_of_its_own(runs: Path, 
     assert all(torch.equal(taken[name], given[name]) for name in kept)
 
 
+@pytest.mark.parametrize("kind", ["resnet", "seq2seq"])
 def test_it_is_told_where_they_have_learnt_from_what_is_kept_for_validation(
-    tiny: dict[str, Path], tmp_path: Path
+    kind: str, tiny: dict[str, Path], tmp_path: Path
 ) -> None:
-    shutil.copytree(tiny["resnet"].parent / "images", tmp_path / "images", ignore=shutil.ignore_patterns("validation"))
-    recipe = (str(tiny["resnet"]), "--data", "images", *STILL)
+    data = tiny[kind].parent / {"resnet": "images", "seq2seq": "pairs"}[kind]
+    shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("validation*"))
+    recipe = (str(tiny[kind]), "--data", "data", *STILL)
     succeed("train", *recipe, "--out", "run", cwd=tmp_path)
     told = "kept for validation now, perhaps\n"
     assert told not in succeed("train", *recipe, "--init", "run", "--out", "same", cwd=tmp_path).err

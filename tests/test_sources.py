@@ -277,6 +277,15 @@ def test_a_damaged_text_table_is_named_with_line(tmp_path: Path, name: str, cont
         sources.load_splits(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["datasets", "huggingface_hub"])
+def test_a_package_that_is_missing_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=f"the package `{name}`, which tables and the hub need") as caught:
+        sources.load_splits(str(tmp_path))
+    assert f"`pip install {name}`" in (caught.value.hint or "")
+
+
 def test_a_table_without_rows_is_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set")
     file = folder / "validation-00000-of-00001.parquet"

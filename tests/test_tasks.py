@@ -5,19 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dl7cli import tasks
 from dl7cli.checkpoint import Checkpoint, Progress
-from dl7cli.data.images import ImageSet
+from dl7cli.data.dividing import kept_back
 from dl7cli.data.transfer import moved
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
 from dl7cli.recipe import resolve
-from dl7cli.tasks import labelled_images, sentences
 from dl7cli.tasks.translation import Translation
 
 CPU = Runtime(torch.device("cpu"), "fp32", "cpu", "as asked")
@@ -68,17 +66,11 @@ def test_what_is_moved_to_a_gpu_is_there_in_the_order_of_the_calls() -> None:
 
 @pytest.mark.parametrize(("count", "fraction", "kept"), [(40, 0.05, 2), (40, 0.001, 1), (2, 0.6, 1), (50, 0.1, 5)])
 def test_what_is_kept_for_validation_is_not_trained_on(count: int, fraction: float, kept: int) -> None:
-    pairs = [(f"source {n}", f"target {n}") for n in range(count)]
-    images = ImageSet(np.arange(count * 12, dtype=np.uint8).reshape(count, 2, 2, 3), np.arange(count))
-    rest, first = sentences._carve(pairs, fraction)
+    rest, first = kept_back(count, fraction, "pairs")
     assert len(first) == kept
-    assert sorted(rest + first) == sorted(pairs)
-    other_rest, other = labelled_images._carve(images, fraction)
-    assert len(other.labels) == kept
-    assert sorted([*other.labels, *other_rest.labels]) == list(range(count))
-    for part in (other_rest, other):
-        assert np.array_equal(part.images, images.images[part.labels])
-    assert sorted(pairs[label] for label in other.labels) == sorted(first)
+    assert sorted([*rest, *first]) == list(range(count))
+    assert list(rest) == sorted(rest)
+    assert list(first) == sorted(first)
 
 
 @pytest.mark.parametrize("repeated", [False, True])
@@ -111,9 +103,9 @@ def test_it_is_said_where_sources_kept_for_validation_are_trained_on_too(
 
 def test_no_pair_or_image_is_left_to_train_on() -> None:
     with pytest.raises(UserError, match="1 training pairs are too few"):
-        sentences._carve([("a", "b")], 0.1)
+        kept_back(1, 0.1, "pairs")
     with pytest.raises(UserError, match="2 training images are too few"):
-        labelled_images._carve(ImageSet(np.zeros((2, 2, 2, 3), np.uint8), np.zeros(2, np.int64)), 0.9)
+        kept_back(2, 0.9, "images")
 
 
 @pytest.mark.parametrize("kind", KINDS)

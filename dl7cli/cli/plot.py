@@ -139,7 +139,9 @@ def curves(
 
 def _score(records: Sequence[dict[str, Any]]) -> str | None:
     """What the best epoch of a run is chosen by."""
-    closed = [record for record in records if record.get("primary") is not None]
+    from dl7cli import runs
+
+    closed = runs.closed(records)
     return closed[-1]["primary"] if closed else None
 
 
@@ -155,7 +157,9 @@ def _course(members: Sequence[Sequence[dict[str, Any]]], name: str, data: str) -
                     points.setdefault(one.get("step", 0), one[key])
         return _together(found)
 
-    closed = [[record for record in records if record.get("primary") is not None] for records in members]
+    from dl7cli import runs
+
+    closed = [runs.closed(records) for records in members]
     return figures.Course(
         name,
         data,

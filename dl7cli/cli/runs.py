@@ -55,7 +55,7 @@ def show(run: options.RunArgument = None, as_json: options.Json = False) -> None
 
     found, checkpoint = runs.find(run)
     recipe = runs.read_recipe(found)
-    closed = [record for record in runs.metrics(found) if record.get("primary") is not None]
+    closed = runs.closed(runs.metrics(found))
     evaluations = runs.evaluations(found)
     best = runs.chosen(closed, recipe)
     own = recipe.data.source

@@ -31,13 +31,13 @@ from dl7cli.errors import NoSplitError, UserError
 
 if TYPE_CHECKING:
     import datasets
-    import numpy as np
 
 Progress = Callable[[str, int, int], None]
 """What is being done, how much of it is done, how much there is in all."""
 
 BUILTIN = ("builtin:shapes", "builtin:phrases")
 REACH_SECONDS = 5.0
+_WITHOUT_IT = "folders of images, `cifar-10-batches-bin`, parallel text, `.tsv`, `.jsonl` or the built-in sets"
 
 _SPLITS = {
     "train": "train",
@@ -192,16 +192,6 @@ def fingerprint(path: Path) -> str:
 def split_name(name: str) -> str | None:
     """Return `train`, `validation` or `test` for the usual names of splits, None for any other name."""
     return _SPLITS.get(name.lower())
-
-
-def part_of(examples: int, wanted: int) -> "np.ndarray":
-    """Numbers, in order, of so many of the training examples, or of all where there are no more.
-
-    The same for every seed, so that runs can be compared, and a smaller part is a part of a larger one.
-    """
-    import numpy as np
-
-    return np.sort(np.random.default_rng(1).permutation(examples)[:wanted])
 
 
 def by_split(names: Iterable[str], where: str, *, for_training: bool = True) -> dict[str, str]:
@@ -423,8 +413,12 @@ def _reachable(source: str) -> bool:
 @contextlib.contextmanager
 def _datasets_quiet(offline: bool) -> Iterator[Any]:
     """Import `datasets` and keep it from printing and, offline, from connecting; counting downloads stays off."""
-    import datasets
-    import huggingface_hub
+    try:
+        import datasets
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        hint = f"install it (`pip install {error.name}`), or use {_WITHOUT_IT}"
+        raise UserError(f"the package `{error.name}`, which tables and the hub need, is not installed", hint) from None
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it tells another host what is loaded
     settings = [

@@ -27,35 +27,3 @@ from dl7cli.recipe.files import (
 )
 from dl7cli.recipe.section import Optim, Training
 from dl7cli.recipe.translation import ConvS2SModel, Decoding, Seq2SeqModel, TransformerModel, TranslationRecipe
-
-__all__ = [
-    "ClassificationRecipe",
-    "ConvS2SModel",
-    "Decoding",
-    "FastResNetModel",
-    "ImageData",
-    "Optim",
-    "Recipe",
-    "ResNetModel",
-    "Seq2SeqModel",
-    "Training",
-    "TransformerModel",
-    "TranslationRecipe",
-    "alike",
-    "decoding",
-    "differences",
-    "explanations",
-    "find",
-    "folder",
-    "from_document",
-    "header",
-    "parse_override",
-    "read",
-    "resolve",
-    "resumed",
-    "shipped",
-    "to_document",
-    "to_toml",
-    "unset_keys",
-    "with_seed",
-]

@@ -13,12 +13,13 @@ from dl7cli.runs.folder import (
     read_recipe,
     refuse_occupied,
 )
-from dl7cli.runs.listing import Summary, listing
+from dl7cli.runs.listing import listing
 from dl7cli.runs.records import (
     amend_environment,
     append_evaluation,
     append_metrics,
     chosen,
+    closed,
     environment,
     evaluations,
     metrics,
@@ -31,34 +32,3 @@ from dl7cli.runs.records import (
     write_environment,
     write_result,
 )
-
-__all__ = [
-    "RUNS",
-    "Run",
-    "Summary",
-    "amend_environment",
-    "append_evaluation",
-    "append_metrics",
-    "called",
-    "chosen",
-    "create",
-    "environment",
-    "epochs",
-    "evaluations",
-    "find",
-    "holds",
-    "listing",
-    "lock",
-    "mark_newest",
-    "metrics",
-    "read_recipe",
-    "readings",
-    "refuse_occupied",
-    "refuse_unwritable",
-    "result",
-    "rewrite_recipe",
-    "scoring_precision",
-    "trim_metrics",
-    "write_environment",
-    "write_result",
-]

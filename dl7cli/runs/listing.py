@@ -8,7 +8,7 @@ from typing import Any
 from dl7cli.errors import UserError
 from dl7cli.recipe import Recipe, differences, resolve, shipped
 from dl7cli.runs.folder import Run, all_runs, file_time, is_locked, read_recipe, usable
-from dl7cli.runs.records import chosen, evaluations, metrics
+from dl7cli.runs.records import chosen, closed, evaluations, metrics
 from dl7cli.runs.records import result as result_of
 
 
@@ -66,9 +66,9 @@ def _summary(run: Run) -> Summary:
         recipe = read_recipe(run)
     except UserError:
         recipe = None
-    closed = [record for record in _readable(metrics, run) if "scores" in record]
+    epochs = closed(_readable(metrics, run))
     result = result_of(run)
-    best = chosen(closed, recipe)
+    best = chosen(epochs, recipe)
     tested = result if result and result.get("split") == "test" else {}
     return Summary(
         name=run.name,
@@ -77,7 +77,7 @@ def _summary(run: Run) -> Summary:
         data=recipe.data.source if recipe else None,
         changed=_changed(recipe) if recipe else None,
         state=_state(run, finished=result is not None),
-        epochs=max((record.get("epoch", 0) for record in closed), default=0),
+        epochs=max((record.get("epoch", 0) for record in epochs), default=0),
         primary=best["primary"] if best else (result or {}).get("primary"),
         best=best["scores"][best["primary"]] if best else None,
         test=tested.get("scores", {}).get(tested.get("primary")),

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
@@ -63,12 +63,16 @@ def metrics(run: Run) -> list[dict[str, Any]]:
     return _records(run.folder / _METRICS)
 
 
-def chosen(records: Iterable[dict[str, Any]], recipe: Recipe | None) -> dict[str, Any] | None:
-    """Of the records of `metrics.jsonl` that of the epoch kept as `best`: the best on validation, or the last."""
-    closed = [record for record in records if record.get("primary") is not None]
+def closed(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the records of `metrics.jsonl` those that close an epoch."""
+    return [record for record in records if record.get("primary") is not None]
+
+
+def chosen(epochs: Sequence[dict[str, Any]], recipe: Recipe | None) -> dict[str, Any] | None:
+    """Of `closed` epochs that kept as `best`: the best on validation, or the last."""
     if recipe is not None and recipe.training.select == "last":
-        return closed[-1] if closed else None
-    return max(closed, key=lambda record: record["scores"][record["primary"]], default=None)
+        return epochs[-1] if epochs else None
+    return max(epochs, key=lambda record: record["scores"][record["primary"]], default=None)
 
 
 def trim_metrics(run: Run, step: int, epochs: int) -> None:
@@ -79,7 +83,7 @@ def trim_metrics(run: Run, step: int, epochs: int) -> None:
     kept = [
         record
         for record in metrics(run)
-        if record.get("step", 0) <= step and not ("scores" in record and record.get("epoch", 0) > epochs)
+        if record.get("step", 0) <= step and not (closed([record]) and record.get("epoch", 0) > epochs)
     ]
     if (run.folder / _METRICS).exists():
         _replace(run.folder / _METRICS, b"".join(map(_line, kept)))

@@ -29,12 +29,12 @@ def build(
     weights: Mapping[str, Tensor] | None = None,
     for_training: bool = True,
 ) -> Task:
-    """The task of a recipe, with a model fresh from the recipe's seed.
+    """The task of a recipe, with a model of these `weights` or, without any, fresh from the recipe's seed.
 
     With `assets` (from a checkpoint) no data is read until it is asked for; without, they are derived from the data,
     which has a train split unless it is not `for_training`.
-    Raises UserError, before the model is made, for assets of another kind of task, for `weights` that it will be given
-    and are not its own, and, where none are given, for a model larger than the memory.
+    Raises UserError, before the model is made, for assets of another kind of task, for `weights` of another model, and,
+    where none are given, for a model larger than the memory.
     """
     options: dict[str, Any] = {
         "runtime": runtime,
@@ -70,7 +70,7 @@ def load(
         raise UserError(f"checkpoint `{folder}` is for {recipe.task}, not for {task}")
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": data})})
-    loaded = build(
+    return build(
         recipe,
         saved.assets,
         runtime=runtime,
@@ -79,8 +79,6 @@ def load(
         weights=saved.weights,
         for_training=data is None,
     )
-    restore(loaded, saved)
-    return loaded
 
 
 def trained(folder: Path) -> Checkpoint:

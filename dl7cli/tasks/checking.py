@@ -52,10 +52,9 @@ def check_assets(assets: dict[str, Any], schema: type[_Assets]) -> None:
 
 
 def built(make: Callable[[], Network], seed: int, weights: Mapping[str, Tensor] | None) -> Network:
-    """Make a network fresh from a seed, but first one without weights, to see how large it would be.
+    """Make a network with these weights or, without any, fresh from a seed; first one without values, to see its size.
 
-    Raises UserError where the `weights` it is to be given are others, or, without any, where the machine has not the
-    memory for them.
+    Raises UserError where the `weights` are of another network, or, without any, where the machine has not the memory.
     """
     with outline():
         empty = make().state_dict()
@@ -64,7 +63,10 @@ def built(make: Callable[[], Network], seed: int, weights: Mapping[str, Tensor] 
     else:
         refuse_other_weights(empty, weights)
     torch.manual_seed(seed)
-    return make()
+    network = make()
+    if weights is not None:
+        network.load_state_dict(weights)
+    return network
 
 
 def refuse_other_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,6 @@ In float32 whatever the training precision, so that near ties do not depend on t
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -53,9 +52,7 @@ def search(
         coverage_penalty=decoding.coverage_penalty,
         source_lengths=lengths.tolist() if decoding.coverage_penalty else None,
     )
-    with ExitStack() as stack:
-        for model in models:
-            stack.enter_context(evaluation_mode(model))
+    with evaluation_mode(*models):
         encoded = [model.encode(source, lengths) for model in models]
 
         def step(previous: Tensor, context: State, state: State) -> tuple[Tensor, State, Tensor | None]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dl7cli.data import augmentation
+from dl7cli.data.dividing import kept_back, part_of
 from dl7cli.data.images import ImageSet, digest, read_images, statistics
-from dl7cli.data.sources import Progress, is_file, part_of
+from dl7cli.data.sources import Progress, is_file
 from dl7cli.data.transfer import moved
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
@@ -49,8 +50,7 @@ class LabelledImages:
         for_training: bool = True,
     ) -> None:
         self.notes: list[str] = []
-        self.carved = False
-        """Whether what is there for validation is a part of the training split, known once the data is read."""
+        self._carved = False
         self._whole: ImageSet | None = None
         """The training split, where a part of it is used."""
         self._recipe = recipe
@@ -73,6 +73,11 @@ class LabelledImages:
         check_assets(assets, ImageAssets)
         self.assets = assets
         self.normalise = augmentation.Normalisation(assets["mean"], assets["deviation"], runtime.device)
+
+    @property
+    def carved(self) -> bool:
+        """Whether what is there for validation is a part of the training split."""
+        return "train" in self.splits and self._carved  # the first half reads the data
 
     @cached_property
     def splits(self) -> dict[str, ImageSet]:
@@ -213,10 +218,11 @@ class LabelledImages:
         self.notes.extend(images.notes)
         splits = dict(images.splits)
         whole = splits.get("train")
-        self.carved = False
+        self._carved = False
         if whole is not None and "validation" not in splits and (self._for_training or len(whole.labels) > 1):
-            self.carved = True
-            splits["train"], splits["validation"] = _carve(whole, data.validation_fraction)
+            self._carved = True
+            parts = kept_back(len(whole.labels), data.validation_fraction, "images")
+            splits["train"], splits["validation"] = (ImageSet(whole.images[at], whole.labels[at]) for at in parts)
             kept = len(splits["validation"].labels)
             self.notes.append(f"kept for validation: {kept:,} of {len(whole.labels):,} images of train")
         if data.train_examples is not None and self._for_training:
@@ -228,20 +234,6 @@ class LabelledImages:
             splits["test"] = whole
             self.notes.append(f"the test split is all of {data.source}")
         return splits, images.classes
-
-
-def _carve(train: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
-    """Split training images into two; the choice is the same for every seed, so that runs can be compared."""
-    count = len(train.labels)
-    order = np.random.default_rng(0).permutation(count)
-    kept = max(1, round(count * fraction))
-    if kept >= count:
-        raise UserError(f"{count} training images are too few to keep some for validation", hint="add images")
-    first, rest = np.sort(order[:kept]), np.sort(order[kept:])
-    return (
-        ImageSet(train.images[rest], train.labels[rest]),
-        ImageSet(train.images[first], train.labels[first]),
-    )
 
 
 def _generator(*numbers: int) -> torch.Generator:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dl7cli.data.dividing import kept_back, part_of
 from dl7cli.data.pairs import digest, read_pairs
-from dl7cli.data.sources import Progress, is_file, part_of
+from dl7cli.data.sources import Progress, is_file
 from dl7cli.data.transfer import moved
 from dl7cli.data.vocabulary import BOS, EOS, PAD, Subwords, Vocabulary
 from dl7cli.device import Runtime
@@ -70,8 +71,7 @@ class SentencePairs:
         for_training: bool = True,
     ) -> None:
         self.notes: list[str] = []
-        self.carved = False
-        """Whether what is there for validation is a part of the training split, known once the data is read."""
+        self._carved = False
         self._whole: list[tuple[str, str]] | None = None
         """The training split, where a part of it is used."""
         self._data = recipe.data
@@ -93,6 +93,11 @@ class SentencePairs:
         if "target_vocabulary" in assets:
             self.target_vocabulary = Vocabulary.from_json(assets["target_vocabulary"])
 
+    @property
+    def carved(self) -> bool:
+        """Whether what is there for validation is a part of the training split."""
+        return "train" in self.splits and self._carved  # the first half reads the data
+
     @cached_property
     def splits(self) -> dict[str, list[tuple[str, str]]]:
         """Source and target sentences of each split; for training `train` and `validation` are there in any case.
@@ -111,15 +116,16 @@ class SentencePairs:
         self.notes.extend(found.notes)
         splits = dict(found.splits)
         whole = splits.get("train", [])
-        self.carved = "validation" not in splits and (self._for_training or len(whole) > 1)
-        if self.carved:
-            splits["train"], splits["validation"] = _carve(whole, data.validation_fraction)
+        self._carved = "validation" not in splits and (self._for_training or len(whole) > 1)
+        if self._carved:
+            parts = kept_back(len(whole), data.validation_fraction, "pairs")
+            splits["train"], splits["validation"] = ([whole[at] for at in part] for part in parts)
             self.notes.append(f"kept for validation: {len(splits['validation']):,} of {len(whole):,} pairs of train")
         if data.train_examples is not None and self._for_training:
             self._whole = train = splits["train"]
             splits["train"] = [train[at] for at in part_of(len(train), data.train_examples)]
             self.notes.append(f"trained on: {len(splits['train']):,} of {len(train):,} pairs of train")
-        if self.carved and self._for_training:
+        if self._carved and self._for_training:
             met = {source for source, _ in splits["train"]}
             if known := sum(source in met for source, _ in splits["validation"]):
                 self.notes.append(f"{known:,} of those kept have a source that is trained on, too: they score too well")
@@ -346,13 +352,3 @@ def _rectangle(rows: list[list[int]]) -> Tensor:
     longest = max(len(row) for row in rows)
     steps = longest + longest % 2  # see `even`
     return torch.tensor([row + [PAD] * (steps - len(row)) for row in rows])
-
-
-def _carve(pairs: list[tuple[str, str]], fraction: float) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Split training pairs into two; the choice is the same for every seed, so that runs can be compared."""
-    kept = max(1, round(len(pairs) * fraction))
-    if kept >= len(pairs):
-        raise UserError(f"{len(pairs)} training pairs are too few to keep some for validation", hint="add pairs")
-    chosen = set(np.random.default_rng(0).permutation(len(pairs))[:kept].tolist())
-    rest = [pair for at, pair in enumerate(pairs) if at not in chosen]
-    return rest, [pair for at, pair in enumerate(pairs) if at in chosen]

@@ -5,5 +5,3 @@ from dl7cli.training.evaluation import average, evaluate
 from dl7cli.training.listener import Epoch, Listener, Plan, Step
 from dl7cli.training.session import resume, train
 from dl7cli.training.signals import Interrupted
-
-__all__ = ["Epoch", "Interrupted", "Listener", "Plan", "Step", "average", "compare", "evaluate", "resume", "train"]

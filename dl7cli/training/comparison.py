@@ -172,11 +172,12 @@ def _answers(one: Loaded, split: str, beam: int | None, *, cased: bool) -> tuple
     """The scores of a run, and of each example whether it was right or how it was translated. Notes the reading."""
     begin = time.monotonic()
     answers: list[Any]
-    record: dict[str, Any] = {"checkpoint": one.checkpoint}
+    record: dict[str, Any] = {}
     if isinstance(one.task, Classification):
         logits = one.task.logits(split)
         answers = among_first(logits, one.task.labels(split), 1).tolist()
         scores = one.task.judge(split, logits)
+        record["precision"] = one.task.runtime.precision
     else:
         decoding = one.task.recipe.decoding
         if beam is not None:
@@ -185,7 +186,8 @@ def _answers(one: Loaded, split: str, beam: int | None, *, cased: bool) -> tuple
         record["precision"] = one.task.runtime.search_precision
         answers = one.task.translations(split, decoding)
         scores = one.task.judge(split, answers, cased=cased)
-    note_reading(one.run, {**result_of(one.run, one.task, split, scores, time.monotonic() - begin), **record})
+    result = result_of(one.run, one.task, split, scores, time.monotonic() - begin, one.checkpoint)
+    note_reading(one.run, {**result, **record})
     return scores, answers
 
 

@@ -126,7 +126,6 @@ def resume(
             weights=saved.weights,
         )
         refuse_other_data(task, saved.assets, "resuming needs the same data; train anew instead")
-        tasks.restore(task, saved)
         trainer = Trainer.of(task)
         trainer.restore(saved.training, runtime.device)
         if any(parse_override(text)[0] == ["training", "parts"] for text in overrides):
@@ -349,7 +348,8 @@ def _run(
                 shown = best and recipe.training.select != "last"
                 listener.epoch(Epoch(progress.epoch, report.scores, shown))
             if closed or due or stop:
-                check_weights(task.model, *told)
+                if not closed:  # of an epoch's end `fit` has checked them, before the validation
+                    check_weights(task.model, *told)
                 saver.save(trainer, progress, scores, watched=watch.tensors(), closed=closed, best=best)
                 saved_at = time.monotonic()
             saver.check()
@@ -377,7 +377,7 @@ def _finish(
     tasks.restore(task, checkpoint.load(run.best))
     runtime.workers.copy_first(task.model.state_dict().values())
     split = _last_split(task)
-    result = result_of(run, task, split, task.evaluate(split), time.monotonic() - begin)
+    result = result_of(run, task, split, task.evaluate(split), time.monotonic() - begin, run.best.name)
     result |= {
         "steps": progress.step,
         "training_seconds": round(progress.seconds, 3),
