@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help install demo test test-slow check format lint types layers build wheel clean
+.PHONY: help install demo test test-slow test-gpu check format lint types layers build wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -28,11 +28,15 @@ demo: .venv/core ## train, evaluate and use both models on the built-in data: a 
 	  '  $(BIN)/dl7 recipes show resnet     every key that --set can change' \
 	  '  $(BIN)/dl7 --help                  all commands'
 
+# No GPU is taken by itself: what these compare is computed on the processor.
 test: .venv/dev ## the tests
-	$(BIN)/pytest
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest
 
 test-slow: .venv/dev ## the tests that take minutes
-	$(BIN)/pytest -m slow
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -m slow
+
+test-gpu: .venv/dev ## the tests that need a CUDA GPU
+	$(BIN)/pytest -m gpu
 
 check: lint types layers wheel ## all but the tests: style, types, layers, and the wheel outside the checkout
 

@@ -13,7 +13,13 @@ from typing import BinaryIO
 LONGEST_LINE = 1 << 22
 """Bytes: cutting so many into subwords takes seconds and hundreds of megabytes, and no model reads a thousandth."""
 
+_LINE_BREAK = re.compile(r"\r\n|\r|\n")
 _OPEN = re.compile(r"/dev/(?:(stdout|stderr)|fd/([0-9]{1,9}))|/proc/self/fd/([0-9]{1,9})")
+
+
+def on_one_line(text: str) -> str:
+    """Return a text whose line breaks are spaces: what may lie in a JSON field or an argument, and not on a line."""
+    return _LINE_BREAK.sub(" ", text)
 
 
 def size(file: Path | int) -> int:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,13 +21,19 @@ SOURCE_WORDS = (5, 10, 15, 20, 30, 50)
 """Most words of a source in each of the groups whose BLEU is given; longer ones are the last group."""
 RESAMPLES = 1000
 """Of the sentences, for an interval; fewer where the sentences are so many that memory would not hold them."""
-_CHINESE = frozenset({"zh", "zho", "cmn", "yue"})
-_JAPANESE = frozenset({"ja", "jpn"})
-_SOUTH_EAST_ASIAN = frozenset({"th", "tha", "lo", "lao", "km", "khm", "my", "mya"})
-"""Other languages whose words have no spaces between them. All codes are those of ISO 639-1 and 639-3."""
+_CHINESE = frozenset({"zh", "zho", "cmn", "yue", "cn", "chinese", "mandarin", "cantonese"})
+_JAPANESE = frozenset({"ja", "jpn", "jp", "japanese"})
+_SOUTH_EAST_ASIAN = frozenset(
+    {"th", "tha", "thai", "lo", "lao", "km", "khm", "khmer", "my", "mya", "burmese", "myanmar"}
+)
+"""Other languages whose words have no spaces between them. All are codes of ISO 639-1 and 639-3, and what else columns
+and files in these languages are called.
+"""
 _UNSPACED = r"\u3041-\u3096\u30a1-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
 """Kana and Chinese characters."""
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+# Vowel signs and accents that stand by themselves are no letters to `re`, but they belong to the word.
+_MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)).startswith("M"))
+_WORD = re.compile(rf"[{_UNSPACED}]|(?:[^\W_{_UNSPACED}][{_MARKS}]*)+")
 TER_WORDS = 30
 """Most words a reference may have, on average, for TER: looking for what was moved takes an hour in 1,000 summaries."""
 
@@ -272,7 +279,7 @@ def translation(
         "repetition": _repetition(sources, hypotheses, references, language),
     }
     if with_rouge:
-        values |= rouge(hypotheses, references)
+        values |= rouge(hypotheses, references, language)
     return Scores(names[0], values, len(hypotheses), signature, details)
 
 
@@ -306,16 +313,19 @@ def _by_source_length(
     return groups
 
 
-def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def rouge(hypotheses: Sequence[str], references: Sequence[str], language: str | None = None) -> dict[str, float]:
     """Give `rouge_1`, `rouge_2` and `rouge_l`, 0 to 100: the means over all pairs of their F1 (Lin 2004, §2 and §3).
 
     ROUGE-N counts the n-grams two texts share, ROUGE-L the words of their longest common subsequence, each text taken
-    as one sequence. Words are runs of letters and digits in lower case, not stemmed, and of Chinese and Japanese, which
-    do not part them, single characters; a text without any scores 0.
+    as one sequence. Words are runs of letters and digits in lower case, not stemmed; of Chinese, Japanese and the
+    languages that `words` knows besides, which do not part them, single characters. A text without any scores 0.
     """
     sums = {"rouge_1": 0.0, "rouge_2": 0.0, "rouge_l": 0.0}
+    by_character = _code(language) in _SOUTH_EAST_ASIAN
     for hypothesis, reference in zip(hypotheses, references, strict=True):
-        own, wanted = (_WORD.findall(text.lower()) for text in (hypothesis, reference))
+        # One accent may be written in two ways.
+        texts = [unicodedata.normalize("NFC", text.lower()) for text in (hypothesis, reference)]
+        own, wanted = (words(text, language) if by_character else _WORD.findall(text) for text in texts)
         for name, size in (("rouge_1", 1), ("rouge_2", 2)):
             found, sought = (
                 Counter(tuple(text[at : at + size]) for at in range(len(text) - size + 1)) for text in (own, wanted)

@@ -77,6 +77,13 @@ def _draws(seed: int, numbers: Sequence[int], samples: int, steps: int) -> np.nd
     )
 
 
+def _cumulative(probabilities: Tensor) -> Tensor:
+    """probabilities (R, V) → their cumulative sums; of these torch has none on a GPU that gives the same bits again."""
+    if torch.are_deterministic_algorithms_enabled():
+        return probabilities.cpu().cumsum(dim=1).to(probabilities.device)
+    return probabilities.cumsum(dim=1)
+
+
 def _drawn(log_probabilities: Tensor, point: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """log_probabilities (R, V), point (R,) in [0, 1) → ids (R, 1) where the cumulative probability passes the point."""
     vocabulary = log_probabilities.shape[1]
@@ -87,9 +94,9 @@ def _drawn(log_probabilities: Tensor, point: Tensor, temperature: float, top_k: 
     below = values.double() - values.amax(dim=1, keepdim=True)
     probabilities = (below / temperature).softmax(dim=1)
     if top_p < 1:
-        before = probabilities.cumsum(dim=1) - probabilities
+        before = _cumulative(probabilities) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0)
-    reached = probabilities.cumsum(dim=1)
+    reached = _cumulative(probabilities)
     whole = reached[:, -1:]
     point = torch.minimum(
         point[:, None] * whole, whole.nextafter(torch.zeros_like(whole))

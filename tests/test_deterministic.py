@@ -31,9 +31,14 @@ def settings() -> tuple[bool, bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
 
 
-@pytest.mark.parametrize("kind", ["resnet", "seq2seq"])
-def test_on_a_cpu_the_bits_are_the_same(kind: str, tiny: dict[str, Path]) -> None:
-    recipe = resolve(str(tiny[kind])).recipe
+CASES = pytest.mark.parametrize(
+    ("kind", "changes"), [("resnet", ()), ("seq2seq", ()), ("seq2seq", ("decoding.method=sample",))]
+)
+
+
+@CASES
+def test_on_a_cpu_the_bits_are_the_same(kind: str, changes: tuple[str, ...], tiny: dict[str, Path]) -> None:
+    recipe = resolve(str(tiny[kind]), changes).recipe
     for name, runtime in (("with", REPEATABLE), ("without", CPU)):
         training.train(recipe, out=Path(name), runtime=runtime, listener=Silent())
         assert runs.environment(Run(Path(name)))["deterministic"] == runtime.deterministic
@@ -44,11 +49,16 @@ def test_on_a_cpu_the_bits_are_the_same(kind: str, tiny: dict[str, Path]) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["resnet", "seq2seq"])
-def test_on_a_gpu_the_bits_are_the_same_each_time(kind: str, tiny: dict[str, Path], work: Path) -> None:
+@CASES
+def test_on_a_gpu_the_bits_are_the_same_each_time(
+    kind: str, changes: tuple[str, ...], tiny: dict[str, Path], work: Path
+) -> None:
+    flags = [flag for change in changes for flag in ("--set", change)]
     for name in ("one", "other"):
         # Each in a process of its own: what cuBLAS is to do is settled when it starts.
-        with start("train", str(tiny[kind]), "--device", "cuda", "--deterministic", "--out", name, cwd=work) as process:
+        with start(
+            "train", str(tiny[kind]), "--device", "cuda", "--deterministic", *flags, "--out", name, cwd=work
+        ) as process:
             _, told = process.communicate(timeout=300)
         assert process.returncode == 0, told
     for file in ("last/model.safetensors", "best/model.safetensors"):

@@ -269,6 +269,7 @@ def test_everything_is_printed_with_its_signature(train: Callable[..., Any]) -> 
         rf"BLEU without case {number} \(nrefs:1\|case:lc\|.*\)",
         rf"chrF {number} \(nrefs:1\|.*nc:6\|.*\)",
         rf"TER {number}, lower is better \(nrefs:1\|.*tok:tercom\|.*\)",
+        rf"perplexity {number} of a subword of the references",
         rf"F1 of ROUGE-1 {number}, ROUGE-2 {number}, ROUGE-L {number}",
         "",
         "SOURCE WORDS  SENTENCES +BLEU",

@@ -243,6 +243,7 @@ def test_a_batch_too_large_for_a_gpu_is_taken_in_parts(tiny: dict[str, Path]) ->
     recipe = resolve(str(tiny["resnet"]), [*LARGE, HALVE]).recipe
     task = tasks.build(recipe, runtime=runtime)
     trainer = Trainer.of(task)
+    torch.cuda.reset_peak_memory_stats()
     next(fit(task, trainer, start=Progress()))  # what the optimiser takes is there
     whole = torch.cuda.max_memory_allocated()
     now = torch.cuda.memory_allocated()

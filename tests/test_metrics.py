@@ -378,6 +378,10 @@ def test_details_of_nothing() -> None:
         ("de", "13a"),
         ("zh", "zh"),
         ("zh_CN", "zh"),
+        ("chinese", "zh"),
+        ("cn", "zh"),
+        ("Japanese", "char"),
+        ("thai", "char"),
         ("zh-Hans", "zh"),
         ("zho_Hans", "zh"),
         ("ja", "char"),
@@ -415,6 +419,12 @@ def test_words_of_languages_without_spaces_are_characters() -> None:
         translation(["one"] * 2, looping, [right] * 2, language=language).details["repetition"]["looping"]
         for language in ("zh", "en", "th")
     ] == [1, 0, 0]
+
+
+def test_rouge_takes_marks_for_a_part_of_their_word() -> None:
+    assert rouge(["किताब"], ["कातिब"])["rouge_1"] == 0, "of the same letters, other vowel signs"
+    assert rouge(["u\u0308ber e\u0301te\u0301"], ["über été"])["rouge_2"] == 100
+    assert rouge(["ไปกิน"], ["ไปดู"], "th")["rouge_1"] == pytest.approx(100 * 2 * 2 / (5 + 4))
 
 
 def test_rouge_of_chinese_is_of_characters() -> None:

@@ -260,6 +260,7 @@ def test_no_number_is_asked_for_in_a_step_but_to_see_whether_it_is_finite(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_is_not_waited_for_to_leave_a_step_out(kind: str, tiny: dict[str, Path]) -> None:
     runtime = Runtime(torch.device("cuda", 0), "fp32", "gpu", "as asked")
@@ -268,8 +269,8 @@ def test_a_gpu_is_not_waited_for_to_leave_a_step_out(kind: str, tiny: dict[str, 
     poison(task, 2)
     reports = fit(task, trainer, start=Progress())
     next(reports)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         next(reports)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -40,6 +40,14 @@ def test_the_best_translation_has_the_probability_that_search_gives_it(translato
     assert [*map(float, said.groups())] == pytest.approx([document["perplexity"], tokens, total], abs=2e-3)
 
 
+@pytest.mark.parametrize("header", ["en\tde", "DE\tEN"])
+def test_a_header_is_no_pair(header: str, translator: Path) -> None:
+    failed = dl7("score", cwd=translator, stdin=f"{header}\nred\trot\n".encode())
+    assert (failed.code, failed.out) == (1, "")
+    assert "error: standard input: line 1 is a header and no pair\nhint: leave it out" in failed.err
+    assert "the first column has to be en\n" in failed.err
+
+
 def test_what_it_learnt_is_more_probable_than_the_same_words_of_another(translator: Path) -> None:
     lines = ["red blue\trot blau", "red blue\tgroß klein"]
     right, wrong = (
@@ -127,6 +135,20 @@ def test_a_perplexity_beyond_a_float_is_none(translator: Path, monkeypatch: pyte
     )
     document = succeed("score", "--json", cwd=translator, stdin=b"red\trot\n").document
     assert (document["perplexity"], document["pairs"][0]["perplexity"]) == (None, None)
+
+
+@pytest.mark.parametrize("others", [(), ("runs/seq2seq-1/last",)])
+def test_an_evaluation_has_the_perplexity_of_the_references(
+    others: tuple[str, ...], translator: Path, pairs: Path
+) -> None:
+    sides = [(pairs / f"test.{language}").read_text(encoding="utf-8").splitlines() for language in ("en", "de")]
+    given = "".join(f"{source}\t{target}\n" for source, target in zip(*sides, strict=True)).encode()
+    runs = ("runs/seq2seq-1/best", *others)
+    named = [flag for run in runs for flag in ("--run", run)]
+    expected = succeed("score", *named, "--json", cwd=translator, stdin=given).document["perplexity"]
+    beside = [flag for run in others for flag in ("--with", run)]
+    details = succeed("eval", runs[0], *beside, "--json", cwd=translator).document["details"]
+    assert details["perplexity"] == pytest.approx(expected)
 
 
 def test_warns_of_a_line_that_is_cut(translator: Path) -> None:

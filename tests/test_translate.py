@@ -1,6 +1,7 @@
 """`dl7 translate`: what goes in, in which form, and what comes out for it."""
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -111,6 +112,16 @@ def test_leaves_nothing_half_written(translator: Path, tmp_path: Path) -> None:
     assert failed.err.startswith(f"{BY}error: {tmp_path}/in.txt: line 3 is not UTF-8 (byte 3 is 0xef)\nhint: ")
     assert (tmp_path / "out.txt").read_text(encoding="utf-8") == "as it was"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.txt"]
+
+
+@pytest.mark.parametrize(
+    ("data", "tool"), [("red".encode("utf-16"), "iconv -f utf-16 -t utf-8"), (gzip.compress(b"red"), "gunzip")]
+)
+def test_what_is_in_another_encoding_or_packed_is_told_how_to_convert(data: bytes, tool: str, translator: Path) -> None:
+    failed = dl7("translate", cwd=translator, stdin=data)
+    assert (failed.code, failed.out) == (1, "")
+    assert "standard input: line 1 is not UTF-8" in failed.err
+    assert f"`{tool}`" in failed.err
 
 
 def test_prompts_at_a_terminal(translator: Path) -> None:

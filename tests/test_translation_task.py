@@ -221,6 +221,20 @@ def test_the_keys_of_decoding_reach_the_search(build: Callable[..., Any]) -> Non
         candidates(coverage_penalty=0.5)
 
 
+@pytest.mark.parametrize("keys", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-3}])
+def test_what_leaves_the_most_probable_word_alone_draws_what_greedy_search_finds(
+    keys: dict[str, float], build: Callable[..., Any]
+) -> None:
+    task = confident(build("seq2seq"))
+    greedy = [line.text for line in task.translate(LINES, task.recipe.decoding.updated(beam=1))]
+    flat = {"method": "sample", "seed": 3, "temperature": 3.0}
+
+    def drawn(**changes: Any) -> list[str]:
+        return [line.text for line in task.translate(LINES, task.recipe.decoding.updated(**{**flat, **changes}))]
+
+    assert drawn(**keys) == greedy != drawn()
+
+
 def test_attention_is_there_where_it_is_asked_for(build: Callable[..., Any]) -> None:
     task = confident(build("seq2seq"))
     for line in task.translate(LINES, n_best=2, attention=True):

@@ -29,6 +29,14 @@ Source = Annotated[
 _RECIPE = {"classification": "resnet", "translation": "seq2seq"}
 _OF_READING = ("data.image", "data.label", "data.image_size", "data.source_language", "data.target_language")
 """Keys that say how a data set is read."""
+ReadingSet = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help=f"Say how it is read: {', '.join(_OF_READING)}; may be given several times.",
+    ),
+]
 _TABLE_SUFFIXES = (".parquet", ".arrow")
 _EXAMPLES = 3
 _UNEVEN, _APART = 3, 20
@@ -60,7 +68,7 @@ def list_data(as_json: options.Json = False) -> None:
 def get(
     source: Source,
     task: Task = None,
-    overrides: options.Set = None,
+    overrides: ReadingSet = None,
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
@@ -79,7 +87,7 @@ def get(
 def info(
     source: Source,
     task: Task = None,
-    overrides: options.Set = None,
+    overrides: ReadingSet = None,
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:

@@ -14,7 +14,10 @@ _WIDTH = 26
 
 
 def doctor(offline: options.Offline = False, as_json: options.Json = False) -> None:
-    """Show versions, hardware, what would be chosen on it and why."""
+    """Show versions, hardware, what would be chosen on it and why, and which of the recipes' data can be had.
+
+    The hub is asked about data sets that are not on disk, unless --offline.
+    """
     from dl7cli import device
     from dl7cli.data import sources
 

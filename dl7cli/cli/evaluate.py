@@ -210,6 +210,8 @@ def _print_translation(primary: str, scores: dict[str, float], details: dict[str
         console.write(f"{console.score(name, scores[name])} ({signatures[name]})")
     if details["ter"] is not None:
         console.write(f"TER {details['ter']:.2f}, lower is better ({signatures['ter']})")
+    if details.get("perplexity") is not None:  # earlier versions have noted none
+        console.write(f"perplexity {details['perplexity']:.2f} of a subword of the references")
     if "rouge_1" in scores:
         console.write(f"F1 of {', '.join(f'{shown} {scores[name]:.2f}' for name, shown in _ROUGE.items())}")
     console.write("")

@@ -70,7 +70,7 @@ Seed = Annotated[
 ]
 SeedOfSample = Annotated[
     int | None,
-    typer.Option("--seed", metavar="N", help="Seed of --sample."),
+    typer.Option("--seed", metavar="N", min=0, max=2**31 - 1, help="Seed of --sample."),
 ]
 RunOption = Annotated[
     str | None,

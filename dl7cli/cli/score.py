@@ -35,12 +35,13 @@ def score(
         names, task, others = load(run, device, precision, gpus, offline=offline)
         display = sentences.display(source, is_silent=target is not None or as_json)
         stack.enter_context(display)
+        languages = task.assets["source_language"], task.assets["target_language"]
         documents: list[dict[str, Any]] = []
         unknown: list[int] = []
         pairs = tokens = 0
         total = 0.0
         for batch in batches:
-            split = [as_pair(line, name) for line in batch]
+            split = [as_pair(line, name, languages) for line in batch]
             found = iter(task.score([pair for pair in split if pair is not None], others=others))
             for line, pair in zip(batch, split, strict=True):
                 scored = None if pair is None else next(found)
@@ -68,8 +69,11 @@ def score(
         )
 
 
-def as_pair(line: sentences.Line, name: str) -> tuple[str, str] | None:
-    """Return the sentence and its translation on a line, None for a blank one; raise UserError for any other."""
+def as_pair(line: sentences.Line, name: str, languages: tuple[str, str]) -> tuple[str, str] | None:
+    """Return the sentence and its translation on a line, None for a blank one; raise UserError for any other.
+
+    Raises it, too, where the first line names the `languages`, as that of data may: a header is no pair.
+    """
     if not line.text.strip():
         return None
     parts = line.text.split("\t")
@@ -78,6 +82,11 @@ def as_pair(line: sentences.Line, name: str) -> tuple[str, str] | None:
         raise UserError(
             f"{name}: line {line.number} has {seen}, not one",
             hint="a line is a sentence, a tab and its translation, as `paste a.txt b.txt` makes them",
+        )
+    if line.number == 1 and {part.strip().lower() for part in parts} == {one.lower() for one in languages}:
+        raise UserError(
+            f"{name}: line 1 is a header and no pair",
+            hint=f"leave it out, as by `tail -n +2`; the first column has to be {languages[0]}",
         )
     return parts[0], parts[1]
 

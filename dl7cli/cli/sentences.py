@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 BATCH = 1024
 CHUNK = 1 << 18
+_GZIP = b"\x1f\x8b"
 
 
 class Line(NamedTuple):
@@ -68,7 +69,7 @@ def argument(text: str, name: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError(f"{name} is not UTF-8", hint="set the terminal to UTF-8") from None
-    return " ".join(text.splitlines())
+    return files.on_one_line(text)
 
 
 def read(stream: BufferedReader, name: str) -> Iterator[list[Line]]:
@@ -106,9 +107,13 @@ def decode(data: bytes, name: str, number: int) -> str:
     try:
         return data.removesuffix(b"\r").decode("utf-8")
     except UnicodeDecodeError as error:
+        hint = "convert the text first, for example with `iconv -f latin1 -t utf-8`"
+        if number == 1 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            hint = "convert the text first, with `iconv -f utf-16 -t utf-8`"
+        elif number == 1 and data.startswith(_GZIP):
+            hint = "it is compressed: unpack it first, with `gunzip`"
         raise UserError(
-            f"{name}: line {number} is not UTF-8 (byte {error.start + 1} is 0x{data[error.start]:02x})",
-            hint="convert the text first, for example with `iconv -f latin1 -t utf-8`",
+            f"{name}: line {number} is not UTF-8 (byte {error.start + 1} is 0x{data[error.start]:02x})", hint
         ) from None
 
 
@@ -189,7 +194,7 @@ def field(line: Line, names: Sequence[str], added: Sequence[str], name: str) -> 
         text.encode("utf-8")
     except UnicodeEncodeError:  # such as `\ud83d`
         raise UserError(f"{place}: the field `{found}` holds half a character") from None
-    return " ".join(text.splitlines())
+    return files.on_one_line(text)
 
 
 def _unread(text: str) -> None:

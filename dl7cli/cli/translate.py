@@ -30,7 +30,8 @@ def translate(
         typer.Option(
             "--jsonl",
             help="Read a JSON object on each line, as from a .jsonl file: its field named as the source language, "
-            "such as en, or else source or text is translated, and fields translation and score are added.",
+            "such as en, or else source or text is translated, and fields translation and score are added, with "
+            "--n-best also alternatives.",
         ),
     ] = False,
     target: options.Output = None,
@@ -43,8 +44,9 @@ def translate(
             metavar="N",
             min=1,
             max=100,
-            help="Above 1: print the N best translations of each line, best first, one to a line: "
-            "line number, score and text with tabs between them. A blank line gives one such line.",
+            help="Above 1: print the N best translations of each line (at most as many as the beam is wide), best "
+            "first, one to a line: line number, score and text with tabs between them. A blank line gives one such "
+            "line. With --sample it is N draws, in their order.",
         ),
     ] = 1,
     sample: Annotated[
@@ -56,7 +58,7 @@ def translate(
     seed: options.SeedOfSample = None,
     prefix: Annotated[
         str | None,
-        typer.Option("--prefix", metavar="TEXT", help="Begin every translation with this."),
+        typer.Option("--prefix", metavar="TEXT", help="Begin every translation with this; its last word may go on."),
     ] = None,
     overrides: options.DecodingSet = None,
     attention: Annotated[

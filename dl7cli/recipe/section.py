@@ -101,8 +101,8 @@ class Optim(Section):
     schedule: Literal["constant", "linear", "cosine", "step", "one-cycle", "inverse-sqrt"] = "cosine"
     """How the learning rate falls from its greatest value, to zero but for `constant`, `step` and `inverse-sqrt`.
 
-    `step`: by `factor` at each of `milestones`; `one-cycle`: by half a cosine, after rising by half a cosine;
-    `inverse-sqrt`: as one over the square root of the step.
+    `step`: by `factor` at each of `milestones`; `one-cycle`: by half a cosine, after rising by half a cosine from a
+    25th of the greatest rate, to 1/250,000 of it; `inverse-sqrt`: as one over the square root of the step.
     """
     milestones: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = (0.5, 0.75)
     """Of `step`: parts of all steps, as 32,000 and 48,000 of 64,000 in He et al. 2015."""

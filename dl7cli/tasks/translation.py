@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -107,9 +106,10 @@ class ScoredPair(NamedTuple):
 def perplexity(log_probability: float, tokens: int) -> float | None:
     """Of a subword: e to the mean negative log-probability. None where there is none, or it is beyond a float."""
     try:
-        return math.exp(-log_probability / tokens)
+        value = math.exp(-log_probability / tokens)
     except (OverflowError, ZeroDivisionError):
         return None
+    return value if math.isfinite(value) else None
 
 
 def translator(
@@ -247,16 +247,13 @@ class Translation:
         """
         select = self.recipe.training.select
         if select == "loss":
-            pairs = self.pairs.split("validation")
-            own = self.score(pairs[self.runtime.workers.part(len(pairs))])
-            scored = self._joined([(one.log_probability, len(one.tokens)) for one in own])
-            mean = math.fsum(logarithm for logarithm, _ in scored) / sum(tokens for _, tokens in scored)
+            mean = self.log_likelihood("validation")
             if not math.isfinite(mean):
                 raise UserError(
                     "the likelihood of the validation split is not a number",
                     hint="lower `--set optim.learning_rate=…` and train again",
                 )
-            return Scores("log_likelihood", {"log_likelihood": mean}, len(scored))
+            return Scores("log_likelihood", {"log_likelihood": mean}, len(self.pairs.split("validation")))
         texts = self.translations("validation", self.recipe.decoding.updated(method="beam", beam=1))
         sources, references = zip(*self.pairs.split("validation"), strict=True)
         if select == "chrf":
@@ -268,7 +265,18 @@ class Translation:
 
     def evaluate(self, split: str, decoding: Decoding | None = None) -> Scores:
         """What `judge` says of a split's translations. Raises UserError where the data has no such split."""
-        return self.judge(split, self.translations(split, decoding))
+        return self.judge(split, self.translations(split, decoding), likelihood=self.log_likelihood(split))
+
+    def log_likelihood(self, split: str, *, others: Sequence["Translation"] = ()) -> float:
+        """The mean log-probability of a subword of a split's targets, eos included; by an ensemble with `others`.
+
+        Each pair is scored by one of the workers. Raises as `evaluate`.
+        """
+        pairs = self.pairs.split(split)
+        own = self.score(pairs[self.runtime.workers.part(len(pairs))], others=others)
+        scored = self._joined([(one.log_probability, len(one.tokens)) for one in own])
+        mean: float = math.fsum(logarithm for logarithm, _ in scored) / sum(tokens for _, tokens in scored)
+        return mean
 
     def translations(
         self, split: str, decoding: Decoding | None = None, *, others: Sequence["Translation"] = ()
@@ -295,10 +303,12 @@ class Translation:
         others: Sequence["Translation"] = (),
         cased: bool | None = None,
         rouge: bool = False,
+        likelihood: float | None = None,
     ) -> Scores:
         """BLEU of translations against a split's references, with the scores and details of `metrics.translation`, and
         how many sources were cut as too long and how many have what the vocabulary has not, for an ensemble with
-        `others` where they are given; `cased` or not as the model is, unless it is given.
+        `others` where they are given; `cased` or not as the model is, unless it is given. Of the `likelihood` that
+        `log_likelihood` gives, the details have the `perplexity` of a subword.
         """
         sources, references = zip(*self.pairs.split(split), strict=True)
         cased = self.cased if cased is None else cased
@@ -317,7 +327,8 @@ class Translation:
             "cut_sources": sum(len(ids) > limit for ids in encoded),
             "unknown_sources": sum(UNKNOWN in ids[:limit] for ids in encoded),
         }
-        return replace(scores, details={**scores.details, **read})
+        shown = {} if likelihood is None else {"perplexity": perplexity(likelihood, 1)}
+        return replace(scores, details={**scores.details, **read, **shown})
 
     def translate(
         self,
@@ -379,9 +390,7 @@ class Translation:
                     check=check,
                 )
 
-        with ExitStack() as stack:
-            for model in models:
-                stack.enter_context(evaluation_mode(model))
+        with evaluation_mode(*models):  # here too: a thread that ends must not take the others out of it
             batches = fill(order, room, HYPOTHESES_AT_ONCE)[::-1]  # the longest first: no thread is to end with them
             for chosen, found in each_alone(searched, batches, self.runtime.device):
                 for at, hypotheses in zip(chosen, found, strict=True):

@@ -125,21 +125,22 @@ def evaluate(
     results: list[dict[str, Any]] = []
     sweep: list[dict[str, Any]] = []
     start = begin
+    likelihood = task.log_likelihood(split, others=partners)
     for beam, how in zip(beams or (None,), decodings, strict=True):
         settings: dict[str, Any] = {"beam": beam, "length_penalty": length_penalty, "set": list(overrides) or None}
         settings["precision"] = runtime.search_precision
         searching = time.monotonic()
         translations = task.translations(split, how, others=partners)
         searched = time.monotonic() - searching
-        scores = task.judge(split, translations, others=partners, rouge=rouge)
+        scores = task.judge(split, translations, others=partners, rouge=rouge, likelihood=likelihood)
         result = result_of(found, task, split, scores, time.monotonic() - start, members[0].checkpoint)
         given = {name: value for name, value in settings.items() if value is not None}
         results.append(_noted(members, result, given))
         sweep.append({"beam": beam, "scores": scores.values, "details": scores.details, "seconds": round(searched, 3)})
         start = time.monotonic()
-    if write is not None:
-        write(translations)
     if len(sweep) == 1:
+        if write is not None:
+            write(translations)
         _warn_of_choice(found, results[0], note)
         return results[0]
     whole = {"seconds": round(time.monotonic() - begin, 3), "readings": results[-1]["readings"], "beams": sweep}
@@ -241,7 +242,6 @@ def average(
     refuse_other_data(task, mean.assets, "averaging needs the same data; train anew instead")
     for text in task.notes:
         note(text)
-    tasks.restore(task, mean)
     with torch.no_grad(), runtime.autocast():
         update_bn(_batches(task, chosen[-1] - 1, progress), task.model)
     scores = task.validate()
@@ -314,9 +314,7 @@ def refuse_other_data(task: Task, assets: dict[str, Any], hint: str) -> None:
         raise UserError(f"`{task.data_name}` has changed since the run began", hint)
 
 
-def result_of(
-    run: Run, task: Task, split: str, scores: Scores, seconds: float, checkpoint: str = "best"
-) -> dict[str, Any]:
+def result_of(run: Run, task: Task, split: str, scores: Scores, seconds: float, checkpoint: str) -> dict[str, Any]:
     """The keys that `--json` prints of every evaluation, here of one of the run's checkpoints."""
     return {
         "run": str(run.folder),

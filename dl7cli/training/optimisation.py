@@ -17,7 +17,7 @@ class Together(torch.optim.Optimizer):
     """Several optimisers, each of parameters of its own, as one; `parts` share its state and groups as they now are.
 
     A step is left out where `found_inf` is not 0, as by torch's fused optimisers, though the processor waits for a GPU
-    to say so.
+    to say so; in fp16 the gradient scaler waits so before each step.
     """
 
     found_inf: Tensor | None = None
