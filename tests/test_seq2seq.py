@@ -130,7 +130,7 @@ def test_step_by_step_is_the_whole_sequence_for_every_hypothesis(keys: dict[str,
     with torch.inference_mode():
         # Two hypotheses a sentence, decoded side by side and after being put in another order.
         whole = all_log_probabilities(net, source.repeat_interleave(2, 0), lengths.repeat_interleave(2, 0), previous)
-        context, state = net.encode(source, lengths)
+        context, state = net.begin(source, lengths, 2)
         state = tuple(part.repeat_interleave(2, dim=0) for part in state)
         order = torch.arange(6)
         for step in range(4):

@@ -53,7 +53,7 @@ def test_padding_does_not_change_a_sentences_loss(smoothing: float, build: Calla
     assert total.item() == pytest.approx(sum(loss.item() for loss, _ in singles), rel=1e-5)
     expected = 0.0
     for source, target in ids:  # and word by word
-        context, state = task.model.encode(torch.tensor([[*source, EOS]]), torch.tensor([len(source) + 1]))
+        context, state = task.model.begin(torch.tensor([[*source, EOS]]), torch.tensor([len(source) + 1]), 2)
         for previous, word in zip([BOS, *target], [*target, EOS], strict=True):
             scores, state, _ = task.model.step(torch.tensor([previous]), context, state)
             expected -= ((1 - smoothing) * scores[0, word] + smoothing * scores[0].mean()).item()
@@ -67,7 +67,7 @@ def test_the_coverage_loss_is_the_overlap_with_what_was_looked_at_before(build: 
     batch = task.pairs.batch(ids)
     expected = 0.0
     for source, target in ids:
-        context, state = task.model.eval().encode(torch.tensor([[*source, EOS]]), torch.tensor([len(source) + 1]))
+        context, state = task.model.eval().begin(torch.tensor([[*source, EOS]]), torch.tensor([len(source) + 1]), 2)
         covered = [0.0] * (len(source) + 1)
         for previous in [BOS, *target]:
             _, state, looked = task.model.step(torch.tensor([previous]), context, state)

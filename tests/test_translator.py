@@ -86,9 +86,9 @@ def test_step_by_step_or_in_pieces_is_the_whole_sequence(name: str) -> None:
     whole, context = net(SOURCE, LENGTHS, PREVIOUS)
     expected = net.logits(whole, context).float().log_softmax(dim=1).unflatten(0, PREVIOUS.shape)
     assert whole.readout.shape[:2] == PREVIOUS.shape
-    _, state = net.encode(SOURCE, LENGTHS)
+    own, state = net.begin(SOURCE, LENGTHS, 3)
     for step in range(PREVIOUS.size(1)):
-        found, state, attention = net.step(PREVIOUS[:, step], context, state)
+        found, state, attention = net.step(PREVIOUS[:, step], own, state)
         torch.testing.assert_close(found, expected[:, step])
         torch.testing.assert_close(attention, whole.attention[:, step])
     for one, same in zip(state, whole.state, strict=True):
@@ -107,11 +107,11 @@ def test_step_by_step_or_in_pieces_is_the_whole_sequence(name: str) -> None:
 @every_model
 def test_steps_in_bfloat16_say_nearly_the_same(name: str) -> None:
     net = model(name).float()
-    context, state = net.encode(SOURCE, LENGTHS)
+    context, state = net.begin(SOURCE, LENGTHS, 3)
     with Runtime(torch.device("cpu"), "fp32", "", "", search_precision="bf16").autocast_search():
-        rough_context, rough_state = net.encode(SOURCE, LENGTHS)
-        whole, _ = net(SOURCE, LENGTHS, PREVIOUS)
-        together = net.logits(whole, context).float().log_softmax(dim=1).unflatten(0, PREVIOUS.shape)
+        rough_context, rough_state = net.begin(SOURCE, LENGTHS, 3)
+        whole, whole_context = net(SOURCE, LENGTHS, PREVIOUS)
+        together = net.logits(whole, whole_context).float().log_softmax(dim=1).unflatten(0, PREVIOUS.shape)
     furthest = 0.0
     for step in range(PREVIOUS.size(1)):
         exact, state, _ = net.step(PREVIOUS[:, step], context, state)
@@ -232,10 +232,11 @@ def test_search_in_a_batch_is_search_alone_and_scores_as_teacher_forcing(
         )
 
     with torch.inference_mode():
-        context, state = net.encode(SOURCE[order], LENGTHS[order])
+        context, state = net.begin(SOURCE[order], LENGTHS[order], 3)
         together = beam_search(net.step, context, state, rules(order), beam=3, n_best=3, attention=looks)
         for at, row in enumerate(order):
-            own, begin = net.encode(SOURCE[row : row + 1, : LENGTHS[row]], LENGTHS[row : row + 1])
+            given = SOURCE[row : row + 1, : LENGTHS[row]], LENGTHS[row : row + 1]
+            own, begin = net.begin(*given, 3)
             alone = beam_search(net.step, own, begin, rules([row]), beam=3, n_best=3)[0]
             assert [one.ids for one in alone] == [one.ids for one in together[at]]
             assert beam_search(net.step, own, begin, rules([row]), beam=3, n_best=1)[0] == alone[:1]
@@ -243,8 +244,8 @@ def test_search_in_a_batch_is_search_alone_and_scores_as_teacher_forcing(
                 assert hypothesis.score == pytest.approx(same.score, abs=1e-6)
                 assert hypothesis.ids[: len(prefixes[row])] == tuple(prefixes[row])
                 previous = torch.tensor([[BOS, *hypothesis.ids]])
-                decoded = net.decode(previous, own, begin)
-                scores = net.logits(decoded, own).log_softmax(dim=1)
+                decoded, context = net(*given, previous)
+                scores = net.logits(decoded, context).log_softmax(dim=1)
                 total = sum(scores[step, word].item() for step, word in enumerate((*hypothesis.ids, EOS)))
                 assert hypothesis.log_probability == pytest.approx(total, abs=1e-4)
                 score = total / ((6 + len(hypothesis.ids)) / 6) ** length_penalty
@@ -281,7 +282,7 @@ def test_a_wide_beam_is_enumeration_and_beam_1_a_greedy_loop(
     )
 
     def find(beam: int, n_best: int) -> list[Hypothesis]:
-        return beam_search(net.step, *net.encode(encoded, length), rules, beam=beam, n_best=n_best)[0]
+        return beam_search(net.step, *net.begin(encoded, length, beam), rules, beam=beam, n_best=n_best)[0]
 
     def scores(ids: tuple[int, ...]) -> Tensor:
         """Log-probabilities (len(ids) + 1, WORDS) of what may follow, of the whole at once."""
@@ -325,6 +326,7 @@ def test_bfloat16_is_close_to_float32(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         context, state = net.encode(SOURCE, LENGTHS)
         whole = net.logits(net.decode(PREVIOUS, context, state), context)
+        context, state = net.begin(SOURCE, LENGTHS, 3)
         first, state, _ = net.step(PREVIOUS[:, 0], context, state)
         second, _, _ = net.step(PREVIOUS[:, 1], context, state)
     assert (whole - exact).abs().mean() < 0.03 * exact.std()
@@ -349,7 +351,7 @@ def test_a_search_reads_no_number_back_from_the_device_but_at_its_looks(
     name: str, ngram: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = model(name)
-    context, state = net.encode(SOURCE, LENGTHS)
+    context, state = net.begin(SOURCE, LENGTHS, 3)
     coverage = {"coverage_penalty": 0.2, "source_lengths": LENGTHS.tolist()} if name in MODELS else {}
 
     def waits(longest: int, between: int) -> int:

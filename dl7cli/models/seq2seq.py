@@ -166,6 +166,49 @@ class Seq2Seq(Translator):
         readout = self._with_gate(readout, answered, found, embedded)
         return Decoded(readout, weights, (*(part for one in after for part in one), *covered))
 
+    def begin(self, source: Tensor, lengths: Tensor, hypotheses: int) -> tuple[State, State]:
+        """As `Translator.begin`. What attention finds is a weighted sum of the memory. Where the upper layer and the
+        readout alone read it, what the memory brings to their gates and to them is one more part of the context,
+        (B, S, G + E): with several hypotheses a sentence it has fewer source steps than they have target steps.
+        """
+        context, state = self.encode(source, lengths)
+        summed = self.attention is not None and not isinstance(self.attention, MultiHeadAttention)
+        if hypotheses == 1 or not summed or self.options.decoder != "conditional" or self.gate is not None:
+            return context, state
+        assert self.upper is not None
+        units, memory = self.options.decoder_width, context[0]
+        to_gates = self.upper.all_weights[0][0][:, units:]
+        to_readout = self.readout.weight[:, units : units + memory.size(2)]
+        return (*context, functional.linear(memory, torch.cat([to_gates, to_readout]))), state
+
+    def step(self, previous: Tensor, context: State, state: State) -> tuple[Tensor, State, Tensor | None]:
+        """As `Translator.step`. With what `begin` adds to the context nothing is dropped, and what depends on a word
+        alone is computed once for all that have it.
+        """
+        if self.gate is not None or len(context) < 4:
+            return super().step(previous, context, state)
+        brought, keys, mask = context[3], *context[1:3]
+        lower, upper, *higher = self._layers
+        states, rest = self._unpacked(state)
+        # A sum over many steps, which loses what is small in half of the digits.
+        before, before_upper, *before_higher = [_wide(one) for one in states]
+        words, place = _distinct(previous)
+        embedded = self.embedding(words)
+        after = [advance(lower, project(lower, embedded)[place], before)]
+        asked = after[0][0]
+        found, weights, covered = self._attend(asked[:, None], (brought, keys, mask), rest)
+        gates = upper.all_weights[0][0].size(0)
+        after.append(advance(upper, project(upper, asked) + found[:, 0, :gates], before_upper))
+        answered = after[1][0]
+        for one, its in zip(higher, before_higher, strict=True):
+            after.append(advance(one, project(one, answered), its))
+            answered = after[-1][0] + answered if self.options.residual else after[-1][0]
+        weight, bias = self.readout.weight, self.readout.bias
+        said = functional.linear(embedded, weight[:, -embedded.size(1) :], bias)[place]
+        said = said + functional.linear(answered, weight[:, : answered.size(1)]) + found[:, 0, gates:]
+        state = (*(part for one in after for part in one), *covered)
+        return self.answer(Decoded(self._spoken(said)[:, None], weights, state), context)
+
     def logits(self, decoded: Decoded, context: State, at: Tensor | None = None) -> Tensor:
         """As `Translator.logits`; with copying the logarithms of probabilities, in float32 or wider.
 
@@ -226,7 +269,7 @@ class Seq2Seq(Translator):
         """Where a step needs what the one before it has found: embedded (R, T, W), state of every layer, the rest."""
         layers, drop = self._layers, self.dropout.by_steps()
         # A sum over many steps, which loses what is small in half of the digits.
-        states = [tuple(part.to(torch.promote_types(part.dtype, torch.float32)) for part in one) for one in states]
+        states = [_wide(one) for one in states]
         covered, fed = (rest[:1], rest[1:]) if self.options.coverage else ((), rest)
         all_entering = project(layers[0], embedded)
         extra_weight = layers[0].all_weights[0][0][:, embedded.size(2) :].to(all_entering.dtype)
@@ -262,7 +305,10 @@ class Seq2Seq(Translator):
         on top Luong et al. 2015, eq. 5, which leaves the word out.
         """
         heard = [answered] if found is None else [answered, found]
-        readout: Tensor = self.readout(torch.cat([*heard, embedded] if self.upper is not None else heard, dim=-1))
+        return self._spoken(self.readout(torch.cat([*heard, embedded] if self.upper is not None else heard, dim=-1)))
+
+    def _spoken(self, readout: Tensor) -> Tensor:
+        """What follows the matrix of the readout."""
         if self.options.readout == "maxout":
             return torch.amax(readout.view(*readout.shape[:-1], -1, 2), dim=-1)
         return torch.tanh(readout)
@@ -273,6 +319,17 @@ class Seq2Seq(Translator):
             return readout
         assert found is not None
         return torch.cat([readout, self.gate(torch.cat([found, answered, embedded], dim=2)).to(readout.dtype)], dim=2)
+
+
+def _wide(state: State) -> State:
+    return tuple(part.to(torch.promote_types(part.dtype, torch.float32)) for part in state)
+
+
+def _distinct(words: Tensor) -> tuple[Tensor, Tensor]:
+    """Each of `words` (R,) once, and which of these each is; on a GPU, which would be waited for, as they are."""
+    if words.device.type == "cpu":
+        return words.unique(return_inverse=True)  # type: ignore[no-any-return,no-untyped-call]
+    return words, torch.arange(len(words), device=words.device)
 
 
 def _attention(options: Seq2SeqOptions, memory: int) -> Attention:

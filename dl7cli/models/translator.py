@@ -44,10 +44,17 @@ class Translator(nn.Module):
         context, state = self.encode(source, lengths)
         return self.decode(previous, context, state), context
 
+    def begin(self, source: Tensor, lengths: Tensor, hypotheses: int) -> tuple[State, State]:
+        """As `encode`, with the context by which `step` is fastest for so many hypotheses a sentence."""
+        return self.encode(source, lengths)
+
     def step(self, previous: Tensor, context: State, state: State) -> tuple[Tensor, State, Tensor | None]:
-        """One target word for every hypothesis: previous (R,) → log-probabilities (R, V) in float32, state, attention
-        (R, S).
+        """One target word for every hypothesis: previous (R,), context of `begin` or `encode` → log-probabilities
+        (R, V) in float32, state, attention (R, S).
         """
-        decoded = self.decode(previous[:, None], context, state)
+        return self.answer(self.decode(previous[:, None], context, state), context)
+
+    def answer(self, decoded: Decoded, context: State) -> tuple[Tensor, State, Tensor | None]:
+        """What `step` returns, of a single target step."""
         log_probabilities = self.logits(decoded, context).float().log_softmax(dim=1)
         return log_probabilities, decoded.state, None if decoded.attention is None else decoded.attention[:, 0]

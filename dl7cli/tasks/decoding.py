@@ -52,8 +52,10 @@ def search(
         coverage_penalty=decoding.coverage_penalty,
         source_lengths=lengths.tolist() if decoding.coverage_penalty else None,
     )
+    # A sample is to be the same to the last bit, however many are drawn.
+    hypotheses = decoding.beam if decoding.method == "beam" else 1
     with evaluation_mode(*models):
-        encoded = [model.encode(source, lengths) for model in models]
+        encoded = [model.begin(source, lengths, hypotheses) for model in models]
 
         def step(previous: Tensor, context: State, state: State) -> tuple[Tensor, State, Tensor | None]:
             check()
