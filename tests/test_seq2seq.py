@@ -131,6 +131,9 @@ def test_step_by_step_is_the_whole_sequence_for_every_hypothesis(keys: dict[str,
         # Two hypotheses a sentence, decoded side by side and after being put in another order.
         whole = all_log_probabilities(net, source.repeat_interleave(2, 0), lengths.repeat_interleave(2, 0), previous)
         context, state = net.begin(source, lengths, 2)
+        folds = keys["decoder"] == "conditional" and keys["attention"] not in ("none", "multihead")
+        assert len(context) - len(net.encode(source, lengths)[0]) == (folds and not keys["copying"])
+        assert len(net.begin(source, lengths, 1)[0]) == len(net.encode(source, lengths)[0])
         state = tuple(part.repeat_interleave(2, dim=0) for part in state)
         order = torch.arange(6)
         for step in range(4):

@@ -432,6 +432,9 @@ def test_bleu_is_of_the_translations(build: Callable[..., Any]) -> None:
     texts = [task.translate([source], decoding)[0].text for source, _ in pairs]
     sources, targets = zip(*pairs, strict=True)
     found = task.evaluate("test", decoding)
+    scored = task.score(pairs)
+    mean = sum(one.log_probability for one in scored) / sum(len(one.tokens) for one in scored)
+    assert found.details.pop("perplexity") == pytest.approx(math.exp(-mean))
     assert (found.details.pop("cut_sources"), found.details.pop("unknown_sources")) == (0, 0)
     assert found == metrics.translation(sources, texts, targets)
     sources = [source for source, _ in task.pairs.splits["validation"]]
