@@ -362,7 +362,7 @@ def _swap(folder: Path, new: Path, old: Path) -> None:
 
 
 def _cannot_write(folder: Path, error: OSError, needed: int) -> UserError:
-    message = f"cannot write checkpoint `{folder}`: {_reason(error)}"
+    message = f"cannot write checkpoint `{folder}`: {files.reason(error)}"
     if error.errno not in _FULL:
         return UserError(message, hint=f"check that `{folder.parent}` is a folder you may write to")
     place = next(path for path in folder.absolute().parents if path.exists())
@@ -372,8 +372,4 @@ def _cannot_write(folder: Path, error: OSError, needed: int) -> UserError:
 
 
 def _cannot_read(path: Path, error: OSError) -> UserError:
-    return UserError(f"`{path}` cannot be read: {_reason(error)}", hint="check that you may read it")
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
+    return UserError(f"`{path}` cannot be read: {files.reason(error)}", hint="check that you may read it")

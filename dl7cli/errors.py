@@ -1,5 +1,8 @@
 """What a user is meant to read."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something a user can put right: printed as `error: …` and `hint: …` without a traceback, exit code 1.
@@ -11,6 +14,12 @@ class UserError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return what to add to a message of a name that is not known: the one of those `known` that it is nearest to."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean `{near[0]}`?)" if near else ""
 
 
 class NoSplitError(UserError):

@@ -22,6 +22,11 @@ def on_one_line(text: str) -> str:
     return _LINE_BREAK.sub(" ", text)
 
 
+def reason(problem: OSError) -> str:
+    """Return why a file could not be read or written, as it stands in a `UserError`."""
+    return (problem.strerror or str(problem)).lower()
+
+
 def size(file: Path | int) -> int:
     """The bytes in a file, or in the one a descriptor is of.
 

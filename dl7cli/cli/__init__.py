@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from dl7cli import __version__
+from dl7cli import __version__, files
 from dl7cli.cli import (
     average,
     bench,
@@ -119,7 +119,7 @@ def main() -> None:
         if problem.errno != errno.EPIPE and not full:
             raise
         if full:
-            console.error(UserError(f"the output cannot be written: {console.reason(problem)}"))
+            console.error(UserError(f"the output cannot be written: {files.reason(problem)}"))
         # The disk is full, or the reader, such as `head`, has seen enough; what is left must not raise at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

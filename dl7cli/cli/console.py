@@ -136,11 +136,6 @@ def _labelled(label: str, colour: str, text: str) -> None:
     note(" " + re.sub(r"\n(?!\s)", "\n  ", text))
 
 
-def reason(problem: OSError) -> str:
-    """Return why a file could not be read or written, as it stands in a `UserError`."""
-    return (problem.strerror or str(problem)).lower()
-
-
 def is_terminal() -> bool:
     """Tell whether standard error is a terminal that can move its cursor."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

@@ -91,7 +91,7 @@ def save(figure: "Figure", path: Path, notes: Sequence[str] = ()) -> None:
         with files.replacing(path) as file:
             file.write(drawn.getvalue())
     except OSError as error:
-        raise UserError(f"`{path}` cannot be written: {console.reason(error)}", hint="name another file") from None
+        raise UserError(f"`{path}` cannot be written: {files.reason(error)}", hint="name another file") from None
     for note in notes:
         console.note(f"note: {note}")
     console.note(f"drawn: {path}")

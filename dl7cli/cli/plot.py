@@ -1,6 +1,5 @@
 """`dl7 plot`: figures, written to files."""
 
-import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dl7cli.cli import figures, options
-from dl7cli.errors import UserError
+from dl7cli.errors import UserError, suggestion
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,9 +45,8 @@ def activations(
     chosen = list(NAMES) if every else list(dict.fromkeys(names or ("swish", "su")))
     for name in chosen:
         if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, n=1)
-            suggestion = f" (did you mean `{near[0]}`?)" if near else ""
-            raise UserError(f"there is no activation `{name}`{suggestion}", hint=f"there are {', '.join(NAMES)}")
+            told = f"there is no activation `{name}`{suggestion(name, NAMES)}"
+            raise UserError(told, hint=f"there are {', '.join(NAMES)}")
     figures.save(_drawn(chosen), output)
 
 

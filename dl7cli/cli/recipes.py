@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dl7cli import files
 from dl7cli.cli import console, options
 from dl7cli.errors import UserError
 
@@ -100,7 +101,7 @@ def copy(
     try:
         content = original.read_bytes()
     except OSError as error:
-        raise UserError(f"`{original}` cannot be read: {console.reason(error)}") from None
+        raise UserError(f"`{original}` cannot be read: {files.reason(error)}") from None
     try:
         with target.open("xb") as stream:
             try:
@@ -112,5 +113,5 @@ def copy(
     except FileExistsError:
         raise UserError(f"`{target}` exists", hint="give another name: `dl7 recipes copy NAME FILE`") from None
     except OSError as error:
-        raise UserError(f"`{target}` cannot be written: {console.reason(error)}") from None
+        raise UserError(f"`{target}` cannot be written: {files.reason(error)}") from None
     console.note(f"written to {target}; train it with: dl7 train {target}")

@@ -43,7 +43,7 @@ def opened(path: Path | None) -> Iterator[tuple[str, Iterator[list[Line]]]]:
     try:
         stream = path.open("rb")
     except OSError as error:
-        raise UserError(f"`{path}` cannot be read: {console.reason(error)}") from None
+        raise UserError(f"`{path}` cannot be read: {files.reason(error)}") from None
     with stream:
         yield str(path), read(stream, str(path))
 
@@ -240,4 +240,4 @@ def replacing(path: Path) -> Iterator[TextIO]:
         # What else goes wrong meanwhile is another matter.
         if inside and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise UserError(f"`{path}` cannot be written: {console.reason(error)}") from None
+        raise UserError(f"`{path}` cannot be written: {files.reason(error)}") from None

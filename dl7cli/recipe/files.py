@@ -1,6 +1,5 @@
 """Recipes as TOML: found, read, changed by `--set`, checked as a whole and written."""
 
-import difflib
 import itertools
 import json
 import os
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple, get_args
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from dl7cli.errors import UserError
+from dl7cli.errors import UserError, suggestion
 from dl7cli.recipe.classification import ClassificationRecipe
 from dl7cli.recipe.translation import Decoding, TranslationRecipe
 
@@ -106,7 +105,7 @@ def from_document(document: dict[str, Any], mistakes: Iterable[str] = (), *, ori
     schema = _BY_KIND.get(kind) if isinstance(kind, str) else None
     if schema is None:
         seen = "is missing" if kind is None else f"is {_show(kind)}"
-        found.append(f"`model.kind` {seen}; it must be one of {_choices(_BY_KIND)}{_suggest(str(kind), _BY_KIND)}")
+        found.append(f"`model.kind` {seen}; it must be one of {_choices(_BY_KIND)}{suggestion(str(kind), _BY_KIND)}")
     else:
         try:
             recipe = schema.model_validate(document)
@@ -242,7 +241,7 @@ def find(name: str) -> Path:
         return Path(name)
     if name not in shipped():
         raise UserError(
-            f"there is no recipe `{name}`{_suggest(name, shipped())}",
+            f"there is no recipe `{name}`{suggestion(name, shipped())}",
             hint=f"the shipped recipes are {_choices(shipped())}; a file of your own must end in `.toml`; "
             "`dl7 models` lists other networks with the keys that make them of a recipe",
         )
@@ -347,7 +346,7 @@ def _explain(error: Any, known: list[str]) -> str:
     key = ".".join(location)
     match error["type"]:
         case "extra_forbidden":
-            return f"unknown key `{key}`{_suggest(key, known)}"
+            return f"unknown key `{key}`{suggestion(key, known)}"
         case "missing":
             return f"`{key}` is missing"
         case _:
@@ -368,11 +367,6 @@ def _keys(schema: type[BaseModel], kind: Any, prefix: str = "") -> list[str]:
                 if kinds is None or kind in get_args(kinds.annotation):
                     paths.extend(_keys(section, kind, f"{prefix}{name}."))
     return paths
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean `{near[0]}`?)" if near else ""
 
 
 def _choices(names: Iterable[str]) -> str:

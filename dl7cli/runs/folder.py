@@ -5,7 +5,6 @@ when they were written, not what is in them. POSIX only: the lock is `flock`.
 """
 
 import contextlib
-import difflib
 import fcntl
 import os
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from dl7cli import files
-from dl7cli.errors import UserError
+from dl7cli.errors import UserError, suggestion
 from dl7cli.recipe import Recipe, from_document, read, to_toml
 
 RUNS = Path("runs")
@@ -181,7 +180,7 @@ def all_runs() -> list[Run]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise UserError(f"`{RUNS}` cannot be read: {reason(error)}") from error
+        raise UserError(f"`{RUNS}` cannot be read: {files.reason(error)}") from error
 
 
 def _numbered(name: str) -> Path:
@@ -249,9 +248,8 @@ def _unknown(name: str) -> UserError:
         hint = "a run folder holds `recipe.toml`, a checkpoint folder `checkpoint.json`"
         return UserError(f"`{name}` is neither a run nor a checkpoint", hint)
     names = [run.name for run in all_runs()]
-    near = difflib.get_close_matches(Path(name).name, names, n=1)
-    suggestion = f" (did you mean `{near[0]}`?)" if near else ""
-    return UserError(f"there is no run `{name}`{suggestion}", hint="`dl7 runs list` shows those under `runs`")
+    told = f"there is no run `{name}`{suggestion(Path(name).name, names)}"
+    return UserError(told, hint="`dl7 runs list` shows those under `runs`")
 
 
 def _others(run: Run) -> list[Run]:
@@ -335,8 +333,4 @@ def no_link(path: str, flags: int) -> int:
 
 def cannot_write(path: Path, error: OSError) -> UserError:
     hint = "make room, or choose a folder that can be written to with `--out`"
-    return UserError(f"cannot write `{path}`: {reason(error)}", hint)
-
-
-def reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
+    return UserError(f"cannot write `{path}`: {files.reason(error)}", hint)

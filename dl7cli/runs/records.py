@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dl7cli import __version__, files
 from dl7cli.errors import UserError
 from dl7cli.recipe import Recipe, to_toml
-from dl7cli.runs.folder import Run, cannot_write, file_time, find, no_link, reason
+from dl7cli.runs.folder import Run, cannot_write, file_time, find, no_link
 
 _RESULT = "result.json"
 _ENVIRONMENT = "environment.json"
@@ -106,7 +106,7 @@ def refuse_unwritable(run: Run) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         hint = "each reading of a split is noted there: make it writable, or evaluate a copy of the run folder"
-        raise UserError(f"cannot write `{path}`: {reason(error)}", hint) from error
+        raise UserError(f"cannot write `{path}`: {files.reason(error)}", hint) from error
 
 
 def evaluations(run: Run) -> list[dict[str, Any]]:
@@ -245,7 +245,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"`{path}` cannot be read: {reason(error)}") from error
+        raise UserError(f"`{path}` cannot be read: {files.reason(error)}") from error
     return [record for line in lines if (record := _parsed(line)) is not None]
 
 

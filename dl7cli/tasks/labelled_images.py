@@ -13,7 +13,7 @@ from dl7cli.data.dividing import kept_back, part_of
 from dl7cli.data.images import ImageSet, digest, read_images, statistics
 from dl7cli.data.sources import Progress, is_file
 from dl7cli.data.transfer import moved
-from dl7cli.device import Runtime
+from dl7cli.device import Runtime, seed_of
 from dl7cli.errors import UserError
 from dl7cli.recipe import ClassificationRecipe
 from dl7cli.tasks.checking import ImageAssets, check_assets
@@ -238,5 +238,4 @@ class LabelledImages:
 
 def _generator(*numbers: int) -> torch.Generator:
     """A random stream that is a pure function of the numbers."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(seed_of(*numbers))

@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dl7cli.checkpoint import Progress
 from dl7cli.cluster import FULL
-from dl7cli.device import out_of_memory, random_state, release_memory, restore_random_state, trim_heap
+from dl7cli.device import out_of_memory, random_state, release_memory, restore_random_state, seed_of, trim_heap
 from dl7cli.distributed import Lost
 from dl7cli.errors import UserError
 from dl7cli.metrics import Scores
@@ -148,7 +147,7 @@ def fit(task: Task, trainer: Trainer, *, start: Progress) -> Iterator[Report]:
             for group in trainer.optimiser.param_groups:
                 group["lr"] = rate * group["share"]
             if not workers.first:
-                torch.manual_seed(_seed(training.seed, workers.rank, progress.step))
+                torch.manual_seed(seed_of(training.seed, workers.rank, progress.step))
             if buffers is not None:
                 buffers.keep()
             loss, examples = _gradient(task, trainer, batch, buffers, loss_of)
@@ -217,10 +216,6 @@ def _step(task: Task, trainer: Trainer) -> None:
             hint=f"lower `--set training.{task.batch_key}=…` or the model",
         ) from problem
     trainer.scaler.update()
-
-
-def _seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class _Buffers:
