@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dl7cli.letters import MARKS
+
 if TYPE_CHECKING:
     from sacrebleu.metrics.base import Metric, Score
 
@@ -31,9 +33,7 @@ and files in these languages are called.
 """
 _UNSPACED = r"\u3041-\u3096\u30a1-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
 """Kana and Chinese characters."""
-# Vowel signs and accents that stand by themselves are no letters to `re`, but they belong to the word.
-_MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)).startswith("M"))
-_WORD = re.compile(rf"[{_UNSPACED}]|(?:[^\W_{_UNSPACED}][{_MARKS}]*)+")
+_WORD = re.compile(rf"[{_UNSPACED}]|(?:[^\W_{_UNSPACED}][{MARKS}]*)+")
 TER_WORDS = 30
 """Most words a reference may have, on average, for TER: looking for what was moved takes an hour in 1,000 summaries."""
 

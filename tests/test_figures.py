@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from matplotlib.font_manager import FontEntry
 
 from dl7cli.cli import console, figures
 from dl7cli.errors import UserError
@@ -170,6 +171,20 @@ def test_a_token_that_no_font_can_draw_is_a_number(tmp_path: Path) -> None:
         "no installed font can draw 1 target token",
     ]
     assert look(tmp_path / "x.svg", np.full((1, 1), 1.0), ["\U0010fffd"], ["</s>"]) == []
+
+
+def test_fonts_of_plain_weight_come_before_others() -> None:
+    fonts = [
+        FontEntry(name=name, style=style, weight=weight)
+        for name, style, weight in (
+            ("Sans", "normal", 900),
+            ("Serif", "italic", 400),
+            ("Heavy", "normal", 500),
+            ("Sans", "normal", 400),
+            ("Last Resort", "normal", 400),
+        )
+    ]
+    assert [(one.name, one.weight) for one in figures._regular(fonts)] == [("Sans", 400), ("Heavy", 500)]
 
 
 @pytest.mark.parametrize(("target", "source"), [(1, 1), (1, 30), (30, 1), (20, 40)])

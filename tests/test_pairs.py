@@ -131,12 +131,6 @@ def test_a_single_file_is_the_training_split(tmp_path: Path, layout: Callable[[P
     assert read(file).splits == {"train": EXPECTED["train"]}
 
 
-def test_a_source_is_one_line_and_a_target_what_it_is(tmp_path: Path) -> None:
-    row = {"en": "A title\r\n\nand\rmore\u2028.\n", "de": "Ein\nTitel\n"}
-    write(tmp_path / "some.jsonl", json.dumps(row))
-    assert read(tmp_path / "some.jsonl").splits == {"train": [("A title  and more\u2028.", "Ein\nTitel")]}
-
-
 def test_a_readme_may_name_the_files(tmp_path: Path) -> None:
     write_json(tmp_path, "train", "part-one")
     write(

@@ -1,6 +1,7 @@
 """The data of translation: batches, vocabularies, the order in which a source is read, and subwords drawn at random."""
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -363,6 +364,30 @@ def test_a_source_is_read_in_one_order_everywhere(order: str, build: Callable[..
         assert again.log_probability == pytest.approx(line.alternatives[0].log_probability, abs=1e-4)
 
 
+def test_a_line_break_in_a_source_is_a_space_to_the_model_and_in_a_target_itself(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    digits = [f"{one} {two}" for one, two in itertools.permutations("12345", 2)]
+    for folder, space in (("broken", "\n"), ("whole", " ")):
+        for split in ("train", "validation", "test"):
+            rows = [{"en": f"{line}{space}9", "de": f"{line}\n9"} for line in digits]
+            (tmp_path / folder).mkdir(exist_ok=True)
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    keys = ["data.vocabulary=character", *SEPARATE]
+    broken, whole = (
+        tasks.build(resolve(str(tiny["seq2seq"]), keys, data=str(tmp_path / folder)).recipe, runtime=CPU)
+        for folder in ("broken", "whole")
+    )
+    assert isinstance(broken, Translation)
+    assert isinstance(whole, Translation)
+    assert broken.assets["vocabulary"] == whole.assets["vocabulary"]
+    assert broken.digest != whole.digest, "which is of the data as they are"
+    assert broken.pairs._training_pairs.ids == whole.pairs._training_pairs.ids
+    assert broken.pairs.source_ids(["1\r\n2\r3"]) == broken.pairs.source_ids(["1 2 3"])
+    assert "\n" in broken.pairs.target_vocabulary.decode(broken.pairs.target_ids(["1 2\n9"])[0])
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_limit_is_of_the_sentence_itself(order: str, build: Callable[..., Translation]) -> None:
     task = build(f"data.source_order={order}", "data.max_length=8", "data.vocabulary=word")
@@ -423,6 +448,7 @@ def test_lower_case_is_read_and_written_and_the_references_stay(
     assert all(text == text.lower() for text in texts)
     sources, references = zip(*pairs, strict=True)
     found = task.evaluate("test")
+    assert found.details.pop("perplexity") > 1
     assert (found.details.pop("cut_sources"), found.details.pop("unknown_sources")) == (0, 0)
     assert found == metrics.translation(sources, texts, references, cased=False)
     pairs[:] = [(source, text) for (source, _), text in zip(pairs, texts, strict=True)]

@@ -277,13 +277,19 @@ def test_a_damaged_text_table_is_named_with_line(tmp_path: Path, name: str, cont
         sources.load_splits(str(tmp_path))
 
 
+@pytest.mark.parametrize("source", ["local", "some/where"])
 @pytest.mark.parametrize("name", ["datasets", "huggingface_hub"])
-def test_a_package_that_is_missing_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "train.parquet").write_bytes(b"")
+def test_a_package_that_is_missing_is_named(
+    name: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "train.parquet").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "_reachable", lambda _: True)
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=f"the package `{name}`, which tables and the hub need") as caught:
-        sources.load_splits(str(tmp_path))
-    assert f"`pip install {name}`" in (caught.value.hint or "")
+        sources.load_splits(f"./{source}" if source == "local" else source)
+    assert "`pip install datasets huggingface-hub`" in (caught.value.hint or "")
 
 
 def test_a_table_without_rows_is_named(tmp_path: Path) -> None:

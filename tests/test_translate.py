@@ -289,8 +289,16 @@ def test_a_seed_is_of_sampling(translator: Path) -> None:
     failed = dl7("translate", "red", "--seed", "3", cwd=translator)
     assert (failed.code, failed.out) == (2, "")
     assert "--seed is of what --sample draws; add --sample" in failed.err
+    failed = dl7("translate", "red", "--sample", "--seed", "-1", cwd=translator)
+    assert (failed.code, failed.out) == (2, "")
     drawn = succeed("translate", "red blue", "--seed", "3", "--set", "decoding.method=sample", cwd=translator).out
     assert drawn == succeed("translate", "red blue", "--seed", "3", "--sample", cwd=translator).out
+
+
+def test_a_flag_out_of_range_is_not_blamed_on_set(translator: Path) -> None:
+    failed = dl7("translate", "red", "--length-penalty", "nan", cwd=translator)
+    assert (failed.code, failed.out) == (1, "")
+    assert "error: the command line has one mistake:\n  `decoding.length_penalty` is `nan`" in failed.err
 
 
 def test_it_is_told_how_far_a_file_has_come(translator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

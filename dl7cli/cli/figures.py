@@ -401,11 +401,11 @@ def _fonts(text: str) -> tuple[list[str], set[str]]:
 
 
 def _regular(fonts: Iterable["FontEntry"]) -> Iterator["FontEntry"]:
-    """The upright fonts of plain weight, each family once; none of which every glyph is a stand-in."""
+    """The upright fonts, those of plain weight first, each family once; none of which every glyph is a stand-in."""
+    upright = [one for one in fonts if one.style == "normal" and not one.name.startswith("Last Resort")]
     seen = set()
-    for entry in fonts:
-        plain = entry.style == "normal" and str(entry.weight) in ("400", "normal", "regular", "book")
-        if plain and entry.name not in seen and not entry.name.startswith("Last Resort"):
+    for entry in sorted(upright, key=lambda one: str(one.weight) not in ("400", "normal", "regular", "book")):
+        if entry.name not in seen:
             seen.add(entry.name)
             yield entry
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dl7cli.data import sources
 from dl7cli.data.sources import Progress, silent
 from dl7cli.errors import UserError
-from dl7cli.files import LONGEST_LINE, on_one_line
+from dl7cli.files import LONGEST_LINE
 
 if TYPE_CHECKING:
     import datasets
@@ -42,8 +42,7 @@ Rows = Iterable[tuple[str, str]]
 class Pairs:
     """The splits of a source, of `train`, `validation` and `test` those that it has, as (source, target).
 
-    The sentences are stripped and none is empty; line breaks inside a source are spaces. `notes` say what was left out,
-    for the user to read.
+    The sentences are stripped and none is empty. `notes` say what was left out, for the user to read.
     """
 
     splits: dict[str, list[tuple[str, str]]]
@@ -104,8 +103,7 @@ def digest(*splits: Iterable[tuple[str, str]]) -> str:
 
 
 def _without_blank(split: str, pairs: Rows, source: str, notes: list[str]) -> list[tuple[str, str]]:
-    # What is translated is one line, and so is what is trained on.
-    stripped = [(on_one_line(first).strip(), second.strip()) for first, second in pairs]
+    stripped = [(first.strip(), second.strip()) for first, second in pairs]
     kept = [pair for pair in stripped if all(pair)]
     if not kept:
         raise UserError(f"the {split} split of `{source}` has no sentence pairs")

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import http.client
+import importlib.util
 import itertools
 import logging
 import os
@@ -37,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 
 BUILTIN = ("builtin:shapes", "builtin:phrases")
 REACH_SECONDS = 5.0
-_WITHOUT_IT = "folders of images, `cifar-10-batches-bin`, parallel text, `.tsv`, `.jsonl` or the built-in sets"
+_WITHOUT_THEM = "folders of images, `cifar-10-batches-bin`, parallel text, `.tsv`, `.jsonl` or the built-in sets"
 
 _SPLITS = {
     "train": "train",
@@ -293,6 +294,7 @@ def load_splits(
                 f"`{source}` is no file or folder here, and {reason}",
                 hint=f"{mirror}give the data with `--data FOLDER`, or use `--data builtin:shapes` or `builtin:phrases`",
             )
+    _refuse_without_packages()
     written = [arguments["cache_dir"]] if local else [_downloaded(path), str(_prepared(path))]
     with _datasets_quiet(offline) as library, growth_told(written, source, progress):
         try:
@@ -410,15 +412,18 @@ def _reachable(source: str) -> bool:
     return answers == [True]
 
 
+def _refuse_without_packages() -> None:
+    for name in ("datasets", "huggingface_hub"):
+        if importlib.util.find_spec(name) is None:
+            hint = f"`pip install datasets huggingface-hub`, or use {_WITHOUT_THEM}"
+            raise UserError(f"the package `{name}`, which tables and the hub need, is not installed", hint)
+
+
 @contextlib.contextmanager
 def _datasets_quiet(offline: bool) -> Iterator[Any]:
     """Import `datasets` and keep it from printing and, offline, from connecting; counting downloads stays off."""
-    try:
-        import datasets
-        import huggingface_hub
-    except ModuleNotFoundError as error:
-        hint = f"install it (`pip install {error.name}`), or use {_WITHOUT_IT}"
-        raise UserError(f"the package `{error.name}`, which tables and the hub need, is not installed", hint) from None
+    import datasets
+    import huggingface_hub
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it tells another host what is loaded
     settings = [

@@ -7,7 +7,6 @@ vocabulary does not hold comes back as `�`, and of subwords the mark `▁`, by
 import base64
 import io
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from random import Random
@@ -17,6 +16,7 @@ import sentencepiece
 
 from dl7cli.data.segmentation import BPEDropout, UnigramSampling
 from dl7cli.errors import UserError
+from dl7cli.letters import MARKS
 
 PAD, UNKNOWN, BOS, EOS = 0, 1, 2, 3
 SPECIALS = ("<pad>", "<unk>", "<s>", "</s>")
@@ -24,9 +24,7 @@ SPECIALS = ("<pad>", "<unk>", "<s>", "</s>")
 
 _SPACE = "▁"
 _SUBWORD_WORD = re.compile(f"{_SPACE}[^{_SPACE}]*")
-# Vowel signs and accents that stand by themselves are no letters to `re`, but they belong to the word.
-_MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)).startswith("M"))
-_WORD = re.compile(rf" ?(?:[\w{_MARKS}]+|[^\w{_MARKS} ])|.", re.DOTALL)
+_WORD = re.compile(rf" ?(?:[\w{MARKS}]+|[^\w{MARKS} ])|.", re.DOTALL)
 
 
 class Vocabulary:

@@ -168,8 +168,9 @@ class Seq2Seq(Translator):
 
     def begin(self, source: Tensor, lengths: Tensor, hypotheses: int) -> tuple[State, State]:
         """As `Translator.begin`. What attention finds is a weighted sum of the memory. Where the upper layer and the
-        readout alone read it, what the memory brings to their gates and to them is one more part of the context,
-        (B, S, G + E): with several hypotheses a sentence it has fewer source steps than they have target steps.
+        readout alone read it, what the memory brings to the gates of the one and to the other is one more part of the
+        context, (B, S, 4D + E) with an LSTM and tanh: with several hypotheses a sentence it has fewer source steps than
+        they have target steps.
         """
         context, state = self.encode(source, lengths)
         summed = self.attention is not None and not isinstance(self.attention, MultiHeadAttention)
@@ -326,8 +327,11 @@ def _wide(state: State) -> State:
 
 
 def _distinct(words: Tensor) -> tuple[Tensor, Tensor]:
-    """Each of `words` (R,) once, and which of these each is; on a GPU, which would be waited for, as they are."""
-    if words.device.type == "cpu":
+    """Each of `words` (R,) once, and which of these each is.
+
+    They stay as they are on a GPU, which would be waited for, and in autocast, where a CPU writes code for each number.
+    """
+    if words.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
         return words.unique(return_inverse=True)  # type: ignore[no-any-return,no-untyped-call]
     return words, torch.arange(len(words), device=words.device)
 

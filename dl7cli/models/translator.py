@@ -45,7 +45,7 @@ class Translator(nn.Module):
         return self.decode(previous, context, state), context
 
     def begin(self, source: Tensor, lengths: Tensor, hypotheses: int) -> tuple[State, State]:
-        """As `encode`, with the context by which `step` is fastest for so many hypotheses a sentence."""
+        """As `encode`, with what `step` can be faster by in the context, for so many hypotheses a sentence."""
         return self.encode(source, lengths)
 
     def step(self, previous: Tensor, context: State, state: State) -> tuple[Tensor, State, Tensor | None]:

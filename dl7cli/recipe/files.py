@@ -160,8 +160,9 @@ def decoding(recipe: TranslationRecipe, overrides: Iterable[str] = (), **flags: 
             mistakes.append(f"`decoding.{path[1]}` is {_show(value)}, and by a flag {_show(given[path[1]])}")
     document = _changed(to_document(recipe), changes, mistakes)
     document["decoding"] |= given
-    changed = from_document(document, mistakes, origin="`--set`")
-    from_document(document, _idle(changed, changes), origin="`--set`")
+    origin = "`--set`" if changes or mistakes else "the command line"
+    changed = from_document(document, mistakes, origin=origin)
+    from_document(document, _idle(changed, changes), origin=origin)
     assert isinstance(changed, TranslationRecipe)
     return changed.decoding
 

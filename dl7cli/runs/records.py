@@ -52,8 +52,8 @@ class _Record(BaseModel):
 def append_metrics(run: Run, record: dict[str, Any]) -> None:
     """Add a line to `metrics.jsonl`: `step`, `epoch` and whatever was measured.
 
-    A record with `scores` (and `primary`, the one of them that counts) closes an epoch, and its `epoch` is
-    how many are finished. Raises UserError where it cannot be written and ValueError for NaN or infinity.
+    A record with `primary`, the one of its `scores` that counts, closes an epoch, and its `epoch` is how many are
+    finished. Raises UserError where it cannot be written and ValueError for NaN or infinity.
     """
     _append(run.folder / _METRICS, record)
 

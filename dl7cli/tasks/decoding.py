@@ -17,6 +17,9 @@ from dl7cli.recipe import Decoding
 from dl7cli.sampling import sample
 from dl7cli.search import Extension, Hypothesis, Rules, beam_search
 
+ROWS_AT_ONCE = 1024
+"""Target subwords for which the scores of all words are there at a time."""
+
 
 def search(
     models: Sequence[Translator],
@@ -115,7 +118,12 @@ def teacher_forced(
     for model in models:
         with evaluation_mode(model):
             decoded, context = model(source, lengths, previous)
-            found.append(model.logits(decoded, context, real).float().log_softmax(dim=1).gather(1, words))
+            # Of all words of the vocabulary for some rows at a time, which takes no more memory than training does.
+            parts = zip(torch.split(real, ROWS_AT_ONCE), torch.split(words, ROWS_AT_ONCE), strict=True)
+            own = [
+                model.logits(decoded, context, at).float().log_softmax(dim=1).gather(1, wanted) for at, wanted in parts
+            ]
+            found.append(torch.cat(own))
     values = _mean(found)[:, 0]
     if values.isnan().any():
         raise _diverged()

@@ -16,6 +16,7 @@ from dl7cli.data.transfer import moved
 from dl7cli.data.vocabulary import BOS, EOS, PAD, Subwords, Vocabulary
 from dl7cli.device import Runtime
 from dl7cli.errors import UserError
+from dl7cli.files import on_one_line
 from dl7cli.recipe import TranslationRecipe
 
 Sampler = Callable[[str, Random], list[int]]
@@ -196,11 +197,11 @@ class SentencePairs:
 
     def source_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of source sentences, without eos and in their own order."""
-        return self._ids(self.source_vocabulary, texts)
+        return self.source_vocabulary.encode_all([self._source(text) for text in texts])
 
     def target_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of target sentences, without bos and eos."""
-        return self._ids(self.target_vocabulary, texts)
+        return self.target_vocabulary.encode_all([self._target(text) for text in texts])
 
     def read(self, ids: Sequence[int]) -> list[int]:
         """A source as the model reads it, in training, search and scoring alike."""
@@ -225,7 +226,8 @@ class SentencePairs:
 
     def _learn_vocabularies(self) -> dict[str, Any]:
         """The assets `vocabulary`, of the source or of both languages, and `target_vocabulary` where they have two."""
-        data, train = self._data, self.splits["train"]
+        data = self._data
+        train = [(self._source(source), self._target(target)) for source, target in self.splits["train"]]
         texts = {"vocabulary": [text for pair in train for text in pair]}
         if not data.joint:
             texts = {
@@ -235,7 +237,6 @@ class SentencePairs:
         learnt = {}
         for number, (name, lines) in enumerate(texts.items()):
             self._progress("learning the vocabulary", number, len(texts))
-            lines = [self._text(line) for line in lines]
             learnt[name] = Vocabulary.train(lines, data.vocabulary_size, data.vocabulary).to_json()
         self._progress("learning the vocabulary", len(texts), len(texts))
         return learnt
@@ -292,7 +293,8 @@ class SentencePairs:
         random = Random(f"{self._seed} {epoch}")
 
         def drawn(at: int, side: int) -> list[int]:
-            ids = self._samplers[side](self._text(texts[at][side]), random)
+            text = (self._source, self._target)[side](texts[at][side])
+            ids = self._samplers[side](text, random)
             return ids if len(ids) <= limit else usual[at][side]
 
         pairs = []
@@ -314,11 +316,12 @@ class SentencePairs:
         source = sampler(self.source_vocabulary)
         return source, source if self.target_vocabulary is self.source_vocabulary else sampler(self.target_vocabulary)
 
-    def _ids(self, vocabulary: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
-        return vocabulary.encode_all([self._text(text) for text in texts])
+    def _source(self, text: str) -> str:
+        """A source as the vocabulary knows it: a line, as that which `dl7 translate` is given."""
+        return self._target(on_one_line(text))
 
-    def _text(self, text: str) -> str:
-        """A sentence as the model's vocabularies know it."""
+    def _target(self, text: str) -> str:
+        """A target as the vocabulary knows it."""
         return text.strip().lower() if self._data.lowercase else text.strip()
 
 

@@ -177,7 +177,7 @@ class Translation:
 
     @property
     def carved(self) -> bool:
-        """Whether what is there for validation is a part of the training split, once the data is read."""
+        """Whether what is there for validation is a part of the training split; reads the data."""
         return self.pairs.carved
 
     def digest_of(self, split: str) -> str:
