@@ -61,8 +61,9 @@ def limited(recipe: Path, megabytes: int, *overrides: str) -> "subprocess.Comple
     changes = [f"--set={change}" for change in (*LARGE, *overrides)]
     flags = ["--device", "cpu", "--precision", "fp32", "--out", "run", *changes]
     command = [sys.executable, "-c", textwrap.dedent(LIMITED), str(megabytes), "train", str(recipe), *flags]
-    # Memory that is freed goes back at once, so that the limit is on what is in use.
-    environment = {**ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    # Memory that is freed goes back at once, and threads share an arena, for which 64 MB of address space would be put
+    # by for each: so the limit is on what is in use.
+    environment = {**ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 

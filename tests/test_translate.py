@@ -295,12 +295,6 @@ def test_a_seed_is_of_sampling(translator: Path) -> None:
     assert drawn == succeed("translate", "red blue", "--seed", "3", "--sample", cwd=translator).out
 
 
-def test_a_flag_out_of_range_is_not_blamed_on_set(translator: Path) -> None:
-    failed = dl7("translate", "red", "--length-penalty", "nan", cwd=translator)
-    assert (failed.code, failed.out) == (1, "")
-    assert "error: the command line has one mistake:\n  `decoding.length_penalty` is `nan`" in failed.err
-
-
 def test_it_is_told_how_far_a_file_has_come(translator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dl7cli.cli.progress.FIRST_SECONDS", 0.0)
     monkeypatch.setattr("dl7cli.cli.progress.EVERY_SECONDS", 0.0)

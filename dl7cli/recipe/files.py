@@ -160,9 +160,8 @@ def decoding(recipe: TranslationRecipe, overrides: Iterable[str] = (), **flags: 
             mistakes.append(f"`decoding.{path[1]}` is {_show(value)}, and by a flag {_show(given[path[1]])}")
     document = _changed(to_document(recipe), changes, mistakes)
     document["decoding"] |= given
-    origin = "`--set`" if changes or mistakes else "the command line"
-    changed = from_document(document, mistakes, origin=origin)
-    from_document(document, _idle(changed, changes), origin=origin)
+    changed = from_document(document, mistakes, origin="`--set`")
+    from_document(document, _idle(changed, changes), origin="`--set`")
     assert isinstance(changed, TranslationRecipe)
     return changed.decoding
 
