@@ -108,6 +108,13 @@ def test_no_pair_or_image_is_left_to_train_on() -> None:
         kept_back(2, 0.9, "images")
 
 
+def examples(task: Any, split: str) -> list[tuple[Any, Any]]:
+    if isinstance(task, Translation):
+        return list(task.pairs.splits[split])
+    found = task.images.splits[split]
+    return [(image.tobytes(), int(label)) for image, label in zip(found.images, found.labels, strict=True)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_validation_set_is_the_same_for_every_seed(kind: str, tiny: dict[str, Path], tmp_path: Path) -> None:
     data = tmp_path / "data"
@@ -118,6 +125,11 @@ def test_the_validation_set_is_the_same_for_every_seed(kind: str, tiny: dict[str
     total, kept = {"resnet": (26, 3), "seq2seq": (40, 2)}[kind]
     assert one.splits() == two.splits() == {"train": total - kept, "validation": kept, "test": one.splits()["test"]}
     assert one.digest == two.digest
+    whole, parts = examples(tasks.build(resolve(str(tiny[kind])).recipe, runtime=CPU), "train"), []
+    for split in ("train", "validation"):
+        assert examples(one, split) == examples(two, split)
+        parts += examples(one, split)
+    assert sorted(parts) == sorted(whole), "each once, with its own label or target"
     what = {"resnet": "images", "seq2seq": "pairs"}[kind]
     assert f"kept for validation: {kept} of {total} {what} of train" in one.notes
 
@@ -126,17 +138,11 @@ def test_the_validation_set_is_the_same_for_every_seed(kind: str, tiny: dict[str
 def test_a_part_of_the_training_data_is_that_of_every_seed_and_of_larger_parts(
     kind: str, build: Callable[..., Any]
 ) -> None:
-    def examples(task: Any) -> list[Any]:
-        if kind == "seq2seq":
-            return list(task.pairs.splits["train"])
-        split = task.images.splits["train"]
-        return [(image.tobytes(), label) for image, label in zip(split.images, split.labels, strict=True)]
-
     whole = build(kind)
-    parts = {number: examples(build(kind, f"data.train_examples={number}")) for number in (1, 9, 20)}
+    parts = {number: examples(build(kind, f"data.train_examples={number}"), "train") for number in (1, 9, 20)}
     assert [len(part) for part in parts.values()] == [1, 9, 20]
-    assert set(parts[1]) < set(parts[9]) < set(parts[20]) < set(examples(whole))
-    assert examples(build(kind, "data.train_examples=9", "training.seed=2")) == parts[9]
+    assert set(parts[1]) < set(parts[9]) < set(parts[20]) < set(examples(whole, "train"))
+    assert examples(build(kind, "data.train_examples=9", "training.seed=2"), "train") == parts[9]
     part, total = build(kind, "data.train_examples=20"), whole.splits()["train"]
     assert part.splits() == {**whole.splits(), "train": 20}
     assert part.digest == whole.digest, "of what there is"

@@ -191,7 +191,6 @@ class Seq2Seq(Translator):
         brought, keys, mask = context[3], *context[1:3]
         lower, upper, *higher = self._layers
         states, rest = self._unpacked(state)
-        # A sum over many steps, which loses what is small in half of the digits.
         before, before_upper, *before_higher = [_wide(one) for one in states]
         words, place = _distinct(previous)
         embedded = self.embedding(words)
@@ -269,7 +268,6 @@ class Seq2Seq(Translator):
     def _decode_by_steps(self, embedded: Tensor, context: State, states: list[State], rest: State) -> Decoded:
         """Where a step needs what the one before it has found: embedded (R, T, W), state of every layer, the rest."""
         layers, drop = self._layers, self.dropout.by_steps()
-        # A sum over many steps, which loses what is small in half of the digits.
         states = [_wide(one) for one in states]
         covered, fed = (rest[:1], rest[1:]) if self.options.coverage else ((), rest)
         all_entering = project(layers[0], embedded)
@@ -323,6 +321,7 @@ class Seq2Seq(Translator):
 
 
 def _wide(state: State) -> State:
+    """A sum over many steps, which loses what is small in half of the digits, in float32 or wider."""
     return tuple(part.to(torch.promote_types(part.dtype, torch.float32)) for part in state)
 
 
